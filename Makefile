@@ -1,0 +1,51 @@
+# Two commands: `make run` trains the quickstart, `make test` checks everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOB ?= jobs/quickstart.yaml
+
+# torch starts no thread pool wider than a worker's share; Ray reports nothing home.
+export RAY_USAGE_STATS_ENABLED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint clean
+
+help: ## List the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@echo "ringworld: creating the virtual environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ringworld: Python 3.11 or newer is needed; pass one with PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras, redone when the project's dependencies change.
+$(VENV)/.installed-quickstart: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "ringworld: installing the pinned dependencies and the quickstart's data (minutes, once)"
+	@$(PIP) install -q -c constraints.txt -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "ringworld: installing the pinned dependencies and the test tools (minutes, once)"
+	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.installed-quickstart
+
+setup: $(VENV)/.installed-test ## Install everything, test tools included
+	@echo "ringworld: installed; try $(BIN)/ringworld --help"
+
+run: $(VENV)/.installed-quickstart ## Train the quickstart (JOB=path for another job)
+	@echo "ringworld: running $(JOB)"
+	@$(BIN)/ringworld run $(JOB)
+
+lint: $(VENV)/.installed-test ## Lint, types and import contracts
+	@echo "ringworld: ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@echo "ringworld: mypy"; $(BIN)/mypy
+	@echo "ringworld: import contracts"; $(BIN)/lint-imports
+
+test: lint ## Lint, types, import contracts and the whole test suite
+	@echo "ringworld: tests"; $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean: ## Remove the environment and the caches (runs/ and prepared data stay)
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@echo "ringworld: removed $(VENV) and the tool caches; runs/ and .ringworld/ are kept"

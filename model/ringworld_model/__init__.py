@@ -1,0 +1,1 @@
+"""The maths: the model, ring attention, packing and loss. Needs torch alone."""

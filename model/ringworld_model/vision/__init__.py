@@ -1,0 +1,1 @@
+"""Vision tokenizers: frames to codes and back."""

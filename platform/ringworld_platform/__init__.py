@@ -1,0 +1,1 @@
+"""Who runs where: command line, controller, gangs, tracking."""

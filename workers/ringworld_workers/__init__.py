@@ -1,0 +1,1 @@
+"""How one rank trains: data, engine, train loop, checkpoints."""

@@ -1,0 +1,1 @@
+"""Portable checkpoints: flat ranges, a manifest, any mesh."""

@@ -1,0 +1,1 @@
+"""Sharding and optimizer steps behind one protocol."""
