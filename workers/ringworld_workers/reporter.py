@@ -1,0 +1,23 @@
+"""What a training rank tells the outside, without knowing who listens."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+
+
+class Reporter(Protocol):
+    """The rank's only way out: plain dicts, never a tracking client."""
+
+    def phase(self, name: str, step: int) -> None:
+        """Say what this rank is about to do; the heartbeat shows it."""
+
+    def metrics(self, record: Record) -> None:
+        """Hand over one line of the metric log. Called on rank 0 alone."""
+
+    def event(self, record: Record) -> None:
+        """Hand over something worth a line in the event log (``text``, and what belongs to it)."""
+
+    def should_stop(self) -> bool:
+        """Whether somebody asked this rank to stop at the next step."""

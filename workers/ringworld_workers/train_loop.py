@@ -1,0 +1,363 @@
+"""One stage on one rank: rows -> ring -> loss -> ZeRO step -> metrics -> checkpoint.
+
+Plain Python: it knows neither Ray nor DeepSpeed. Every rank of the gang runs this same function;
+collectives stand in the same order on all of them, and only this thread issues any.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ringworld_model.batch import TrainBatch, cut
+from ringworld_model.loss import LossSums, combine
+from ringworld_model.ring import RingContext, plan_ring
+from ringworld_model.transformer import WorldModel, init_weights
+from ringworld_workers.checkpointing import StageCheckpoints
+from ringworld_workers.data.loader import StageLoader, open_loader
+from ringworld_workers.engine.base import Engine
+from ringworld_workers.engine.build import build_engine
+from ringworld_workers.evaluate.held_out import score_held_out
+from ringworld_workers.learning_rate import learning_rate_at
+from ringworld_workers.mesh import Mesh
+from ringworld_workers.metrics import (
+    StepTimer,
+    memory_bytes,
+    peak_flops,
+    training_flops,
+    visible_pairs,
+)
+from ringworld_workers.reporter import Reporter
+from ringworld_workers.stage_job import StageJob
+
+log = logging.getLogger(__name__)
+
+TEXT, VISION = 0, 1
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch as a rank computes it: its cut of the rows, and the ring's plan for them."""
+
+    local: TrainBatch
+    ring: RingContext
+    num_pairs: int
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What the gang agreed on between two steps; equal on every rank."""
+
+    weight: torch.Tensor
+    """[2] float64: the step's loss weights over the whole global batch, by modality."""
+    stop: bool
+    checkpoint_due: bool
+    uploads_pending: bool
+
+
+def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
+    """Train one stage to its end, or to a stop request.
+
+    Args:
+        job: what to train; the same on every rank.
+        mesh: this rank's place and its process groups.
+        reporter: takes metrics (on rank 0), phases and events.
+
+    Returns:
+        ``{"status": "finished" | "stopped", "step": steps done, "checkpoint": key}``.
+
+    Raises:
+        TrainingDiverged: loss or gradient is not finite; the state is not saved.
+        CheckpointError: the checkpoint to start from is damaged or absent.
+        StoreError: the store failed for good.
+    """
+    torch.manual_seed(job.spec.seed)
+    stage = job.stage
+    reporter.phase("setup", 0)
+    started = time.monotonic()
+    loader = open_loader(job, mesh)
+    model = WorldModel(
+        job.model_config,
+        rope_theta=stage.rope_theta,
+        activation_checkpointing=stage.memory.activation_checkpointing,
+        loss_tile_tokens=stage.loss.tile_tokens,
+    )
+    init_weights(model, job.spec.seed)
+    engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
+    try:
+        checkpoints = StageCheckpoints(job, mesh, engine)
+        reporter.phase("load", 0)
+        start = checkpoints.restore()
+        run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
+        if mesh.rank == 0:
+            reporter.metrics(
+                run.record(
+                    "stage_start",
+                    start.step,
+                    num_steps=stage.num_steps,
+                    resumed_from=start.key,
+                    context_length=stage.context_length,
+                    ring_size=mesh.sequence_parallel_size,
+                    data_parallel_size=mesh.data_parallel_size,
+                    setup_seconds=time.monotonic() - started,
+                )
+            )
+        return run.train(start.step, start.tokens)
+    finally:
+        engine.close()
+
+
+class StageRun:
+    """The loop over a stage's steps."""
+
+    def __init__(
+        self,
+        job: StageJob,
+        mesh: Mesh,
+        reporter: Reporter,
+        loader: StageLoader,
+        engine: Engine,
+        checkpoints: StageCheckpoints,
+    ) -> None:
+        """Take what ``run_stage`` has built."""
+        self.job, self.stage, self.mesh = job, job.stage, mesh
+        self.reporter, self.loader, self.engine = reporter, loader, engine
+        self.checkpoints = checkpoints
+        self.timer = StepTimer(mesh.device)
+        self.shares = (self.stage.loss.text, self.stage.loss.vision)
+        self.first_step_of_stage = sum(s.num_steps for s in job.spec.stages[: job.stage_index])
+
+    def train(self, step: int, tokens: int) -> dict[str, Any]:
+        """Run the steps from ``step`` on; ``tokens`` is what the job has consumed so far."""
+        while step < self.stage.num_steps:
+            step_started = time.perf_counter()
+            self.reporter.phase("data", step + 1)
+            with self.timer.phase("data"):
+                batches = self._micro_batches(step)
+            boundary = self._agree(batches)
+            stall = self._at_boundary(boundary, step, tokens)
+            if boundary.stop:
+                key = self.checkpoints.finish()
+                return {"status": "stopped", "step": step, "checkpoint": key}
+            learning_rate = learning_rate_at(self.stage.learning_rate, step, self.stage.num_steps)
+            sums, grad_norm = self._step(batches, boundary.weight, learning_rate, step)
+            step += 1
+            tokens += self.stage.rows_per_step * self.stage.context_length
+            losses = self._losses(sums, boundary.weight)
+            self._refuse_nonsense(losses, grad_norm, step)
+            if self.mesh.rank == 0:
+                seconds = time.perf_counter() - step_started
+                self._report_step(
+                    step, tokens, seconds, stall, losses, grad_norm, learning_rate, batches
+                )
+            else:
+                self.timer.take()
+        return self._end_of_stage(step, tokens)
+
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's share of the step's rows, cut for the ring."""
+        return [self.prepare(rows) for rows in self.loader.step_rows(step)]
+
+    def prepare(self, rows: TrainBatch) -> MicroBatch:
+        """Plan the ring for whole rows [B, S] and cut out this rank's tokens [B, T]."""
+        plans = [
+            plan_ring(
+                document_lengths=lengths,
+                context_length=self.stage.context_length,
+                ring_size=self.mesh.sequence_parallel_size,
+                layout=self.stage.attention.layout,
+            )
+            for lengths in rows.document_lengths
+        ]
+        ring = RingContext(
+            plans=plans,
+            group=self.mesh.sequence_parallel_group,
+            backend=self.stage.attention.backend,
+        )
+        local = cut(rows, plans, self.mesh.sequence_parallel_rank).to(self.mesh.device)
+        pairs = sum(visible_pairs(lengths) for lengths in rows.document_lengths)
+        return MicroBatch(local, ring, pairs)
+
+    def _agree(self, batches: Sequence[MicroBatch]) -> Boundary:
+        """One small all-reduce before each step: loss weights, stop, checkpoint, uploads.
+
+        The global loss weights must be known before the first backward of the step, because each
+        rank scales its own sum by them.
+        """
+        vector = torch.zeros(5, dtype=torch.float64)
+        for batch in batches:
+            vector[:2] += weight_by_modality(batch.local)
+        vector[2] = float(self.reporter.should_stop())
+        vector[3] = float(self.mesh.rank == 0 and self.checkpoints.due())
+        vector[4] = float(self.checkpoints.uploading())
+        dist.all_reduce(vector, group=self.mesh.control_group)
+        return Boundary(
+            weight=vector[:2].clone(),
+            stop=bool(vector[2] > 0),
+            checkpoint_due=bool(vector[3] > 0),
+            uploads_pending=bool(vector[4] > 0),
+        )
+
+    def _at_boundary(self, boundary: Boundary, step: int, tokens: int) -> float:
+        """Commit a finished upload; take a snapshot if one is due. Returns the stall in seconds."""
+        started = time.perf_counter()
+        if not boundary.uploads_pending:
+            self._report_commit(self.checkpoints.commit_if_uploaded())
+        if boundary.stop or (boundary.checkpoint_due and step > 0):
+            self.reporter.phase("checkpoint", step)
+            self._report_commit(self.checkpoints.save(step, tokens))
+        return time.perf_counter() - started
+
+    def _step(
+        self, batches: Sequence[MicroBatch], weight: torch.Tensor, learning_rate: float, step: int
+    ) -> tuple[torch.Tensor, float]:
+        """Forward and backward over the micro-batches, then the optimizer step.
+
+        Returns:
+            Sums over this rank's targets, float64 [2, 2]: nll and right guesses by modality; and
+            the global gradient norm before clipping.
+        """
+        totals = torch.zeros(2, 2, dtype=torch.float64)
+        # The engine divides by the accumulation count and averages over the world; each rank's sum
+        # is a part of one global sum, so both are multiplied back (exact at every ZeRO stage).
+        factor = float(self.mesh.world_size * len(batches))
+        self.engine.set_learning_rate(learning_rate)
+        for batch in batches:
+            self.reporter.phase("forward", step + 1)
+            with self.timer.phase("forward"):
+                sums: LossSums = self.engine(batch.local, batch.ring)
+                loss = combine(sums, weight.to(self.mesh.device), self.shares, factor)
+            self.reporter.phase("backward", step + 1)
+            with self.timer.phase("backward"):
+                self.engine.backward(loss)
+            totals[0] += sums.nll.detach().double().cpu()
+            totals[1] += sums.correct.detach().double().cpu()
+        self.reporter.phase("optimizer", step + 1)
+        with self.timer.phase("optimizer"):
+            grad_norm = self.engine.step()
+        return totals, grad_norm
+
+    def _losses(self, sums: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
+        """Global losses and accuracies of the step, equal on every rank."""
+        dist.all_reduce(sums, group=self.mesh.control_group)
+        found: dict[str, float] = {}
+        total = shares = 0.0
+        for modality, name in ((TEXT, "text"), (VISION, "vision")):
+            if weight[modality] > 0:
+                found[f"loss_{name}"] = float(sums[0, modality] / weight[modality])
+                found[f"accuracy_{name}"] = float(sums[1, modality] / weight[modality])
+                total += self.shares[modality] * found[f"loss_{name}"]
+                shares += self.shares[modality]
+        found["loss"] = total / shares if shares else 0.0
+        return found
+
+    def _refuse_nonsense(self, losses: dict[str, float], grad_norm: float, step: int) -> None:
+        """Stop on every rank at once when a number is not finite: all ranks hold the same ones.
+
+        Raises:
+            TrainingDiverged: says which number, at which step.
+        """
+        for name, value in {**losses, "grad_norm": grad_norm}.items():
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"{name} is {value} at step {step} of stage {self.stage.name}; the last "
+                    "committed checkpoint is sound: lower the learning rate, then resume from it"
+                )
+
+    def _report_step(
+        self,
+        step: int,
+        tokens: int,
+        seconds: float,
+        stall: float,
+        losses: dict[str, float],
+        grad_norm: float,
+        learning_rate: float,
+        batches: Sequence[MicroBatch],
+    ) -> None:
+        phases = self.timer.take()
+        step_tokens = self.stage.rows_per_step * self.stage.context_length
+        pairs = sum(batch.num_pairs for batch in batches) * self.mesh.data_parallel_size
+        flops = training_flops(self.job.model_config, step_tokens, pairs) / seconds
+        peak = peak_flops(self.mesh.device)
+        rows = self.loader.row_range(step - 1)
+        plans = [plan for batch in batches for plan in batch.ring.plans]
+        self.reporter.metrics(
+            self.record(
+                "step",
+                step,
+                **losses,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                tokens=tokens,
+                tokens_per_second=step_tokens / seconds,
+                step_seconds=seconds,
+                **{f"{name}_seconds": value for name, value in phases.items()},
+                ring_wait_seconds=sum(batch.ring.stats.wait_seconds for batch in batches),
+                ring_bytes_sent=sum(batch.ring.stats.bytes_sent for batch in batches),
+                checkpoint_stall_seconds=stall,
+                **memory_bytes(self.mesh.device),
+                padding_share=self.loader.padding_share(step - 1),
+                plan_imbalance=max(plan.imbalance for plan in plans),
+                model_flops_per_second=flops,
+                **({"mfu": flops / (peak * self.mesh.world_size)} if peak else {}),
+                rows=[rows.start, rows.stop],
+                sample_ids=self.loader.sample_ids(step - 1),
+            )
+        )
+
+    def _report_commit(self, committed: dict[str, Any] | None) -> None:
+        if committed is not None and self.mesh.rank == 0:
+            self.reporter.metrics(self.record("checkpoint", **committed))
+
+    def _end_of_stage(self, step: int, tokens: int) -> dict[str, Any]:
+        """Score the held-out rows, save the stage's last checkpoint, and wait for its commit."""
+        self.reporter.phase("validation", step)
+        scores = score_held_out(self.engine, self.loader, self.stage, self.mesh, self.prepare)
+        if scores and self.mesh.rank == 0:
+            self.reporter.metrics(self.record("validation", step, **scores))
+        self.reporter.phase("checkpoint", step)
+        self._report_commit(self.checkpoints.drain())
+        self._report_commit(self.checkpoints.save(step, tokens, final=True, metrics=scores))
+        self._report_commit(self.checkpoints.drain())
+        if self.mesh.rank == 0:
+            self.reporter.metrics(
+                self.record("stage_end", step, checkpoint=self.checkpoints.committed_key)
+            )
+        self.reporter.phase("finished", step)
+        return {
+            "status": "finished",
+            "step": step,
+            "checkpoint": self.checkpoints.committed_key,
+        }
+
+    def record(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """A line of the metric log, with what every line carries."""
+        return {
+            "kind": kind,
+            "stage": self.stage.name,
+            "stage_index": self.job.stage_index,
+            "step": step,
+            "global_step": self.first_step_of_stage + step,
+            "attempt": self.job.attempt,
+            "time": time.time(),
+            **values,
+        }
+
+
+def weight_by_modality(batch: TrainBatch) -> torch.Tensor:
+    """Sum of the loss weights by target modality, float64 [2] on the CPU."""
+    weights = batch.loss_weights.double()
+    vision = batch.target_modality == VISION
+    return torch.stack([weights[~vision].sum(), weights[vision].sum()]).cpu()
