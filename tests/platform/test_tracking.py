@@ -1,0 +1,227 @@
+"""Tracking on a real sqlite store: nothing lost, nothing twice, never in the way."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringworld_platform.tracked_run import TrackedRun, flatten
+from ringworld_platform.tracking import Tracker
+
+Recording = dict[str, Callable[..., Any]]
+DEADLINE_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A sqlite store with MLflow's schema; making one takes seconds, so it is made once."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "quickstart-1"
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes(empty_store)
+    working = tmp_path / "cwd"
+    working.mkdir()
+    monkeypatch.chdir(working)
+    return folder
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "gave up waiting"
+        threading.Event().wait(0.02)
+
+
+def client_of(folder: Path) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def series(folder: Path, run: str, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client_of(folder).get_metric_history(run, name)]
+
+
+def expected(records: list[dict[str, Any]], name: str, stage: int | None) -> list[Any]:
+    step_key = "global_step" if stage is None else "step"
+    return sorted(
+        (record[step_key], record[name])
+        for record in records
+        if record["kind"] == "step" and stage in (None, record["stage_index"])
+    )
+
+
+def test_every_point_arrives_once_and_files_are_kept(
+    run_folder: Path, recording: Recording, tmp_path: Path
+) -> None:
+    records = recording["metrics"]()
+    recording["append"](run_folder / "metrics.jsonl", records)
+    (run_folder / "spec.yaml").write_text("kind: train\n")
+    (run_folder / "report.html").write_text("<p>report</p>")
+    (run_folder / "plots").mkdir()
+    (run_folder / "plots" / "loss.png").write_bytes(b"png")
+    tracker = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    tracker.start()
+    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    assert (tracker.state, tracker.dropped) == ("ended", 0)
+
+    saved = TrackedRun.load(run_folder, f"sqlite:///{run_folder / 'mlflow.db'}")
+    assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
+    for stage in range(3):
+        child = saved.stages[str(stage)]
+        for name in ("loss_text", "ring_wait_seconds"):
+            assert sorted(series(run_folder, child, name)) == expected(records, name, stage)
+        assert series(run_folder, child, "validation/loss_text") == [(20, 3.1 - 0.2 * stage)]
+        run = client_of(run_folder).get_run(child)
+        assert run.data.tags["mlflow.parentRunId"] == saved.parent
+        assert run.info.status == "FINISHED"
+    parent = client_of(run_folder).get_run(saved.parent)
+    assert parent.info.run_name == "quickstart-1"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["attempt"] == "2"
+    assert parent.data.params["stages.1.context_length"] == "8Ki"
+    assert parent.data.params["data.sources.books.shards"] == "books"
+    artifacts = {item.path for item in client_of(run_folder).list_artifacts(saved.parent)}
+    assert artifacts == {"spec.yaml", "report.html", "plots"}
+    assert (run_folder / "mlflow-artifacts").is_dir()
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_a_restart_goes_on_with_the_same_runs(
+    run_folder: Path, recording: Recording, acknowledged: bool
+) -> None:
+    records = recording["metrics"]()
+    log = run_folder / "metrics.jsonl"
+    recording["append"](log, records[:30])
+    first = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    first.start()
+    assert first.finish("STOPPED", timeout_seconds=DEADLINE_SECONDS), first.problem
+    uri = f"sqlite:///{run_folder / 'mlflow.db'}"
+    before = TrackedRun.load(run_folder, uri)
+    assert client_of(run_folder).get_run(before.parent).info.status == "KILLED"
+    if not acknowledged:  # died after the server had the points, before it saved the position
+        forgotten = TrackedRun(key=before.key, uri=uri)
+        forgotten.save(run_folder)
+
+    recording["append"](log, records[30:])
+    second = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    second.start()
+    assert second.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), second.problem
+    after = TrackedRun.load(run_folder, uri)
+    assert after.parent == before.parent
+    assert after.stages["0"] == before.stages["0"]
+    assert sorted(series(run_folder, after.parent, "loss")) == expected(records, "loss", None)
+    runs = client_of(run_folder).search_runs([after.experiment_id])
+    assert len(runs) == 4
+
+
+def test_an_outage_is_a_gap_that_is_filled(run_folder: Path, recording: Recording) -> None:
+    records = recording["metrics"]()
+    database = run_folder / "mlflow.db"
+    usable = database.read_bytes()
+    database.write_bytes(b"this is no database" * 100)
+    log = run_folder / "metrics.jsonl"
+    tracker = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    tracker.start()
+    recording["append"](log, records[:10])
+    tracker.poke()
+    wait_for(lambda: tracker.state == "unreachable")
+    assert "not a database" in (tracker.problem or "")
+    recording["append"](log, records[10:])
+    tracker.poke()
+    database.write_bytes(usable)
+    wait_for(lambda: tracker.state == "up to date")
+    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    saved = TrackedRun.load(run_folder, f"sqlite:///{database}")
+    assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
+
+
+def test_a_dead_server_neither_blocks_nor_raises(
+    tmp_path: Path, recording: Recording, unused_port: int
+) -> None:
+    spec = recording["spec"](mlflow=f"http://127.0.0.1:{unused_port}")
+    tracker = Tracker(tmp_path, spec, "quickstart-1", pace_seconds=0.05)
+    slowest = 0.0
+    for call in [tracker.start, *[tracker.poke] * 50]:
+        recording["append"](tmp_path / "metrics.jsonl", recording["metrics"]()[:1])
+        started = time.perf_counter()
+        call()
+        slowest = max(slowest, time.perf_counter() - started)
+    assert slowest < 0.05
+    wait_for(lambda: tracker.state == "unreachable")
+    assert not tracker.finish("SUCCEEDED", timeout_seconds=0.2)
+    assert TrackedRun.load(tmp_path, spec.tracking.mlflow).offset == 0
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
+
+
+def test_off_starts_no_thread(tmp_path: Path, recording: Recording) -> None:
+    tracker = Tracker(tmp_path, recording["spec"](mlflow="off"), "quickstart-1")
+    tracker.start()
+    assert tracker.state == "off"
+    assert tracker.finish("SUCCEEDED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_line_costs_itself_only(run_folder: Path, recording: Recording) -> None:
+    records = recording["metrics"]()[:4]
+    log = run_folder / "metrics.jsonl"
+    recording["append"](log, records[:2])
+    with log.open("a") as file:
+        file.write('{"kind": "step", "loss"\n')
+    recording["append"](log, records[2:])
+    tracker = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    tracker.start()
+    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    assert tracker.dropped == 1
+    saved = TrackedRun.load(run_folder, f"sqlite:///{run_folder / 'mlflow.db'}")
+    assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
+
+
+def test_settings_of_the_user_win(
+    run_folder: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    tracker = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    tracker.start()
+    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    import os
+
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+def test_flatten_names_every_leaf_and_cuts_long_ones() -> None:
+    flat = flatten({"a": {"b": [1, 2]}, "c": [{"d": None}], "e": "x" * 9000})
+    assert flat["a.b"] == "[1, 2]"
+    assert flat["c.0.d"] == "None"
+    assert len(flat["e"]) <= 500
+
+
+def test_the_store_is_sqlite(empty_store: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "copy.db"
+    path.write_bytes(empty_store)
+    with sqlite3.connect(path) as database:
+        assert database.execute("select count(*) from experiments").fetchone()[0] >= 0
