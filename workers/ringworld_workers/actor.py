@@ -1,0 +1,278 @@
+"""One rank as a Ray actor. It delegates everything: this is the only file here that knows Ray.
+
+Two groups of threads: ``train`` (one thread) runs the stage, ``control`` answers while it runs.
+What needs torch is imported inside the methods, on the worker: the controller that holds the
+handles may live on a machine without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ringworld_workers.recorder import Entry, Progress, Recorder, RecorderHandler
+from ringworld_workers.stage_job import StageJob
+
+log = logging.getLogger(__name__)
+
+CONTROL_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Where a worker lives: what gangs are sorted by."""
+
+    node: str
+    ip: str
+    pid: int
+    gpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    """An exception of a worker as plain data: its class may not exist where this is read.
+
+    Attributes:
+        types: names of the exception's class and of its bases, nearest first.
+        message: its text.
+        traceback: the whole trace.
+        time: when it was caught, seconds since the epoch.
+    """
+
+    types: tuple[str, ...]
+    message: str
+    traceback: str
+    time: float
+
+    @classmethod
+    def of(cls, error: BaseException) -> WorkerFailure:
+        """Describe ``error``; call inside its except block."""
+        types = tuple(c.__name__ for c in type(error).__mro__ if c is not object)
+        text = str(error).strip() or type(error).__name__
+        return cls(types, text, traceback.format_exc(), time.time())
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Reply to ``drain``: new entries, and the heartbeat."""
+
+    entries: list[Entry]
+    progress: Progress
+
+
+class RingWorker:
+    """One rank: made in a placement group, told its rank, given one stage to run."""
+
+    def __init__(self, stage_function: str, prepare_function: str) -> None:
+        """Set up logging; nothing heavy.
+
+        Args:
+            stage_function: ``module:function`` that trains a stage.
+            prepare_function: ``module:function`` that builds a data recipe.
+        """
+        self._stage_function = stage_function
+        self._prepare_function = prepare_function
+        self._recorder = Recorder()
+        self._rendezvous: Any = None
+        self._mesh: Any = None
+        self._job: StageJob | None = None
+        _log_to(self._recorder)
+
+    @ray.method(concurrency_group="control")
+    def identity(self) -> Identity:
+        """Where this worker lives."""
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return Identity(
+            node=context.get_node_id(),
+            ip=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
+        )
+
+    @ray.method(concurrency_group="train")
+    def load(self) -> None:
+        """Import what the stage needs, on all ranks at once, while the gang is being arranged."""
+        self._recorder.phase("import", 0)
+        importlib.import_module("torch.distributed")
+        importlib.import_module(self._stage_function.partition(":")[0])
+
+    @ray.method(concurrency_group="control")
+    def open_rendezvous(self, world_size: int, timeout_seconds: float) -> tuple[str, int]:
+        """Open the store at which the gang meets (rank 0 alone), on a port that the system picks.
+
+        Returns:
+            Host and port.
+        """
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        # Our own listening socket: TCPStore's would listen on every interface of the machine.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind((host, 0))
+        listener.listen()
+        port = int(listener.getsockname()[1])
+        self._rendezvous = TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=True,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        return host, port
+
+    @ray.method(concurrency_group="train")
+    def setup(
+        self,
+        rank: int,
+        host: str,
+        port: int,
+        job: StageJob,
+        num_threads: int,
+        timeout_seconds: float,
+    ) -> WorkerFailure | None:
+        """Join the gang's process group and lay out the mesh. Every rank calls it.
+
+        Args:
+            rank: this worker's place.
+            host: rank 0's rendezvous.
+            port: rank 0's rendezvous.
+            job: the stage to run.
+            num_threads: threads of one torch operation on CPU.
+            timeout_seconds: after which a collective of a lost peer fails by itself; the gang's
+                watch is meant to be faster.
+        """
+        try:
+            self._recorder.phase("rendezvous", 0)
+            self._join(rank, host, port, job, num_threads, timedelta(seconds=timeout_seconds))
+        except Exception as error:
+            return self._failed(error)
+        return None
+
+    def _join(
+        self, rank: int, host: str, port: int, job: StageJob, num_threads: int, timeout: timedelta
+    ) -> None:
+        import torch
+        from torch import distributed as dist
+
+        from ringworld_workers.mesh import build_mesh
+
+        torch.set_num_threads(num_threads)
+        if job.device == "cuda":
+            # Ray shows each worker its own GPU only.
+            torch.cuda.set_device(0)
+        store = self._rendezvous
+        if store is None:
+            store = dist.TCPStore(host, port, job.world_size, is_master=False, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if job.device == "cuda" else "gloo",
+            store=dist.PrefixStore(job.group_name, store),
+            rank=rank,
+            world_size=job.world_size,
+            timeout=timeout,
+        )
+        self._mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size, job.device)
+        self._job = job
+
+    @ray.method(concurrency_group="train")
+    def run_stage(self) -> dict[str, Any] | WorkerFailure:
+        """Run the stage to its end, to a stop request, or to a failure.
+
+        Returns:
+            What the stage function returned, or the exception that it raised.
+        """
+        try:
+            run: Callable[..., dict[str, Any]] = _named(self._stage_function)
+            return run(self._job, self._mesh, self._recorder)
+        except Exception as error:
+            return self._failed(error)
+
+    @ray.method(concurrency_group="train")
+    def prepare_data(self, recipe: str, cache: str) -> dict[str, Any] | WorkerFailure:
+        """Build a data recipe into the cache, or find it there.
+
+        Returns:
+            ``{"dir", "datasets", "text_vocab_size", "codebook_size", "cached"}``.
+        """
+        try:
+            build: Callable[..., Any] = _named(self._prepare_function)
+            prepared = build(Path(recipe), Path(cache), self._prepare_progress)
+            return {
+                "dir": str(prepared.dir),
+                "datasets": {name: str(folder) for name, folder in prepared.datasets.items()},
+                "text_vocab_size": prepared.text_vocab_size,
+                "codebook_size": prepared.codebook_size,
+                "cached": prepared.cached,
+            }
+        except Exception as error:
+            return self._failed(error)
+
+    @ray.method(concurrency_group="control")
+    def drain(self, after_seq: int) -> Drained:
+        """Records since ``after_seq``, and the heartbeat; see ``Recorder.drain``."""
+        return Drained(self._recorder.drain(after_seq), self._recorder.progress())
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> Progress:
+        """The heartbeat."""
+        return self._recorder.progress()
+
+    @ray.method(concurrency_group="control")
+    def request_stop(self) -> None:
+        """Ask the stage to save and stop at its next step."""
+        self._recorder.request_stop()
+
+    @ray.method(concurrency_group="control")
+    def dump_stacks(self) -> str:
+        """Python stack of every thread of this worker."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        parts = []
+        for ident, frame in sys._current_frames().items():
+            stack = "".join(traceback.format_stack(frame))
+            parts.append(f"thread {names.get(ident, ident)}:\n{stack}")
+        return "\n".join(parts)
+
+    def _prepare_progress(self, name: str, done: int, total: int) -> None:
+        self._recorder.phase(f"{name} {done}/{total}", done)
+
+    def _failed(self, error: Exception) -> WorkerFailure:
+        log.error("failed", exc_info=error)
+        return WorkerFailure.of(error)
+
+
+def _named(name: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _log_to(recorder: Recorder) -> None:
+    """Send this process's log to the outbox, and to stderr for Ray's own log files."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(RecorderHandler(recorder))
+    if not any(type(handler) is logging.StreamHandler for handler in root.handlers):
+        root.addHandler(logging.StreamHandler(sys.stderr))
+
+
+# Ray's own annotations leave out concurrency groups.
+RingWorkerActor = ray.remote(  # type: ignore[call-overload]
+    max_restarts=0, concurrency_groups={"train": 1, "control": CONTROL_THREADS}
+)(RingWorker)

@@ -1,0 +1,121 @@
+"""A rank's outbox: records are numbered, and kept until the reader says that it has them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ringworld_workers.reporter import Record
+
+EntryKind = Literal["metrics", "event", "log"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing that a rank has said.
+
+    Attributes:
+        seq: its number in this worker's outbox, from 1.
+        kind: which log it belongs to.
+        data: the record, or the line of text of a ``log`` entry.
+    """
+
+    seq: int
+    kind: EntryKind
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A rank's heartbeat.
+
+    Attributes:
+        phase: what it is doing, such as ``forward``.
+        step: in which step of the stage.
+        since: wall-clock time (seconds since the epoch, this worker's clock) at which it began.
+        count: how many phases it has begun; a number that stands still means no progress.
+    """
+
+    phase: str = "start"
+    step: int = 0
+    since: float = 0.0
+    count: int = 0
+
+
+class Recorder:
+    """A ``Reporter`` whose records wait to be fetched. Any thread may call any method."""
+
+    def __init__(self) -> None:
+        """Start with an empty outbox."""
+        self._lock = threading.Lock()
+        self._entries: deque[Entry] = deque()
+        self._last_seq = 0
+        self._stop = threading.Event()
+        self._progress = Progress(since=time.time())
+
+    def phase(self, name: str, step: int) -> None:
+        """See ``Reporter.phase``."""
+        with self._lock:
+            count = self._progress.count + 1
+            self._progress = Progress(phase=name, step=step, since=time.time(), count=count)
+
+    def metrics(self, record: Record) -> None:
+        """See ``Reporter.metrics``."""
+        self._add("metrics", dict(record))
+
+    def event(self, record: Record) -> None:
+        """See ``Reporter.event``."""
+        self._add("event", {"time": time.time(), **record})
+
+    def log_line(self, text: str) -> None:
+        """Keep a line of this rank's log."""
+        self._add("log", text)
+
+    def should_stop(self) -> bool:
+        """See ``Reporter.should_stop``."""
+        return self._stop.is_set()
+
+    def request_stop(self) -> None:
+        """Make ``should_stop`` true from now on."""
+        self._stop.set()
+
+    def progress(self) -> Progress:
+        """The newest heartbeat."""
+        with self._lock:
+            return self._progress
+
+    def drain(self, after_seq: int) -> list[Entry]:
+        """Everything after entry ``after_seq``; what came before it is forgotten.
+
+        Asking again with the same number gives the same entries again: a lost reply loses nothing.
+        """
+        with self._lock:
+            while self._entries and self._entries[0].seq <= after_seq:
+                self._entries.popleft()
+            return list(self._entries)
+
+    def _add(self, kind: EntryKind, data: Any) -> None:
+        with self._lock:
+            self._last_seq += 1
+            self._entries.append(Entry(self._last_seq, kind, data))
+
+
+class RecorderHandler(logging.Handler):
+    """Sends a worker's Python log lines to its outbox."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Send to ``recorder``."""
+        super().__init__()
+        self._recorder = recorder
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Format one line and keep it."""
+        try:
+            self._recorder.log_line(self.format(record))
+        except Exception:
+            self.handleError(record)

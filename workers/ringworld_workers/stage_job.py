@@ -1,0 +1,55 @@
+"""What one rank is told: plain data that travels from the controller to every worker of a gang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ringworld_jobs.spec import JobSpec, StageSpec
+from ringworld_model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageJob:
+    """One stage of one run, the same on every rank.
+
+    Attributes:
+        run_id: the run, such as ``quickstart-1``.
+        spec: the whole resolved job.
+        stage_index: which of ``spec.stages`` to train.
+        attempt: 1 for the run's first gang, one more for each gang that had to be built again
+            after a failure, a stop or a restart of the controller.
+        world_size: ranks of the gang: sequence_parallel_size * data_parallel_size.
+        sequence_parallel_size: ring size.
+        data_parallel_size: rings.
+        device: what the ranks compute on.
+        data_dir: folder of the prepared data recipe; empty when the job names none.
+        sources: dataset folder by source name: the recipe's and the spec's.
+        model_config: the model's shape, table sizes filled in from the data.
+        checkpoint_url: where the run's checkpoints lie: ``file:///abs/runs/quickstart-1/checkpoints``.
+        spec_digest: digest of the resolved spec; checkpoints carry it.
+    """
+
+    run_id: str
+    spec: JobSpec
+    stage_index: int
+    attempt: int
+    world_size: int
+    sequence_parallel_size: int
+    data_parallel_size: int
+    device: Literal["cpu", "cuda"]
+    data_dir: str
+    sources: dict[str, str]
+    model_config: ModelConfig
+    checkpoint_url: str
+    spec_digest: str
+
+    @property
+    def stage(self) -> StageSpec:
+        """The stage to train."""
+        return self.spec.stages[self.stage_index]
+
+    @property
+    def group_name(self) -> str:
+        """Name of this gang's rendezvous: unlike for any two attempts."""
+        return f"{self.run_id}/{self.stage.name}/attempt-{self.attempt}"
