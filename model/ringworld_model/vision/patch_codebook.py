@@ -147,8 +147,8 @@ class PatchCodebook:
     ) -> PatchCodebook:
         """Fit a codebook by k-means on a random sample of patches.
 
-        A code that no patch chose is moved to one of the patches that are described worst, so that none
-        stays unused. The same arguments give the same codebook.
+        A code that no patch chose is moved to one of the patches that are described worst, so that
+        none stays unused. The same arguments give the same codebook.
 
         Args:
             frames: uint8 [F, N, N, 3], resized and cropped already.
