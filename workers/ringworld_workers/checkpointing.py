@@ -45,6 +45,7 @@ class StageCheckpoints:
         self.writer = CheckpointWriter(self.store, mesh, job)
         self.committed_key: str | None = None
         self._every = job.spec.checkpoint.every
+        self._saved_step: int | None = None
         self._last_step = 0
         self._last_time = time.monotonic()
         self._steps_done = 0
@@ -79,7 +80,7 @@ class StageCheckpoints:
             return Start(step=0, tokens=state.tokens, key=ref.key)
         if state.rng:
             torch.set_rng_state(_decode_rng(state.rng))
-        self._last_step = self._steps_done = state.step
+        self._last_step = self._steps_done = self._saved_step = state.step
         return Start(step=state.step, tokens=state.tokens, key=ref.key)
 
     def due(self) -> bool:
@@ -111,10 +112,14 @@ class StageCheckpoints:
     ) -> dict[str, Any] | None:
         """Snapshot the state after ``step`` steps and start its upload.
 
+        A stop right after a restore finds its state saved already, and saves nothing.
+
         Returns:
             What was committed on the way, if an earlier upload had to be finished first.
         """
         earlier = self.drain()
+        if step == self._saved_step and not final:
+            return earlier
         stage = self.job.stage
         state = TrainState(
             stage=stage.name,
@@ -129,7 +134,8 @@ class StageCheckpoints:
             final=final,
         )
         self.writer.snapshot(self.engine, state)
-        self._last_step, self._last_time = step, time.monotonic()
+        self._saved_step = self._last_step = step
+        self._last_time = time.monotonic()
         return earlier
 
     def finish(self) -> str | None:

@@ -153,6 +153,7 @@ class StageRun:
             learning_rate = learning_rate_at(self.stage.learning_rate, step, self.stage.num_steps)
             sums, grad_norm = self._step(batches, boundary.weight, learning_rate, step)
             step += 1
+            self.checkpoints.note_step(step)
             tokens += self.stage.rows_per_step * self.stage.context_length
             losses = self._losses(sums, boundary.weight)
             self._refuse_nonsense(losses, grad_norm, step)
