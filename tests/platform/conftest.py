@@ -181,6 +181,8 @@ def recorded_status(folder: Path, state: str = "SUCCEEDED") -> dict[str, Any]:
         "eta_seconds": 0.0,
         "error": None,
         "run_folder": str(folder),
+        "submitted": 1_790_000_000.0,
+        "spec_digest": "0" * 64,
         "workers": [
             {"rank": 0, "pid": 41, "node": "n0", "device": "cpu", "phase": "forward", "step": 20},
             {"rank": 1, "pid": 42, "node": "n0", "device": "cpu", "phase": "ring", "step": 20},
