@@ -174,7 +174,7 @@ def _write(kind: FigureKind, curves: Curves, folder: Path) -> Plot:
     axes = figure.add_subplot()
     _stage_bands(axes, curves.spans)
     kind.draw(axes, curves)
-    _finish(axes, curves)
+    _finish(axes, curves, kind.wide)
     path = folder / f"{kind.name}.png"
     figure.savefig(path, dpi=DOTS_PER_INCH)
     return Plot(kind.name, kind.title, kind.explanation, path, _embed(figure, curves), kind.wide)
@@ -205,12 +205,11 @@ def _stage_bands(axes: Axes, spans: Sequence[Span]) -> None:
         )
 
 
-def _finish(axes: Axes, curves: Curves) -> None:
+def _finish(axes: Axes, curves: Curves, wide: bool) -> None:
     axes.set_xlim(0, float(curves.tokens[-1]) * 1.01)
     axes.set_xlabel("tokens", fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(7))
-    axes.margins(y=0.12)
     axes.tick_params(labelsize=8, color=GREY, labelcolor=INK)
     axes.grid(axis="y", color="#E3E6EA", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -225,7 +224,7 @@ def _finish(axes: Axes, curves: Curves) -> None:
             labels,
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=6 if axes.get_figure().get_figwidth() > 8 else 4,
+            ncols=6 if wide else 4,
             fontsize=8,
             frameon=False,
             borderaxespad=0.2,
@@ -243,6 +242,12 @@ def _smooth_line(axes: Axes, curves: Curves, values: Values, color: str, label: 
         mean = running_mean(values[part], window)
         axes.plot(curves.tokens[part], mean, color=color, linewidth=1.8, label=label)
         label = "_nolegend_"
+
+
+def _from_zero(axes: Axes, *values: Values) -> None:
+    """Show zero, and leave room for the stages' names above the highest value."""
+    highest = max(float(np.nanmax(np.nan_to_num(v))) for v in values)
+    axes.set_ylim(0, highest * 1.18 or 1.0)
 
 
 def _draw_loss(axes: Axes, curves: Curves) -> None:
@@ -283,12 +288,14 @@ def _draw_loss(axes: Axes, curves: Curves) -> None:
                 )
                 label = "_nolegend_"
     axes.set_ylabel("loss, nats a token", fontsize=9, color=INK)
+    axes.margins(y=0.1)
 
 
 def _line(name: str, label: str, color: str, scale: float = 1.0) -> Callable[[Axes, Curves], None]:
     def draw(axes: Axes, curves: Curves) -> None:
         _smooth_line(axes, curves, curves.values(name) * scale, color, label)
         axes.set_ylabel(label, fontsize=9, color=INK)
+        axes.margins(y=0.16)
 
     return draw
 
@@ -298,16 +305,16 @@ def _draw_learning_rate(axes: Axes, curves: Curves) -> None:
         part = curves.part(span)
         axes.plot(curves.tokens[part], curves.values("learning_rate")[part], color=GREEN)
     axes.set_ylabel("learning rate", fontsize=9, color=INK)
+    _from_zero(axes, curves.values("learning_rate"))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.yaxis.get_offset_text().set_fontsize(8)
-    axes.set_ylim(bottom=0)
 
 
 def _draw_throughput(axes: Axes, curves: Curves) -> None:
     _smooth_line(axes, curves, curves.values("tokens_per_second"), BLUE, "tokens/s")
     axes.set_ylabel("tokens a second", fontsize=9, color=INK)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_ylim(bottom=0)
+    _from_zero(axes, curves.values("tokens_per_second"))
 
 
 def _draw_step_time(axes: Axes, curves: Curves) -> None:
@@ -339,7 +346,7 @@ def _draw_memory(axes: Axes, curves: Curves) -> None:
             axes.plot(curves.tokens, values, color=color, linewidth=1.8, label=label)
     axes.set_ylabel("memory of rank 0", fontsize=9, color=INK)
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes.set_ylim(bottom=0)
+    _from_zero(axes, *(curves.values(name) for _, name, _ in kinds))
 
 
 FIGURES = (
@@ -347,8 +354,9 @@ FIGURES = (
         "loss",
         "Loss by modality",
         "Points are steps, lines their running mean; shaded bands are the stages of the "
-        "curriculum. Open markers are the loss on held-out rows at a stage's end. A dashed line is the entropy "
-        "of the token frequencies: a model above it has learnt less than which tokens are common. "
+        "curriculum. Open markers are the loss on held-out rows at a stage's end. A dashed line is "
+        "the entropy of the token frequencies: a model above it knows less than which tokens are "
+        "common. "
         "A step up at a band's edge is the price of a longer context, and should heal.",
         _draw_loss,
         ("loss_text", "loss_vision"),
