@@ -14,6 +14,9 @@ class TokenizerTraining(Spec):
 
     vocabulary_size: Annotated[int, Field(ge=300)]
     """Pieces, special tokens and the 256 bytes included."""
+    max_bytes: Size | None = None
+    """Most bytes of text to train on, an equal share from the start of each training document;
+    empty: all of it."""
 
 
 class TokenizerSpec(Spec):
@@ -22,7 +25,8 @@ class TokenizerSpec(Spec):
     train: TokenizerTraining | None = None
     """Train one on the recipe's texts."""
     path: str | None = None
-    """An existing one: a Hugging Face tokenizer folder or tokenizer.json, or a SentencePiece .model file."""
+    """An existing one: a Hugging Face tokenizer folder or tokenizer.json, or a SentencePiece .model
+    file."""
 
     @model_validator(mode="after")
     def _one(self) -> TokenizerSpec:
@@ -52,7 +56,8 @@ class CodebookSpec(Spec):
     def _divides(self) -> CodebookSpec:
         if self.frame_size % self.patch_size:
             raise ValueError(
-                f"frame_size={self.frame_size} is not divisible by patch_size={self.patch_size}"
+                f"frame_size {self.frame_size} is not divisible by patch_size {self.patch_size}; "
+                f"the patches tile the frame, as 4 does 64"
             )
         return self
 
@@ -68,7 +73,7 @@ class SpanSpec(Spec):
     @model_validator(mode="after")
     def _ordered(self) -> SpanSpec:
         if self.end <= self.start:
-            raise ValueError(f"end={self.end:g} is not after start={self.start:g}")
+            raise ValueError(f"end {self.end:g} is not after start {self.start:g}")
         return self
 
 
@@ -79,13 +84,29 @@ class CaptionSpec(SpanSpec):
     """One sentence."""
 
 
+class CropSpec(Spec):
+    """A rectangle of the decoded frame, in pixels from its upper left corner."""
+
+    left: Annotated[int, Field(ge=0)] = 0
+    """Columns cut off at the left."""
+    top: Annotated[int, Field(ge=0)] = 0
+    """Rows cut off at the top."""
+    width: Size
+    """Columns kept."""
+    height: Size
+    """Rows kept."""
+
+
 class VideoSpec(Spec):
     """A video file and its captions."""
 
     path: str
-    """File path relative to the recipe, or package:NAME/path for a file of an installed Python package."""
+    """File path relative to the recipe, or package:NAME/path for a file of an installed Python
+    package."""
     credit: str = ""
     """Author and licence, copied into the dataset."""
+    crop: CropSpec | None = None
+    """Part of the picture that is used, for instance without letterbox bars; empty: all of it."""
     captions: list[CaptionSpec] = []
     """Captions by stretch; a clip takes the caption that covers most of it."""
     held_out: list[SpanSpec] = []
@@ -124,7 +145,8 @@ class VideoTextDataset(Spec):
     stride_frames: Size | None = None
     """Frames from one clip's start to the next one's; empty: frames_per_clip (no overlap)."""
     layouts: Annotated[list[Layout], Field(min_length=1)] = ["text,vision", "vision,text"]
-    """Each clip gives one example per layout: text first trains generation, vision first understanding."""
+    """Each clip gives one example per layout: text first trains generation, vision first
+    understanding."""
 
 
 Dataset = Annotated[TextDataset | VideoTextDataset, Field(discriminator="kind")]

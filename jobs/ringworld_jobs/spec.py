@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ringworld_jobs.units import ContextLength, Every, Interval, Seconds, Tokens
-from ringworld_model.config import ModelConfig, RopeForm, preset
+from ringworld_model.config import PRESETS, ModelConfig, RopeForm, preset
 
 Auto = Literal["auto"]
 Size = Annotated[int, Field(ge=1)]
@@ -30,6 +30,7 @@ class Spec(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -37,14 +38,15 @@ class VisionSpec(Spec):
     """The visual vocabulary."""
 
     codebook_size: Annotated[int, Field(ge=0)] | None = None
-    """VQ codes of the vision table; empty takes the data recipe's, else the preset's; 0 builds a text-only model."""
+    """VQ codes of the vision table; empty takes the data recipe's, else the preset's; 0 builds a
+    text-only model."""
 
 
 class ModelSpec(Spec):
     """The shape of the model: a preset, with any field replaced."""
 
-    preset: str = "tiny"
-    """A named shape; see `ringworld validate --help` for the list."""
+    preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] = "tiny"
+    """A named shape: tiny, LWM's 7b, llama2-7b, llama3-8b and others."""
     hidden_size: Size | None = None
     """Width of the residual stream."""
     ffn_size: Size | None = None
@@ -97,15 +99,16 @@ class SourceSpec(Spec):
     """A prepared dataset that a mixture may draw from."""
 
     shards: str
-    """Folder of a prepared dataset (it holds meta.json), as `ringworld data build` wrote it."""
+    """Folder of a prepared dataset (it holds meta.json), as `ringworld data build` wrote it.
+    Relative to this file."""
 
 
 class DataSpec(Spec):
     """Where training rows come from."""
 
     recipe: str | None = None
-    """Data recipe (YAML) that is built before the first stage, if it is not in the cache yet; each of
-    its datasets is a source. Relative to this file."""
+    """Data recipe (YAML) that is built before the first stage, if it is not in the cache yet; each
+    of its datasets is a source. Relative to this file."""
     cache: str = ".ringworld/data"
     """Folder of prepared data, one entry a content digest. Relative to the working directory."""
     sources: dict[str, SourceSpec] = {}
@@ -143,7 +146,7 @@ class WorkersSpec(Spec):
     @model_validator(mode="after")
     def _ordered(self) -> WorkersSpec:
         if self.min > self.max:
-            raise ValueError(f"min={self.min} is above max={self.max}; lower min or raise max")
+            raise ValueError(f"min {self.min} is above max {self.max}; lower min or raise max")
         return self
 
 
@@ -164,7 +167,8 @@ class CheckpointSpec(Spec):
     """When and where the state is saved. The end of each stage is always saved."""
 
     store: str = "file://runs"
-    """Where checkpoints go: file://PATH. The run's name is appended."""
+    """Where checkpoints go: file://PATH, where a relative PATH is under the working directory. The
+    run's name is appended."""
     every: Every = Interval(seconds=900.0)
     """Time or steps between checkpoints inside a stage: `15min`, `20 steps`."""
     keep: Size = 2
@@ -185,7 +189,7 @@ class RecoverySpec(Spec):
 
     max_restarts: Annotated[int, Field(ge=0)] = 5
     """Restarts without progress (no new committed checkpoint in between) before the job fails."""
-    stall_timeout: Seconds = Field(default="300s")
+    stall_timeout: Seconds = Field(default=300.0, validate_default=False)
     """A worker that completes no step or save for so long is taken for dead: `300s`, `10min`."""
 
 
@@ -206,17 +210,19 @@ class MeshSpec(Spec):
     """How the stage's workers are laid out; their number is the product."""
 
     sequence_parallel: Size | Auto = "auto"
-    """Ring size: workers that share one sequence. auto: the smallest ring that leaves each worker at
-    most 32Ki tokens."""
+    """Ring size: workers that share one sequence. auto: the smallest ring that leaves each worker
+    at most 32Ki tokens."""
     data_parallel: Size | Auto = "auto"
-    """Rings that train on different rows. auto: as many as resources.workers.max and the batch allow."""
+    """Rings that train on different rows. auto: as many as resources.workers.max and the batch
+    allow."""
 
 
 class LossSpec(Spec):
     """How token losses are weighed."""
 
     weights: Literal["token", "example"] = "example"
-    """token: every target weighs the same; example: every example does, as if unpacked and padded."""
+    """token: every target weighs the same; example: every example does, as if unpacked and
+    padded."""
     text: Share = 0.5
     """Weight of the text loss among the modalities present."""
     vision: Share = 0.5
@@ -230,7 +236,8 @@ class MemorySpec(Spec):
 
     activation_checkpointing: Literal["none", "attention_saved", "full"] = "none"
     """none keeps all; attention_saved keeps the attention's inputs and output and recomputes the
-    rest, so that the backward pass does not run the ring's forward again; full keeps one tensor a layer."""
+    rest, so that the backward pass does not run the ring's forward again; full keeps one tensor a
+    layer."""
 
 
 class AttentionSpec(Spec):
@@ -239,7 +246,8 @@ class AttentionSpec(Spec):
     layout: Literal["auto", "block_cyclic", "contiguous", "zigzag", "striped"] = "auto"
     """Which tokens each worker of a ring holds; auto counts the cost."""
     backend: Literal["auto", "cpu", "flash", "triton", "reference"] = "auto"
-    """Kernel of one block; auto takes the fastest that the device and dtype allow, and says which."""
+    """Kernel of one block; auto takes the fastest that the device and dtype allow, and says
+    which."""
 
 
 class StageSpec(Spec):
@@ -261,8 +269,8 @@ class StageSpec(Spec):
     """Rows that a ring computes at once."""
     mesh: MeshSpec = MeshSpec()
     """Layout of the workers."""
-    mixture: dict[str, Positive]
-    """Share of tokens from each source; they need not sum to 1."""
+    mixture: Annotated[dict[str, Positive], Field(min_length=1)]
+    """Share of tokens from each source; they need not sum to 1. It replaces that of `defaults`."""
     learning_rate: LearningRateSpec
     """The learning rate over the stage."""
     loss: LossSpec = LossSpec()

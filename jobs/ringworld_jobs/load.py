@@ -1,0 +1,169 @@
+"""From a YAML file to a job spec or a data recipe: all problems at once, or a valid spec."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from ringworld_jobs.credentials import refuse_secrets
+from ringworld_jobs.curriculum import check_curriculum, merge_defaults
+from ringworld_jobs.document import Document, read_document
+from ringworld_jobs.files import check_recipe_files, check_sources, check_store
+from ringworld_jobs.problem import JobSpecError, KeyPath, Problem, nearest
+from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
+from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.validate import Checked, validate
+
+__all__ = ["JobSpecError", "Problem", "load_job", "load_recipe"]
+
+
+def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
+    """Load and check a job spec.
+
+    Relative `data.recipe` and `data.sources.*.shards` come back absolute, so that the spec means
+    the same wherever it is loaded again; `data.cache` and `checkpoint.store` stay relative to the
+    working directory.
+
+    Args:
+        path: the YAML file.
+        check_files: also check what the spec points to: data, packages, the store's folder.
+
+    Returns:
+        The spec, `defaults` merged into every stage.
+
+    Raises:
+        JobSpecError: everything that is wrong, with lines, limits and remedies.
+    """
+    path = Path(path)
+    document = read_document(path)
+    _check_kind(document, "train")
+    refuse_secrets(document)
+    _check_unused_defaults(document)
+    merge_defaults(document)
+    checked = validate(JobSpec, document)
+    problems: list[Problem] = []
+    recipe = _recipe_of(checked, path.parent, check_files, problems)
+    check_curriculum(checked, recipe)
+    check_store(checked, check_files=check_files)
+    if check_files:
+        check_sources(checked, path.parent)
+    problems = document.problems + problems
+    if problems or checked.spec is None:
+        raise JobSpecError(problems)
+    return _absolute(checked.spec, path.parent)
+
+
+def load_recipe(path: Path | str, *, check_files: bool = True) -> RecipeSpec:
+    """Load and check a data recipe.
+
+    Args:
+        path: the YAML file.
+        check_files: also check that its files are there and its packages installed.
+
+    Raises:
+        JobSpecError: everything that is wrong, with lines, limits and remedies.
+    """
+    checked = _read_recipe(Path(path), check_files)
+    if checked.document.problems or checked.spec is None:
+        raise JobSpecError(checked.document.problems)
+    return checked.spec
+
+
+def _read_recipe(path: Path, check_files: bool) -> Checked[RecipeSpec]:
+    document = read_document(path)
+    _check_kind(document, "data")
+    refuse_secrets(document)
+    checked = validate(RecipeSpec, document)
+    _check_references(checked)
+    if check_files:
+        check_recipe_files(checked, path.parent)
+    return checked
+
+
+def _check_kind(document: Document, kind: str) -> None:
+    """Say so at once where a recipe is given for a job, or the other way round."""
+    other = {"train": "data", "data": "train"}[kind]
+    if isinstance(document.data, dict) and document.data.get("kind") == other:
+        commands = {
+            "train": "this is a job spec (kind: train), and a data recipe (kind: data) is needed",
+            "data": "this is a data recipe (kind: data), and a job spec (kind: train) is needed; "
+            "build recipes with `ringworld data build`",
+        }
+        document.report(("kind",), commands[other])
+        document.data = None
+
+
+def _check_unused_defaults(document: Document) -> None:
+    """Check a `defaults` block that no stage takes, because there is none yet or none readable."""
+    data = document.data
+    if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict):
+        return
+    stages = data.get("stages")
+    if isinstance(stages, list) and any(isinstance(stage, dict) for stage in stages):
+        return
+    trial = {"kind": "train", "stages": [{}], "defaults": data["defaults"]}
+    alone = Document(document.file, trial, document.marks, secret_paths=document.secret_paths)
+    merge_defaults(alone)
+    validate(JobSpec, alone)
+    document.problems += [p for p in alone.problems if p.path.startswith("defaults.")]
+
+
+def _check_references(checked: Checked[RecipeSpec]) -> None:
+    """Datasets of video need a codebook, and name videos of the recipe."""
+    spec, report = checked.spec, checked.document.report
+    if spec is None or not checked.sound(("datasets",)):
+        return
+    for name, dataset in spec.datasets.items():
+        if not isinstance(dataset, VideoTextDataset):
+            continue
+        if spec.codebook is None and checked.sound(("codebook",)):
+            report(("datasets", name), "a dataset of video needs a codebook; add `codebook: {}`")
+        for index, video in enumerate(dataset.videos):
+            if video not in spec.videos and checked.sound(("videos",)):
+                known = ", ".join(spec.videos) or "none"
+                report(
+                    ("datasets", name, "videos", index),
+                    f"no such entry under `videos`; there are {known}",
+                    hint=nearest(video, spec.videos),
+                )
+
+
+def _recipe_of(
+    checked: Checked[JobSpec], base: Path, check_files: bool, problems: list[Problem]
+) -> Checked[RecipeSpec] | None:
+    """The job's recipe, with its own problems added to ``problems``."""
+    place: KeyPath = ("data", "recipe")
+    if checked.spec is None or checked.spec.data.recipe is None or not checked.sound(place):
+        return None
+    path = base / checked.spec.data.recipe
+    if not path.is_file():
+        if check_files:
+            near = _near_files(path)
+            checked.document.report(place, f"no such file: {path}{near}")
+        return None
+    recipe = _read_recipe(path, check_files)
+    problems += recipe.document.problems
+    return recipe
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    names = [other.name for other in path.parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
+    return f"; {path.parent} holds {near[0]}" if near else ""
+
+
+def _absolute(spec: JobSpec, base: Path) -> JobSpec:
+    data: dict[str, Any] = {}
+    if spec.data.recipe is not None:
+        data["recipe"] = str((base / spec.data.recipe).resolve())
+    if spec.data.sources:
+        data["sources"] = {
+            name: source
+            if "://" in source.shards
+            else source.model_copy(update={"shards": str((base / source.shards).resolve())})
+            for name, source in spec.data.sources.items()
+        }
+    return spec.model_copy(update={"data": spec.data.model_copy(update=data)})

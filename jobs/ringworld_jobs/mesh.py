@@ -1,0 +1,120 @@
+"""How many workers a stage runs on, and how they are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ringworld_jobs.spec import ResourcesSpec, StageSpec
+from ringworld_jobs.units import format_tokens
+
+LOCAL_TOKENS = 32 * 1024
+"""Tokens of one row that `sequence_parallel: auto` leaves to each worker, at most."""
+
+
+class MeshError(ValueError):
+    """A stage's mesh and batch do not fit each other or the workers.
+
+    Attributes:
+        field: the stage's field to change first, such as ``mesh.data_parallel``.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        """Keep the field beside the message."""
+        super().__init__(message)
+        self.field = field
+
+
+def resolve_mesh(stage: StageSpec, resources: ResourcesSpec) -> tuple[int, int]:
+    """Choose the size of each mesh axis.
+
+    ``sequence_parallel: auto`` is the smallest ring that leaves each worker at most 32Ki tokens of
+    a row (or all the workers there are, where that is not enough). ``data_parallel: auto`` is the
+    most rings that resources.workers.max holds and that share the rows of a step evenly. Where
+    that comes to fewer workers than resources.workers.min, an automatic ring grows until it fits.
+
+    Args:
+        stage: the stage; its axes are numbers or auto.
+        resources: the workers that it may use.
+
+    Returns:
+        (sequence_parallel_size, data_parallel_size).
+
+    Raises:
+        MeshError: no mesh divides the batch and fits the workers; names the field and the remedy.
+    """
+    fewest, most = resources.workers.min, resources.workers.max
+    data_parallel = stage.mesh.data_parallel
+    for ring_size in _ring_sizes(stage, most):
+        if data_parallel == "auto":
+            num_rings = _most_rings(stage, most // ring_size)
+        else:
+            num_rings = data_parallel
+        _check_rows(stage, num_rings)
+        if fewest <= ring_size * num_rings <= most:
+            return ring_size, num_rings
+    raise _misfit(ring_size, num_rings, stage, resources)
+
+
+def _ring_sizes(stage: StageSpec, most: int) -> Iterable[int]:
+    if stage.mesh.sequence_parallel != "auto":
+        return [stage.mesh.sequence_parallel]
+    rings = stage.mesh.data_parallel
+    limit = max(1, most if rings == "auto" else most // rings)
+    wanted = -(-stage.context_length // LOCAL_TOKENS)
+    return range(min(wanted, limit), limit + 1)
+
+
+def _most_rings(stage: StageSpec, limit: int) -> int:
+    """The most rings up to ``limit`` that share the rows evenly; 1 where none fits."""
+    micro_batches = max(1, stage.rows_per_step // stage.micro_batch_size)
+    rings = min(limit, micro_batches)
+    while rings > 1 and micro_batches % rings:
+        rings -= 1
+    return max(1, rings)
+
+
+def _check_rows(stage: StageSpec, num_rings: int) -> None:
+    rows = stage.rows_per_step
+    at_once = num_rings * stage.micro_batch_size
+    if rows % at_once == 0:
+        return
+    below = rows // at_once * at_once * stage.context_length
+    above = (rows // at_once + 1) * at_once * stage.context_length
+    options = [format_tokens(tokens) for tokens in (below, above) if tokens]
+    field = "mesh.data_parallel" if num_rings > 1 else "micro_batch_size"
+    raise MeshError(
+        field,
+        f"a step has {rows} rows (global_batch_tokens {format_tokens(stage.global_batch_tokens)} / "
+        f"context_length {format_tokens(stage.context_length)}), not a multiple of the {at_once} "
+        f"computed at once (data_parallel {num_rings} x micro_batch_size "
+        f"{stage.micro_batch_size}); set global_batch_tokens to {' or '.join(options)}",
+    )
+
+
+def _misfit(
+    ring_size: int, num_rings: int, stage: StageSpec, resources: ResourcesSpec
+) -> MeshError:
+    fewest, most = resources.workers.min, resources.workers.max
+    world_size = ring_size * num_rings
+    given = stage.mesh.sequence_parallel != "auto"
+    field = "mesh.sequence_parallel" if given else "mesh.data_parallel"
+    product = (
+        f"sequence_parallel {ring_size} x data_parallel {num_rings} = {world_size} "
+        f"worker{'s' if world_size > 1 else ''}"
+    )
+    if world_size > most:
+        smaller = " or ".join(
+            f"mesh.{axis}"
+            for axis, size in (("sequence_parallel", ring_size), ("data_parallel", num_rings))
+            if size > 1
+        )
+        return MeshError(
+            field,
+            f"{product}, and resources.workers.max is {most}; raise it to {world_size} or lower "
+            f"{smaller}",
+        )
+    return MeshError(
+        field,
+        f"{product}, and resources.workers.min is {fewest}; lower it to {world_size} or enlarge "
+        f"the mesh",
+    )

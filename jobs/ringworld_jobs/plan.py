@@ -1,0 +1,112 @@
+"""What a job comes to before it starts: each stage's mesh, batch, length and model size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringworld_jobs.load import load_recipe
+from ringworld_jobs.mesh import MeshError, resolve_mesh
+from ringworld_jobs.recipe import RecipeSpec
+from ringworld_jobs.spec import JobSpec
+from ringworld_model.config import ModelConfig
+
+__all__ = ["MeshError", "StagePlan", "model_config", "plan_stages", "resolve_mesh"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage in numbers.
+
+    Attributes:
+        index: place in the curriculum, from 0.
+        name: the stage's name.
+        context_length: tokens of a whole row.
+        rope_theta: base of the rotary embedding.
+        sequence_parallel_size: workers of one ring.
+        data_parallel_size: rings.
+        world_size: workers, the product of the two.
+        local_length: tokens of one row on one worker, before the layout pads them to its blocks.
+        rows_per_step: rows of one optimizer step over all workers.
+        micro_batch_size: rows that a ring computes at once.
+        gradient_accumulation_steps: micro-batches that each ring computes for one step.
+        num_steps: optimizer steps.
+        num_tokens: tokens of the stage, padding included.
+        num_parameters: trainable parameters of the model.
+    """
+
+    index: int
+    name: str
+    context_length: int
+    rope_theta: float
+    sequence_parallel_size: int
+    data_parallel_size: int
+    world_size: int
+    local_length: int
+    rows_per_step: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    num_steps: int
+    num_tokens: int
+    num_parameters: int
+
+
+def plan_stages(spec: JobSpec, recipe: RecipeSpec | None = None) -> list[StagePlan]:
+    """Plan every stage of a job; reads at most the job's data recipe.
+
+    Args:
+        spec: the job, as ``load_job`` returns it.
+        recipe: the job's data recipe; read from `data.recipe` where it is not given and exists.
+
+    Raises:
+        MeshError: a stage that fits no mesh; ``load_job`` refuses such a job.
+        JobSpecError: the recipe is invalid.
+    """
+    num_parameters = model_config(spec, recipe).num_parameters()
+    plans = []
+    for index, stage in enumerate(spec.stages):
+        ring_size, num_rings = resolve_mesh(stage, spec.resources)
+        rows = stage.rows_per_step
+        plans.append(
+            StagePlan(
+                index=index,
+                name=stage.name,
+                context_length=stage.context_length,
+                rope_theta=stage.rope_theta,
+                sequence_parallel_size=ring_size,
+                data_parallel_size=num_rings,
+                world_size=ring_size * num_rings,
+                local_length=-(-stage.context_length // ring_size),
+                rows_per_step=rows,
+                micro_batch_size=stage.micro_batch_size,
+                gradient_accumulation_steps=rows // (num_rings * stage.micro_batch_size),
+                num_steps=stage.num_steps,
+                num_tokens=stage.num_steps * rows * stage.context_length,
+                num_parameters=num_parameters,
+            )
+        )
+    return plans
+
+
+def model_config(spec: JobSpec, recipe: RecipeSpec | None = None) -> ModelConfig:
+    """The model's shape as far as it is known before the data is built.
+
+    A tokenizer that the recipe trains counts with its full vocabulary; one that is read from a
+    file, and prepared datasets, leave the preset's size until they are read.
+
+    Args:
+        spec: the job.
+        recipe: its data recipe; read from `data.recipe` where it is not given and exists.
+
+    Raises:
+        JobSpecError: the recipe is invalid.
+    """
+    if recipe is None and spec.data.recipe is not None and Path(spec.data.recipe).is_file():
+        recipe = load_recipe(spec.data.recipe, check_files=False)
+    if recipe is None:
+        return spec.model.config()
+    training = recipe.tokenizer.train
+    return spec.model.config(
+        text_vocab_size=training.vocabulary_size if training else None,
+        codebook_size=recipe.codebook.codebook_size if recipe.codebook else None,
+    )

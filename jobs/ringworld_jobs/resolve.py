@@ -1,0 +1,47 @@
+"""The resolved spec: every default written out, fit to be printed, stored and loaded again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from ringworld_jobs.document import RESOLVERS
+from ringworld_jobs.spec import JobSpec
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what our reader would not take for text (1e6), and only that."""
+
+    yaml_implicit_resolvers = RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def resolved(spec: JobSpec) -> dict[str, Any]:
+    """The spec as plain data with every default filled in; fields without a value are left out."""
+    return spec.model_dump(mode="json", exclude_none=True)
+
+
+def resolved_yaml(spec: JobSpec) -> str:
+    """The resolved spec as YAML; ``load_job`` reads an equal JobSpec from it."""
+    return yaml.dump(resolved(spec), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def spec_digest(spec: JobSpec) -> str:
+    """SHA-256 (hex) of the resolved spec: two specs that mean the same have the same one.
+
+    Comments, key order and units do not matter, nor does the folder that data stands in: of the
+    paths under `data`, which ``load_job`` makes absolute, only the last name counts.
+    """
+    data = resolved(spec)
+    if "recipe" in data["data"]:
+        data["data"]["recipe"] = PurePath(data["data"]["recipe"]).name
+    for source in data["data"]["sources"].values():
+        source["shards"] = PurePath(source["shards"]).name
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
