@@ -1,0 +1,214 @@
+"""The rows of a stage: planned from lengths, read from shards, packed for this rank's ring.
+
+Step s trains on rows [s * rows_per_step, (s + 1) * rows_per_step) whatever the number of rings, so
+a run that resumes on fewer sees the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from ringworld_jobs.spec import StageSpec
+from ringworld_model.batch import TrainBatch
+from ringworld_model.packing import WeightMode, pack_row, stack_rows
+from ringworld_workers.data.files import DataError
+from ringworld_workers.data.mixture import ExampleTooLong, RowPlan, RowPlanner
+from ringworld_workers.data.shards import Dataset, Split
+from ringworld_workers.mesh import Mesh
+from ringworld_workers.stage_job import StageJob
+
+
+def open_loader(job: StageJob, mesh: Mesh) -> StageLoader:
+    """The loader of a job's stage for this rank's ring.
+
+    Raises:
+        DataError: a source is missing, or was not prepared with the model's tables.
+    """
+    loader = StageLoader(
+        job.sources,
+        job.stage,
+        job.spec.seed,
+        data_parallel_rank=mesh.data_parallel_rank,
+        data_parallel_size=mesh.data_parallel_size,
+    )
+    model = job.model_config
+    if loader.tokenizer_size > model.text_vocab_size:
+        raise DataError(
+            f"stage {job.stage.name!r}: the data's tokenizer has {loader.tokenizer_size} ids, "
+            f"model.text_vocab_size={model.text_vocab_size}; raise it, or leave it empty"
+        )
+    # Not merely enough rows: eof and eov follow the last code.
+    if loader.codebook_size not in (0, model.vision_codebook_size):
+        raise DataError(
+            f"stage {job.stage.name!r}: the data's codebook has {loader.codebook_size} codes, "
+            f"model.vision.codebook_size={model.vision_codebook_size}; make them equal, or leave "
+            f"the model's empty"
+        )
+    return loader
+
+
+class StageLoader:
+    """Packed rows of one stage, by step.
+
+    Attributes:
+        tokenizer_size: ids of the text tokenizer that all sources share.
+        codebook_size: codes of the codebook that all sources with video share; 0 without any.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        stage: StageSpec,
+        seed: int,
+        *,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+    ) -> None:
+        """Open the stage's sources and plan its rows.
+
+        Args:
+            sources: folder of each prepared dataset by name; those that the mixture names are used.
+            stage: context length, batch, mixture and loss weights.
+            seed: of the data order, together with the stage's name.
+            data_parallel_rank: which ring this is.
+            data_parallel_size: how many there are.
+
+        Raises:
+            DataError: a source is missing or empty, two sources were made with different
+                tokenizers or codebooks, or an example does not fit a row.
+            ValueError: the rows of a step do not come out even over rings and micro-batches.
+        """
+        share = data_parallel_size * stage.micro_batch_size
+        if stage.rows_per_step % share:
+            raise ValueError(
+                f"stage {stage.name!r}: {stage.rows_per_step} rows a step are not divisible by "
+                f"data_parallel_size * micro_batch_size = {data_parallel_size} * "
+                f"{stage.micro_batch_size}; change mesh.data_parallel or global_batch_tokens"
+            )
+        self._stage = stage
+        self._data_parallel_rank = data_parallel_rank
+        self._data_parallel_size = data_parallel_size
+        self._folders = _used(sources, stage)
+        # Each stage draws its own order, else every stage would begin with the same examples.
+        self._seed = zlib.crc32(f"{seed}/{stage.name}".encode())
+        self._datasets = self._open("train", self._folders)
+        self.tokenizer_size, self.codebook_size = _vocabulary(self._datasets)
+        self._planner = self._plan(self._datasets, epochs=None)
+
+    def row_range(self, step: int) -> range:
+        """Global rows of a step (counted from 0), over all rings."""
+        rows = self._stage.rows_per_step
+        return range(step * rows, (step + 1) * rows)
+
+    def step_rows(self, step: int) -> list[TrainBatch]:
+        """This ring's share of a step's rows, in whole micro-batches [micro_batch_size, S]."""
+        rows = self.row_range(step)
+        share = len(rows) // self._data_parallel_size
+        mine = rows[self._data_parallel_rank * share :][:share]
+        size = self._stage.micro_batch_size
+        weights = self._stage.loss.weights
+        packed = [self._pack(self._planner.plan(row), self._datasets, weights) for row in mine]
+        return [stack_rows(packed[start : start + size]) for start in range(0, share, size)]
+
+    def sample_ids(self, step: int) -> list[str]:
+        """Ids of the pieces in all of the step's rows, of every ring, in order."""
+        return [
+            piece.id for row in self.row_range(step) for piece in self._planner.plan(row).pieces
+        ]
+
+    def padding_share(self, step: int) -> float:
+        """Share of the step's tokens, over all rings, that are padding."""
+        rows = self.row_range(step)
+        tokens = sum(self._planner.plan(row).tokens for row in rows)
+        return 1 - tokens / (len(rows) * self._stage.context_length)
+
+    def held_out_rows(self, kind: Literal["text", "vision"], limit: int) -> list[TrainBatch]:
+        """Rows of examples that training never sees, the same on every rank and at every call.
+
+        Each held-out example occurs once at most. Every target weighs the same, so that the loss
+        is in nats per target.
+
+        Args:
+            kind: "text" takes the sources without video, "vision" those with.
+            limit: rows at most.
+
+        Returns:
+            Batches of one row [1, S]; fewer than ``limit`` where the held-out splits end, none
+            where the stage has no such source.
+        """
+        wanted = {
+            name: folder
+            for name, folder in self._folders.items()
+            if _has_vision(self._datasets[name]) == (kind == "vision")
+        }
+        datasets = {n: d for n, d in self._open("held_out", wanted).items() if len(d)}
+        if not datasets:
+            return []
+        plans: Iterator[RowPlan] = self._plan(datasets, epochs=1).iter_from(0)
+        rows = [plan for plan, _ in zip(plans, range(limit), strict=False)]
+        return [self._pack(plan, datasets, "token") for plan in rows]
+
+    def _open(self, split: Split, folders: Mapping[str, str]) -> dict[str, Dataset]:
+        return {name: Dataset(folder, split) for name, folder in folders.items()}
+
+    def _plan(self, datasets: Mapping[str, Dataset], epochs: int | None) -> RowPlanner:
+        context_length = self._stage.context_length
+        try:
+            return RowPlanner(
+                {name: dataset.lengths for name, dataset in datasets.items()},
+                {name: dataset.splittable for name, dataset in datasets.items()},
+                {name: self._stage.mixture[name] for name in datasets},
+                context_length,
+                self._seed,
+                epochs=epochs,
+            )
+        except ExampleTooLong as error:
+            example = datasets[error.source].name(error.index)
+            raise DataError(f"stage {self._stage.name!r}: {error} ({example})") from error
+
+    def _pack(
+        self, plan: RowPlan, datasets: Mapping[str, Dataset], weights: WeightMode
+    ) -> TrainBatch:
+        examples = [datasets[p.source].read(p.index, p.start, p.stop) for p in plan.pieces]
+        return pack_row(examples, self._stage.context_length, weights)
+
+
+def _used(sources: Mapping[str, str], stage: StageSpec) -> dict[str, str]:
+    for name in stage.mixture:
+        if name not in sources:
+            known = ", ".join(sorted(sources)) or "none"
+            raise DataError(
+                f"stage {stage.name!r}: mixture.{name} names no source (known: {known})"
+            )
+    return {name: sources[name] for name in stage.mixture}
+
+
+def _has_vision(dataset: Dataset) -> bool:
+    return int(dataset.meta["splits"]["train"]["vision_tokens"]) > 0
+
+
+def _vocabulary(datasets: Mapping[str, Dataset]) -> tuple[int, int]:
+    """Sizes of the tokenizer and the codebook that the sources share.
+
+    Raises:
+        DataError: two sources were made with different ones, so that the same id would mean
+            two things.
+    """
+    sizes = {"tokenizer": 0, "codebook": 0}
+    for part in sizes:
+        first: tuple[str, str] | None = None
+        for name, dataset in datasets.items():
+            entry = dataset.meta[part]
+            # A text dataset carries its recipe's codebook, but uses none.
+            if entry is None or (part == "codebook" and not _has_vision(dataset)):
+                continue
+            if first is not None and entry["digest"] != first[1]:
+                raise DataError(
+                    f"sources {first[0]!r} and {name!r} were made with different {part}s "
+                    f"({first[1][:12]} and {entry['digest'][:12]}); prepare them in one recipe"
+                )
+            first = first or (name, entry["digest"])
+            sizes[part] = int(entry["size"])
+    return sizes["tokenizer"], sizes["codebook"]
