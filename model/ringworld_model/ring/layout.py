@@ -1,0 +1,80 @@
+"""Layouts: which tokens of a row each rank of a ring holds.
+
+Every layout cuts the row into equal blocks, deals them to the ranks, and keeps each rank's blocks
+in ascending order. Blocks reach past the row's end where its length does not divide: those
+indices are padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LAYOUTS = ("contiguous", "zigzag", "block_cyclic", "striped")
+"""Every layout; "auto" tries them in this order, and the first of equals wins."""
+
+BLOCK_CYCLIC_TOKENS = 128
+"""Tokens of a block of the block-cyclic layout: the tile of the attention kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one row is dealt to the ranks.
+
+    Attributes:
+        name: one of ``LAYOUTS``.
+        ring_size: number of ranks.
+        block_tokens: tokens of a block.
+        blocks_per_rank: blocks that each rank holds.
+    """
+
+    name: str
+    ring_size: int
+    block_tokens: int
+    blocks_per_rank: int
+
+    @property
+    def local_length(self) -> int:
+        """Tokens that each rank holds, padding included."""
+        return self.block_tokens * self.blocks_per_rank
+
+    def owners(self) -> torch.Tensor:
+        """Rank that holds each block: int64 [ring_size * blocks_per_rank], in row order."""
+        ranks = torch.arange(self.ring_size)
+        if self.name == "zigzag":
+            return torch.cat((ranks, ranks.flip(0)))
+        return ranks.repeat(self.blocks_per_rank)
+
+    def local_indices(self, rank: int) -> torch.Tensor:
+        """Row index of each token that ``rank`` holds: int64 [local_length], ascending."""
+        if self.name == "zigzag":
+            blocks = torch.tensor([rank, 2 * self.ring_size - 1 - rank])
+        else:
+            blocks = rank + self.ring_size * torch.arange(self.blocks_per_rank)
+        return (blocks[:, None] * self.block_tokens + torch.arange(self.block_tokens)).flatten()
+
+
+def build_layout(name: str, context_length: int, ring_size: int) -> Layout:
+    """Return the layout ``name`` of a row of ``context_length`` tokens over ``ring_size`` ranks.
+
+    Args:
+        name: one of ``LAYOUTS``.
+        context_length: tokens of the whole row, any length from 1.
+        ring_size: number of ranks, from 1.
+
+    Raises:
+        ValueError: no such layout.
+    """
+    if name == "contiguous":
+        return Layout(name, ring_size, -(-context_length // ring_size), 1)
+    if name == "zigzag":
+        return Layout(name, ring_size, -(-context_length // (2 * ring_size)), 2)
+    if name == "block_cyclic":
+        per_round = BLOCK_CYCLIC_TOKENS * ring_size
+        return Layout(name, ring_size, BLOCK_CYCLIC_TOKENS, -(-context_length // per_round))
+    if name == "striped":
+        return Layout(name, ring_size, 1, -(-context_length // ring_size))
+    raise ValueError(
+        f"attention.layout={name!r} is unknown; choose auto or one of {', '.join(LAYOUTS)}"
+    )

@@ -1,0 +1,197 @@
+"""The ring plan: what every rank computes at every ring step, made once a row on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from ringworld_model.ring.layout import LAYOUTS, Layout, build_layout
+from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring.work import Work, count_work
+
+# Costs that "auto" counts, in visible pairs. A kernel call (forward, backward, merging) takes about
+# as long as a 64 x 64 tile; a token of padding passes through all the other layers too.
+_PAIRS_PER_CALL = 4096
+_PAIRS_PER_TOKEN = 4096
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """Who holds which tokens of one row, and who computes what when. See ``plan_ring``.
+
+    At ring step s, rank r works on the keys and values of rank (r - s) mod ring_size. Two plans
+    are equal when they are for the same documents, lengths, ring and layout.
+
+    Attributes:
+        document_lengths: tokens of each document; they follow one another from index 0.
+        context_length: tokens of the whole row.
+        ring_size: number of ranks.
+        layout: the layout's name, never "auto".
+        local_length: tokens that each rank holds, padding included; the same on every rank.
+        pairs: visible pairs, int64 [ring_size, ring_size], by (rank, step). Do not write to it.
+    """
+
+    document_lengths: tuple[int, ...]
+    context_length: int
+    ring_size: int
+    layout: str
+    local_length: int
+    pairs: torch.Tensor = field(compare=False, repr=False)
+    _layout: Layout = field(compare=False, repr=False)
+    _work: Work = field(compare=False, repr=False)
+    _cost: int = field(compare=False, repr=False)
+    _rectangles: dict[tuple[int, int], tuple[Rectangle, ...]] = field(
+        compare=False, repr=False, default_factory=dict
+    )
+
+    def local_indices(self, rank: int) -> torch.Tensor:
+        """Row index of each local token of ``rank``.
+
+        Returns:
+            int64 [local_length], ascending. Indices from ``context_length`` on are padding; so
+            are those past the documents' sum, where the row itself is padded.
+
+        Raises:
+            ValueError: no such rank.
+        """
+        return self._layout.local_indices(self._check("rank", rank))
+
+    def rectangles(self, rank: int, step: int) -> tuple[Rectangle, ...]:
+        """What ``rank`` computes at ring step ``step``: each visible pair in exactly one of them.
+
+        Made when first asked for: a rank needs only its own.
+
+        Raises:
+            ValueError: no such rank or step.
+        """
+        key = (self._check("rank", rank), self._check("step", step))
+        if key not in self._rectangles:
+            source = (rank - step) % self.ring_size
+            self._rectangles[key] = tuple(self._work.rectangles(rank, source))
+        return self._rectangles[key]
+
+    @property
+    def imbalance(self) -> float:
+        """Slowest rank's visible pairs over the mean rank's, summed over the steps; 1 is ideal."""
+        total = int(self.pairs.sum())
+        slowest = int(self.pairs.max(0).values.sum())
+        return slowest * self.ring_size / total if total else 1.0
+
+    @property
+    def step_imbalance(self) -> tuple[float, ...]:
+        """Slowest rank's visible pairs over the mean rank's, by step; 1 where there is no work."""
+        slowest, total = self.pairs.max(0).values.tolist(), self.pairs.sum(0).tolist()
+        return tuple(
+            most * self.ring_size / every if every else 1.0
+            for most, every in zip(slowest, total, strict=True)
+        )
+
+    def _check(self, name: str, value: int) -> int:
+        if not 0 <= value < self.ring_size:
+            raise ValueError(f"{name}={value} is outside the ring of {self.ring_size}")
+        return value
+
+
+def plan_ring(
+    document_lengths: Sequence[int], context_length: int, ring_size: int, layout: str = "auto"
+) -> RingPlan:
+    """Plan attention over one row: causal within each document, nothing across documents.
+
+    A function of its arguments alone, so that all ranks agree without a message; cached.
+
+    Args:
+        document_lengths: tokens of each document of the row, in order, each at least 1. Their sum
+            may be less than context_length: the rest of the row is padding.
+        context_length: tokens of the whole row, any number from 1.
+        ring_size: number of ranks, any number from 1.
+        layout: "block_cyclic", "contiguous", "zigzag", "striped", or "auto" for the one whose
+            counted cost (slowest rank of each step, masked waste, calls, padding) is least.
+
+    Raises:
+        ValueError: an impossible length or size, or an unknown layout.
+    """
+    return plan_rows([document_lengths], context_length, ring_size, layout)[0]
+
+
+def plan_rows(
+    document_lengths: Sequence[Sequence[int]],
+    context_length: int,
+    ring_size: int,
+    layout: str = "auto",
+) -> list[RingPlan]:
+    """Plan the rows of one batch: as ``plan_ring`` does, with one layout for all rows.
+
+    "auto" takes the layout of least cost over all rows, so that local_length is the same too.
+
+    Args:
+        document_lengths: of each row, see ``plan_ring``.
+        context_length: tokens of each whole row.
+        ring_size: number of ranks.
+        layout: see ``plan_ring``.
+
+    Raises:
+        ValueError: see ``plan_ring``.
+    """
+    if context_length < 1 or ring_size < 1:
+        raise ValueError(
+            f"context_length={context_length} and ring_size={ring_size} must be at least 1"
+        )
+    rows = [tuple(int(length) for length in lengths) for lengths in document_lengths]
+    for row, lengths in enumerate(rows):
+        if any(length < 1 for length in lengths):
+            at = next(at for at, length in enumerate(lengths) if length < 1)
+            raise ValueError(
+                f"row {row}: document_lengths[{at}]={lengths[at]} is below 1; leave it out"
+            )
+        if sum(lengths) > context_length:
+            raise ValueError(
+                f"row {row}: document_lengths sum to {sum(lengths)}, more than "
+                f"context_length={context_length}"
+            )
+    best: list[RingPlan] = []
+    least = 0
+    for name in LAYOUTS if layout == "auto" else (layout,):
+        if best and name == "striped" and least < _least_striped(rows, ring_size):
+            continue
+        plans = [_plan(row, context_length, ring_size, name) for row in rows]
+        cost = sum(plan._cost for plan in plans)
+        if not best or cost < least:
+            best, least = plans, cost
+    return best
+
+
+def _least_striped(rows: Sequence[Sequence[int]], ring_size: int) -> int:
+    """What striping costs at least: a call a step for each document that reaches every rank twice.
+
+    Counting the stripes of thousands of short documents takes longer than all else, for nothing.
+    """
+    long = sum(length > 2 * ring_size for lengths in rows for length in lengths)
+    return long * ring_size * _PAIRS_PER_CALL
+
+
+@lru_cache(maxsize=64)
+def _plan(lengths: tuple[int, ...], context_length: int, ring_size: int, name: str) -> RingPlan:
+    layout = build_layout(name, context_length, ring_size)
+    work = count_work(layout, lengths)
+    # Integers, so that every machine agrees on the least.
+    steps = _by_step(work.pairs + work.wasted + _PAIRS_PER_CALL * work.calls).max(0).values
+    return RingPlan(
+        document_lengths=lengths,
+        context_length=context_length,
+        ring_size=ring_size,
+        layout=name,
+        local_length=layout.local_length,
+        pairs=_by_step(work.pairs),
+        _layout=layout,
+        _work=work,
+        _cost=int(steps.sum()) + _PAIRS_PER_TOKEN * layout.local_length,
+    )
+
+
+def _by_step(table: torch.Tensor) -> torch.Tensor:
+    """[R, R] by (rank, source) -> by (rank, step)."""
+    ranks = torch.arange(len(table))
+    return table.gather(1, (ranks[:, None] - ranks[None, :]) % len(table))
