@@ -41,7 +41,7 @@ def annotations_at(root: type[BaseModel], path: KeyPath) -> list[Any]:
 
 
 def _step(annotation: Any, part: str | int) -> Iterator[Any]:
-    for plain in _alternatives(annotation):
+    for plain in alternatives(annotation):
         origin, args = get_origin(plain), get_args(plain)
         if isinstance(plain, type) and issubclass(plain, BaseModel):
             if part in plain.model_fields:
@@ -54,14 +54,14 @@ def _step(annotation: Any, part: str | int) -> Iterator[Any]:
             yield args[1]
 
 
-def _alternatives(annotation: Any) -> Iterator[Any]:
-    """Take off Annotated and spread unions."""
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The plain types of an annotation: Annotated taken off, unions spread."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        yield from _alternatives(args[0])
+        yield from alternatives(args[0])
     elif origin in (Union, types.UnionType):
         for arg in args:
-            yield from _alternatives(arg)
+            yield from alternatives(arg)
     else:
         yield annotation
 
@@ -78,7 +78,7 @@ def models_at(root: type[BaseModel], path: KeyPath) -> Models:
     return tuple(
         plain
         for annotation in annotations_at(root, path)
-        for plain in _alternatives(annotation)
+        for plain in alternatives(annotation)
         if isinstance(plain, type) and issubclass(plain, BaseModel)
     )
 
@@ -93,7 +93,7 @@ def choices_at(root: type[BaseModel], path: KeyPath) -> list[str]:
     return [
         str(choice)
         for annotation in annotations_at(root, path)
-        for plain in _alternatives(annotation)
+        for plain in alternatives(annotation)
         if get_origin(plain) is Literal
         for choice in get_args(plain)
     ]
@@ -101,7 +101,7 @@ def choices_at(root: type[BaseModel], path: KeyPath) -> list[str]:
 
 def takes_bool(root: type[BaseModel], path: KeyPath) -> bool:
     """Whether true or false is a value for the field at ``path``, or nothing is known of it."""
-    plain = [p for a in annotations_at(root, path) for p in _alternatives(a)]
+    plain = [p for a in annotations_at(root, path) for p in alternatives(a)]
     return not plain or bool in plain
 
 
@@ -116,7 +116,7 @@ def places(root: type[BaseModel], prefix: str = "", seen: Models = ()) -> Iterat
 
 
 def _below(annotation: Any, place: str, seen: Models) -> Iterator[tuple[str, str]]:
-    for plain in _alternatives(annotation):
+    for plain in alternatives(annotation):
         origin, args = get_origin(plain), get_args(plain)
         if origin is list:
             yield from _below(args[0], place + "[]", seen)
@@ -179,7 +179,7 @@ def _flat(limits: Sequence[Any]) -> Iterator[Any]:
 
 
 def _plural(annotation: Any) -> str:
-    parts = [p for p in _alternatives(annotation) if p is not type(None)]
+    parts = [p for p in alternatives(annotation) if p is not type(None)]
     if all(isinstance(p, type) and issubclass(p, BaseModel) for p in parts):
         return "mappings"
     if all(get_origin(p) is Literal for p in parts):

@@ -170,12 +170,12 @@ ContextLength = Annotated[
 Seconds = Annotated[
     float,
     BeforeValidator(parse_seconds, json_schema_input_type=str),
-    PlainSerializer(format_seconds, return_type=str, when_used="json"),
+    PlainSerializer(format_seconds, return_type=str),
     Field(json_schema_extra={"examples": ["300s", "15min"]}),
 ]
 Every = Annotated[
     Interval,
     BeforeValidator(parse_interval, json_schema_input_type=str),
-    PlainSerializer(str, return_type=str, when_used="json"),
+    PlainSerializer(str, return_type=str),
     Field(json_schema_extra={"examples": ["15min", "20 steps"]}),
 ]
