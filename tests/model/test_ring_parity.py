@@ -1,0 +1,114 @@
+"""The whole model over a ring gives the loss and the gradients of one device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringworld_model.batch import TrainBatch, cut
+from ringworld_model.config import ModelConfig
+from ringworld_model.loss import combine
+from ringworld_model.packing import pack_row, stack_rows
+from ringworld_model.ring import RingContext, plan_ring
+from ringworld_model.tokens import clip_example, text_example
+from ringworld_model.transformer import WorldModel, init_weights
+from ringworld_workers.testing import run_distributed
+
+LENGTH = 601
+CONFIG = ModelConfig(
+    hidden_size=32,
+    ffn_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    text_vocab_size=40,
+    vision_codebook_size=32,
+    init_std=0.2,
+)
+Found = tuple[float, dict[str, torch.Tensor]]
+
+
+def rows() -> TrainBatch:
+    """Two rows of 601 tokens; a contiguous cut leaves rank 0 without a vision target."""
+    rng = np.random.default_rng(0)
+    texts = [text_example(rng.integers(0, 40, n)) for n in (170, 131, 3)]
+    clips = [
+        clip_example(
+            rng.integers(0, 40, words),
+            rng.integers(0, 32, (frames, 6)),
+            layout="text,vision",
+            start_ids=[1, 2],
+            end_ids=[3],
+            codebook_size=32,
+        )
+        for words, frames in ((30, 30), (20, 2))
+    ]
+    return stack_rows(
+        [
+            pack_row([*texts, clips[0], clips[1]], LENGTH, "example"),
+            pack_row([texts[0], texts[0], clips[0]], LENGTH, "example"),
+        ]
+    )
+
+
+def run(
+    mode: str, layout: str, dtype: torch.dtype, rank: int, world_size: int, group: object
+) -> tuple[Found, list[int]]:
+    """Loss and gradients summed over the ring, and this rank's number of targets."""
+    batch = rows()
+    plans = [
+        plan_ring(
+            document_lengths=list(lengths),
+            context_length=LENGTH,
+            ring_size=world_size,
+            layout=layout,
+        )
+        for lengths in batch.document_lengths
+    ]
+    model = WorldModel(CONFIG, rope_theta=1e6, activation_checkpointing=mode, loss_tile_tokens=64)
+    init_weights(model, 0)
+    model.to(dtype)
+    sums = model(cut(batch, plans, rank), RingContext(plans=plans, group=group))
+    weights = batch.loss_weights.double()
+    vision = batch.target_modality == 1
+    total = torch.stack([weights[~vision].sum(), weights[vision].sum()])
+    loss = combine(sums, total, (0.5, 0.5))
+    loss.backward()
+    found = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    if group is not None:
+        for value in found.values():
+            dist.all_reduce(value, group=group)
+    return (found.pop("loss").item(), found), sums.count.tolist()
+
+
+CASES = [
+    ("none", "block_cyclic", torch.float64),
+    ("attention_saved", "zigzag", torch.float64),
+    ("full", "contiguous", torch.float64),
+    ("none", "striped", torch.float32),
+    ("full", "auto", torch.float32),
+]
+
+
+def on_a_ring(rank: int, world_size: int) -> list[tuple[Found, list[int]]]:
+    return [run(*case, rank, world_size, dist.group.WORLD) for case in CASES]
+
+
+@pytest.mark.parametrize("ring_size", [2, 3])
+def test_ring_equals_one_device(ring_size: int) -> None:
+    ranks = run_distributed(on_a_ring, ring_size, timeout=50.0)
+    for i, (mode, layout, dtype) in enumerate(CASES):
+        case = f"{mode} {layout} {dtype}"
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        (loss, gradients), count = run("none", "contiguous", torch.float64, 0, 1, None)
+        (ring_loss, ring_gradients), _ = ranks[0][i]
+        counts = torch.tensor([ranks[rank][i][1] for rank in range(ring_size)])
+        assert counts.sum(0).tolist() == count, case
+        if layout == "contiguous":
+            assert counts[0, 1] == 0, "meant to show a rank without a vision target"
+        assert ring_loss == pytest.approx(loss, rel=tolerance), case
+        for name, gradient in gradients.items():
+            error = (ring_gradients[name].double() - gradient).abs().max()
+            assert error <= tolerance * gradient.abs().max(), f"{case}: {name}"
