@@ -1,0 +1,90 @@
+"""Where a rank stands: rings of sequence-parallel ranks, side by side along the data-parallel axis.
+
+Ranks of a ring are neighbours (``rank = data_parallel_rank * sequence_parallel_size +
+sequence_parallel_rank``), so that a ring stays inside a node where it can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's place in the mesh, and the process groups that it takes part in."""
+
+    rank: int
+    world_size: int
+    sequence_parallel_size: int
+    sequence_parallel_rank: int
+    sequence_parallel_group: dist.ProcessGroup
+    """The ring: ranks that hold cuts of the same rows."""
+    data_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_group: dist.ProcessGroup
+    """Ranks that hold the same cut of different rows."""
+    world_group: dist.ProcessGroup
+    """All ranks, on the device's backend: gradients."""
+    control_group: dist.ProcessGroup
+    """All ranks, on gloo: small CPU messages that must not queue behind the device's work."""
+    device: torch.device
+
+
+def build_mesh(
+    sequence_parallel_size: int, data_parallel_size: int, device: str | torch.device = "cpu"
+) -> Mesh:
+    """Cut the initialised world into rings. A collective: every rank calls it once.
+
+    Args:
+        sequence_parallel_size: ranks of a ring.
+        data_parallel_size: number of rings.
+        device: where this rank computes; ``cuda`` means the process's current CUDA device.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: the sizes are not positive, or their product is not the world size.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised; call init_process_group before build_mesh, "
+            "also with a single rank"
+        )
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    product = sequence_parallel_size * data_parallel_size
+    if min(sequence_parallel_size, data_parallel_size) < 1 or product != world_size:
+        raise ValueError(
+            f"mesh sequence_parallel={sequence_parallel_size} x data_parallel={data_parallel_size} "
+            f"does not cover world_size={world_size}; their product must equal it"
+        )
+    data_parallel_rank, sequence_parallel_rank = divmod(rank, sequence_parallel_size)
+    rings = [
+        [ring * sequence_parallel_size + place for place in range(sequence_parallel_size)]
+        for ring in range(data_parallel_size)
+    ]
+    columns = [list(column) for column in zip(*rings, strict=True)]
+    # Every rank creates every group, in the same order: new_group is a collective of the world.
+    ring_groups = [dist.new_group(ranks) for ranks in rings]
+    column_groups = [dist.new_group(ranks) for ranks in columns]
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        sequence_parallel_size=sequence_parallel_size,
+        sequence_parallel_rank=sequence_parallel_rank,
+        sequence_parallel_group=ring_groups[data_parallel_rank],
+        data_parallel_size=data_parallel_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_group=column_groups[sequence_parallel_rank],
+        world_group=dist.new_group(list(range(world_size))),
+        control_group=dist.new_group(list(range(world_size)), backend="gloo"),
+        device=_current_device(device),
+    )
+
+
+def _current_device(device: str | torch.device) -> torch.device:
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
