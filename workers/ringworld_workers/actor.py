@@ -208,7 +208,7 @@ class RingWorker:
         """Build a data recipe into the cache, or find it there.
 
         Returns:
-            ``{"dir", "datasets", "text_vocab_size", "codebook_size", "cached"}``.
+            ``{"dir", "datasets", "tokenizer_size", "codebook_size", "cached"}``.
         """
         try:
             build: Callable[..., Any] = _named(self._prepare_function)
@@ -216,7 +216,7 @@ class RingWorker:
             return {
                 "dir": str(prepared.dir),
                 "datasets": {name: str(folder) for name, folder in prepared.datasets.items()},
-                "text_vocab_size": prepared.text_vocab_size,
+                "tokenizer_size": prepared.tokenizer_size,
                 "codebook_size": prepared.codebook_size,
                 "cached": prepared.cached,
             }

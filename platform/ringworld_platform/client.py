@@ -1,0 +1,222 @@
+"""What the command line uses: the controller's methods as plain, synchronous calls."""
+
+from __future__ import annotations
+
+import builtins
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ringworld_jobs.spec import JobSpec
+from ringworld_platform.errors import ClusterError, PlatformError
+from ringworld_platform.run_folder import Page
+from ringworld_platform.run_state import TERMINAL
+
+RETRY_SECONDS = 30.0
+RETRY_PAUSE_SECONDS = 0.2
+WAIT_PAUSE_SECONDS = 0.2
+CONTROLLER_THREADS = 16
+STATUSES = builtins.list[dict[str, Any]]
+
+T = TypeVar("T")
+
+
+class Client:
+    """Speaks to the cluster's controller. Ray must be connected: see ``cluster``."""
+
+    def __init__(self, controller: Any, runs_root: Path) -> None:
+        """Take a handle; ``attach`` finds or makes one."""
+        self._controller = controller
+        self._runs_root = runs_root
+
+    @classmethod
+    def attach(
+        cls,
+        runs_root: Path | None = None,
+        *,
+        create: bool = True,
+        one_shot: bool = False,
+        runner: Any = None,
+    ) -> Client:
+        """Find the cluster's controller, or make it.
+
+        Args:
+            runs_root: folder of the runs that this client submits; default ``./runs``.
+            create: make a controller where there is none.
+            one_shot: the cluster lives for one command (``ringworld run``): a job that it can
+                never hold fails, and runs that a dead cluster left are not continued unasked.
+            runner: how runs behave (``RunnerConfig``), in place of the default.
+
+        Raises:
+            ClusterError: Ray is not connected; or there is no controller and create is False.
+        """
+        import ray
+
+        from ringworld_platform.controller import CONTROLLER_NAME, Controller, ControllerConfig
+        from ringworld_platform.gang import NAMESPACE
+        from ringworld_platform.job_runner import RunnerConfig
+
+        if not ray.is_initialized():
+            raise ClusterError("not connected to a Ray cluster; connect to one first")
+        root = (runs_root or Path("runs")).absolute()
+        if not create:
+            try:
+                return cls(ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE), root)
+            except ValueError as error:
+                raise ClusterError(
+                    "no job was submitted to this cluster yet; `ringworld submit JOB` does"
+                ) from error
+        config = ControllerConfig(
+            controller_id=uuid.uuid4().hex,
+            runs_root=str(root),
+            runner=runner or RunnerConfig(one_shot=one_shot),
+        )
+        # Ray's annotations know no detached actors.
+        remote: Any = ray.remote(Controller)
+        controller = remote.options(
+            name=CONTROLLER_NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=CONTROLLER_THREADS,
+        ).remote(config)
+        return cls(controller, root)
+
+    def submit(self, spec: JobSpec, *, base: Path | None = None) -> str:
+        """Hand in a job.
+
+        Args:
+            spec: the resolved spec.
+            base: folder that its relative paths are meant from; default the working directory.
+
+        Returns:
+            The run's id. The same spec, while its run is unfinished, gives the same run.
+        """
+        meant = absolute_paths(spec, base or Path.cwd())
+        data = meant.model_dump(mode="json", exclude_none=True)
+        root = runs_root_of(meant)
+        return str(self._call(lambda c: c.submit.remote(data, str(root))))
+
+    def status(self, name: str) -> dict[str, Any]:
+        """State of a run, by run id or by job name (its newest run).
+
+        Raises:
+            UnknownRunError: neither exists.
+        """
+        return dict(self._call(lambda c: c.status.remote(name)))
+
+    def list(self) -> STATUSES:
+        """State of every run, oldest first."""
+        return builtins.list(self._call(lambda c: c.runs.remote()))
+
+    def stop(self, name: str) -> str:
+        """Ask a run to save a checkpoint and stop; returns its id at once.
+
+        Raises:
+            RunConflictError: it has ended already.
+        """
+        return str(self._call(lambda c: c.stop.remote(name)))
+
+    def resume(self, name: str) -> str:
+        """Go on with a stopped, failed or abandoned run; returns its id.
+
+        Raises:
+            RunConflictError: it is at work, or has succeeded.
+        """
+        return str(self._call(lambda c: c.resume.remote(name)))
+
+    def events(self, name: str, after: int = 0) -> STATUSES:
+        """Events with a ``seq`` above ``after``."""
+        return builtins.list(self._call(lambda c: c.events.remote(name, after)))
+
+    def metrics(self, name: str, after: int = 0) -> Page:
+        """Metric records from position ``after`` on; read on from the page's ``next``."""
+        page: Page = self._call(lambda c: c.metrics.remote(name, after))
+        return page
+
+    def logs(self, name: str, rank: int = 0, after: int = 0) -> Page:
+        """Lines of a rank's log from position ``after`` on."""
+        page: Page = self._call(lambda c: c.logs.remote(name, rank, after))
+        return page
+
+    def wait(self, name: str, *, timeout_seconds: float | None = None) -> dict[str, Any]:
+        """Wait until a run has ended; returns its status, or the last one seen at the timeout."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            status = self.status(name)
+            if status["state"] in TERMINAL:
+                return status
+            if deadline is not None and time.monotonic() >= deadline:
+                return status
+            time.sleep(WAIT_PAUSE_SECONDS)
+
+    def shutdown(self) -> None:
+        """End the controller and its gangs; unfinished runs stay resumable."""
+        import ray
+
+        self._call(lambda c: c.shutdown.remote())
+        ray.kill(self._controller, no_restart=True)
+
+    def _call(self, ask: Callable[[Any], Any]) -> Any:
+        """Ask the controller, again while Ray starts it anew after a crash."""
+        import ray
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+        deadline = time.monotonic() + RETRY_SECONDS
+        while True:
+            try:
+                return ray.get(ask(self._controller))
+            except ActorUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"the controller has not answered for {RETRY_SECONDS:g} s; "
+                        "look for it in the Ray dashboard"
+                    ) from error
+                time.sleep(RETRY_PAUSE_SECONDS)
+            except RayActorError as error:
+                raise ClusterError(f"the controller is gone: {_first_line(error)}") from error
+            except RayTaskError as error:
+                if isinstance(error.cause, PlatformError):
+                    raise error.cause from None
+                raise
+
+
+def absolute_paths(spec: JobSpec, base: Path) -> JobSpec:
+    """The spec with every relative path made absolute, so that it means the same everywhere."""
+    data = spec.data
+    recipe = None if data.recipe is None else _absolute(data.recipe, base)
+    sources = {
+        name: source.model_copy(update={"shards": _absolute(source.shards, base)})
+        for name, source in data.sources.items()
+    }
+    meant = data.model_copy(
+        update={"recipe": recipe, "cache": _absolute(data.cache, base), "sources": sources}
+    )
+    store = spec.checkpoint.model_copy(update={"store": _absolute(spec.checkpoint.store, base)})
+    return spec.model_copy(update={"data": meant, "checkpoint": store})
+
+
+def runs_root_of(spec: JobSpec, base: Path | None = None) -> Path:
+    """Folder of a job's runs: where its checkpoints go, if that is a folder; else ``runs``."""
+    folder = base or Path.cwd()
+    scheme, separator, path = spec.checkpoint.store.partition("://")
+    if separator and scheme == "file":
+        return (folder / path).absolute()
+    return (folder / "runs").absolute()
+
+
+def _absolute(path: str, base: Path) -> str:
+    """An absolute path or file url; other urls stay as they are."""
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return str((base / path).absolute())
+    return f"file://{(base / rest).absolute()}" if scheme == "file" else path
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,81 @@
+"""Which of several failed ranks failed first, and what to call it.
+
+When one rank dies or raises, its peers raise too, milliseconds later, about a closed connection.
+The line that a user needs is the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ringworld_platform.recovery import Failure, FailureKind, kind_of
+from ringworld_workers.actor import WorkerFailure
+
+# How a collective words the loss of a peer.
+_ECHOES = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "gloo",
+    "nccl",
+    "socket timeout",
+    "timed out",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """One rank's failure."""
+
+    rank: int
+    failure: Failure
+    lost: bool
+    echo: bool
+    time: float
+
+    def order(self) -> tuple[int, float]:
+        """Sorts the likelier first cause first: own errors, lost workers, echoes; then by time."""
+        if self.echo:
+            return 2, self.time
+        return (1 if self.lost else 0), self.time
+
+
+def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
+    """A worker whose process is gone."""
+    text = str(error)
+    if "memory" in text.lower() and "OOM" in text and "There are some potential" not in text:
+        why = "it was killed because its node ran out of memory"
+    elif "node" in text.lower() and ("died" in text and "node it was running on" in text):
+        why = "its node is gone"
+    elif "creation task" in text or "__init__" in text or "No module named" in text:
+        why = "it could not start: " + _last_line(text)
+    else:
+        # Ray lists three guesses here whatever happened; none is more likely than this.
+        why = "its process ended without a Python error (killed, out of memory, or crashed)"
+    failure = Failure(FailureKind.WORKER_LOST, f"rank {rank} ({where}) was lost: {why}", rank, text)
+    return Suspect(rank, failure, lost=True, echo=False, time=0.0)
+
+
+def raised(rank: int, error: WorkerFailure) -> Suspect:
+    """A worker whose code raised."""
+    kind = kind_of(error.types)
+    text = f"rank {rank}: {error.types[0]}: {_one_line(error.message)}"
+    message = error.message.lower()
+    echo = kind is FailureKind.ERROR and any(word in message for word in _ECHOES)
+    failure = Failure(kind, text, rank, error.traceback)
+    return Suspect(rank, failure, lost=False, echo=echo, time=error.time)
+
+
+def first_cause(suspects: Sequence[Suspect]) -> Failure:
+    """The failure to show and to judge."""
+    return min(suspects, key=Suspect.order).failure
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:1000]
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else text

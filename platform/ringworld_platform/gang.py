@@ -1,0 +1,433 @@
+"""The workers of one stage: one placement group, started, watched and ended together.
+
+The first failure ends the whole gang: a rank whose peer is gone waits in a collective for minutes,
+while killing and building again takes seconds. A gang never outlives its ``with`` block.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ringworld_platform.capacity import Bundle, capacity
+from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
+from ringworld_platform.recovery import Failure, FailureKind
+from ringworld_workers.actor import Drained, Identity, RingWorkerActor, WorkerFailure
+from ringworld_workers.recorder import Entry, Progress
+from ringworld_workers.stage_job import StageJob
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "ringworld"
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 0.3
+START_TIMEOUT_SECONDS = 300.0
+PROBE_SECONDS = 0.5
+STACKS_SECONDS = 2.0
+CLOSE_SECONDS = 15.0
+
+
+class GangFailed(Exception):
+    """The gang has ended before its work was done."""
+
+    def __init__(self, failure: Failure) -> None:
+        """Carry the first cause."""
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+class Listener(Protocol):
+    """Hears a gang while it works. Exceptions that it raises end the gang's work."""
+
+    def waiting(self, reason: str, possible: bool) -> None:
+        """The cluster has no room yet; ``possible`` is False if it never will as it is."""
+
+    def entries(self, rank: int, entries: Sequence[Entry]) -> None:
+        """New records of a rank, in order, each once."""
+
+    def progress(self, rank: int, progress: Progress) -> None:
+        """A rank's newest heartbeat."""
+
+    def tick(self) -> None:
+        """Called several times a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class GangSpec:
+    """What to ask for.
+
+    Attributes:
+        name: prefix of the actors' names, such as ``quickstart-1/1k``.
+        size: workers.
+        bundle: resources of each worker.
+        stage_function: ``module:function`` that trains a stage.
+        prepare_function: ``module:function`` that builds a data recipe.
+    """
+
+    name: str
+    size: int
+    bundle: Bundle
+    stage_function: str
+    prepare_function: str
+
+
+class Gang:
+    """One gang, from its placement group to its removal; use it in a ``with`` block, one thread."""
+
+    def __init__(self, spec: GangSpec, listener: Listener) -> None:
+        """Ask for nothing yet."""
+        self.spec, self._listener = spec, listener
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._made: list[Any] = []
+        self.identities: list[Identity] = []
+        self._seqs = [0] * spec.size
+        self._polls: dict[Any, int] = {}
+        self._poll_due = [0.0] * spec.size
+        self._progress = [Progress()] * spec.size
+        self._progressed = time.monotonic()
+
+    def __enter__(self) -> Gang:
+        """Nothing is held yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End every worker, however the block ended."""
+        self.close()
+
+    def acquire(self) -> None:
+        """Wait until the cluster has room for all workers at once, and take it.
+
+        There is no deadline: the listener hears the reason again and again, and may raise.
+        """
+        bundles = [self.spec.bundle.resources()] * self.spec.size
+        self._group = placement_group(bundles, strategy="PACK", name=self.spec.name)
+        while not self._group.wait(POLL_SECONDS):
+            room = capacity(self.spec.bundle)
+            self._listener.waiting(
+                room.shortage(self.spec.size, self.spec.bundle), room.total >= self.spec.size
+            )
+            self._listener.tick()
+
+    def start(self, job: StageJob, *, num_threads: int, collective_timeout_seconds: float) -> None:
+        """Start the workers, sort them, let them meet, and lay out the mesh.
+
+        Raises:
+            GangFailed: a worker could not start or join.
+        """
+        self._spawn()
+        loads = [actor.load.remote() for actor in self._actors]
+        order = self._arrange()
+        rendezvous = self._actors[0].open_rendezvous.remote(
+            self.spec.size, collective_timeout_seconds
+        )
+        self._watch([loads[i] for i in order], START_TIMEOUT_SECONDS)
+        (address,) = self._watch([rendezvous], START_TIMEOUT_SECONDS)
+        self._watch(
+            [
+                actor.setup.remote(rank, *address, job, num_threads, collective_timeout_seconds)
+                for rank, actor in enumerate(self._actors)
+            ],
+            START_TIMEOUT_SECONDS,
+        )
+
+    def run(self, stall_timeout_seconds: float) -> list[dict[str, Any]]:
+        """Run the stage on every rank to its end.
+
+        Args:
+            stall_timeout_seconds: no heartbeat of any rank for so long is a failure.
+
+        Returns:
+            The ranks' results.
+
+        Raises:
+            GangFailed: the first failure of any rank.
+        """
+        self._progressed = time.monotonic()
+        results = self._watch(
+            [actor.run_stage.remote() for actor in self._actors],
+            stall_timeout_seconds=stall_timeout_seconds,
+        )
+        self._drain_rest(range(self.spec.size), STACKS_SECONDS)
+        return results
+
+    def prepare_data(self, recipe: str, cache: str) -> dict[str, Any]:
+        """Build a data recipe on this gang's one worker.
+
+        Raises:
+            GangFailed: the build raised, or the worker was lost.
+        """
+        self._spawn()
+        self._arrange()
+        (prepared,) = self._watch([self._actors[0].prepare_data.remote(recipe, cache)])
+        self._drain_rest([0], STACKS_SECONDS)
+        return dict(prepared)
+
+    def request_stop(self) -> None:
+        """Ask every rank to save and stop at its next step."""
+        for actor in self._actors:
+            actor.request_stop.remote()
+
+    def close(self) -> None:
+        """Kill every worker, give the resources back, and see that both has happened."""
+        actors, self._made, self._actors = self._made, [], []
+        for actor in actors:
+            _quietly(ray.kill, actor)
+        group, self._group = self._group, None
+        if group is not None:
+            _quietly(remove_placement_group, group)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while ray.is_initialized() and time.monotonic() < deadline:
+            names_gone = not any(_exists(self._name(rank)) for rank in range(len(actors)))
+            group_gone = group is None or placement_group_table(group).get("state") == "REMOVED"
+            if names_gone and group_gone:
+                return
+            time.sleep(0.02)
+        if ray.is_initialized():
+            log.warning("%s was not gone after %g s", self.spec.name, CLOSE_SECONDS)
+
+    def _name(self, rank: int) -> str:
+        return f"{self.spec.name}/rank-{rank}"
+
+    def _spawn(self) -> None:
+        """Make the actors, neighbours in the ring on one node as far as possible."""
+        group = self._group
+        if group is None:
+            raise RuntimeError("acquire() comes before the workers start")
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        order = sorted(nodes, key=lambda index: (addresses.get(nodes[index], ""), nodes[index]))
+        for rank, index in enumerate(order):
+            _clear_name(self._name(rank))
+            actor = RingWorkerActor.options(
+                name=self._name(rank),
+                namespace=NAMESPACE,
+                num_cpus=self.spec.bundle.cpus,
+                num_gpus=self.spec.bundle.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=group, placement_group_bundle_index=int(index)
+                ),
+            ).remote(self.spec.stage_function, self.spec.prepare_function)
+            self._made.append(actor)
+        self._actors = list(self._made)
+
+    def _arrange(self) -> list[int]:
+        """Give out the ranks by node, then GPU; returns the actors' old places in the new order.
+
+        A node's GPUs are handed out in the order in which actors start, so that a rank may
+        differ from the number in its actor's name there; on CPU they are the same.
+        """
+        found: list[Identity] = self._watch(
+            [actor.identity.remote() for actor in self._actors], START_TIMEOUT_SECONDS
+        )
+        order = sorted(range(len(found)), key=lambda i: (found[i].ip, found[i].node, found[i].gpus))
+        self._actors = [self._actors[i] for i in order]
+        self.identities = [found[i] for i in order]
+        return order
+
+    # --- watching ---
+
+    def _watch(
+        self,
+        calls: Sequence[Any],
+        timeout_seconds: float | None = None,
+        stall_timeout_seconds: float | None = None,
+    ) -> list[Any]:
+        """Wait for one reply of each rank, fetching records meanwhile.
+
+        Returns:
+            The replies, in the order of ``calls``.
+        """
+        waiting = {call: rank for rank, call in enumerate(calls)}
+        replies: list[Any] = [None] * len(calls)
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while waiting:
+            self._listener.tick()
+            self._poll()
+            ready, _ = ray.wait([*waiting, *self._polls], num_returns=1, timeout=POLL_SECONDS / 2)
+            for ref in ready:
+                rank = waiting.pop(ref, None)
+                if rank is None:
+                    self._take_poll(ref)
+                    continue
+                reply = self._reply(rank, ref)
+                if isinstance(reply, Suspect):
+                    self._fail(reply, waiting)
+                replies[rank] = reply
+            if deadline is not None and time.monotonic() > deadline:
+                ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
+                text = f"rank {ranks} of {self.spec.name} not ready after {timeout_seconds:g} s"
+                raise GangFailed(Failure(FailureKind.STALL, text, min(waiting.values())))
+            if stall_timeout_seconds is not None:
+                self._refuse_stall(stall_timeout_seconds, set(waiting.values()))
+        return replies
+
+    def _reply(self, rank: int, ref: Any) -> Any:
+        """A rank's reply, or what it is suspected of."""
+        try:
+            reply = ray.get(ref)
+        except RayActorError as error:
+            return lost_worker(rank, self._where(rank), error)
+        except RayError as error:
+            return raised(rank, WorkerFailure.of(error))
+        return raised(rank, reply) if isinstance(reply, WorkerFailure) else reply
+
+    def _where(self, rank: int) -> str:
+        if rank >= len(self.identities):
+            return "not yet placed"
+        identity = self.identities[rank]
+        return f"pid {identity.pid} on {identity.ip}"
+
+    def _fail(self, first: Suspect, waiting: dict[Any, int]) -> None:
+        """End the watch. The first error seen may be an echo: wait a moment for others.
+
+        Raises:
+            GangFailed: always.
+        """
+        suspects = [first]
+        lost = {first.rank} if first.lost else set()
+        deadline = time.monotonic() + GRACE_SECONDS
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for ref in ray.wait(list(waiting), num_returns=1, timeout=left)[0]:
+                rank = waiting.pop(ref)
+                reply = self._reply(rank, ref)
+                if isinstance(reply, Suspect):
+                    suspects.append(reply)
+                    if reply.lost:
+                        lost.add(rank)
+        self._drain_rest([r for r in range(self.spec.size) if r not in lost], GRACE_SECONDS)
+        raise GangFailed(first_cause(suspects))
+
+    def _poll(self) -> None:
+        """Ask the ranks that are due for their records; at most one question a rank is open."""
+        if not self.identities:
+            return
+        now = time.monotonic()
+        asked = set(self._polls.values())
+        for rank, actor in enumerate(self._actors):
+            if rank not in asked and now >= self._poll_due[rank]:
+                self._polls[actor.drain.remote(self._seqs[rank])] = rank
+                self._poll_due[rank] = now + POLL_SECONDS
+
+    def _take_poll(self, ref: Any) -> None:
+        rank = self._polls.pop(ref)
+        try:
+            drained: Drained = ray.get(ref)
+        except RayError:
+            # A lost worker fails its main call too, and that is what is judged.
+            self._poll_due[rank] = time.monotonic() + 1.0
+            return
+        entries = [entry for entry in drained.entries if entry.seq > self._seqs[rank]]
+        if entries:
+            self._seqs[rank] = entries[-1].seq
+            self._listener.entries(rank, entries)
+        if drained.progress.count != self._progress[rank].count:
+            self._progressed = time.monotonic()
+            self._progress[rank] = drained.progress
+            self._listener.progress(rank, drained.progress)
+
+    def _drain_rest(self, ranks: Sequence[int], timeout_seconds: float) -> None:
+        """Fetch what the ranks have said since the last poll."""
+        if not self.identities:
+            return
+        deadline = time.monotonic() + timeout_seconds
+        # An open poll may have been answered before the last records were written: ask anew.
+        open_polls = [ref for ref, rank in self._polls.items() if rank in ranks]
+        while open_polls and (left := deadline - time.monotonic()) > 0:
+            ready, open_polls = ray.wait(open_polls, num_returns=1, timeout=left)
+            for ref in ready:
+                self._take_poll(ref)
+        for rank in ranks:
+            self._polls[self._actors[rank].drain.remote(self._seqs[rank])] = rank
+        refs = [ref for ref, rank in self._polls.items() if rank in ranks]
+        while refs and (left := deadline - time.monotonic()) > 0:
+            ready, refs = ray.wait(refs, num_returns=1, timeout=left)
+            for ref in ready:
+                self._take_poll(ref)
+
+    # --- stalls ---
+
+    def _refuse_stall(self, timeout_seconds: float, waiting: set[int]) -> None:
+        if time.monotonic() - self._progressed < timeout_seconds:
+            return
+        answers = self._ask_all(lambda actor: actor.progress.remote(), PROBE_SECONDS)
+        silent = [rank for rank in sorted(waiting) if rank not in answers]
+        if silent:
+            odd = silent[0]
+            names = ", ".join(f"rank {rank} ({self._where(rank)})" for rank in silent)
+            told = f"{names} does not answer"
+        else:
+            odd = min(waiting, key=lambda r: (answers[r].step, answers[r].count, answers[r].since))
+            progress = answers[odd]
+            told = (
+                f"rank {odd} ({self._where(odd)}) is behind, in {progress.phase} "
+                f"of step {progress.step}"
+            )
+        others = "; ".join(
+            f"rank {rank} is in {p.phase} of step {p.step}"
+            for rank, p in sorted(answers.items())
+            if rank != odd
+        )
+        stacks = self._ask_all(lambda actor: actor.dump_stacks.remote(), STACKS_SECONDS)
+        details = "\n".join(f"===== rank {rank}\n{text}" for rank, text in sorted(stacks.items()))
+        text = f"no progress for {timeout_seconds:g} s: {told}" + (f" ({others})" if others else "")
+        raise GangFailed(Failure(FailureKind.STALL, text, odd, details))
+
+    def _ask_all(self, ask: Callable[[Any], Any], timeout_seconds: float) -> dict[int, Any]:
+        """Answers by rank of those who answer in time."""
+        refs = {ask(actor): rank for rank, actor in enumerate(self._actors)}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_seconds)
+        answers: dict[int, Any] = {}
+        for ref in ready:
+            try:
+                answers[refs[ref]] = ray.get(ref)
+            except RayError:
+                continue
+        return answers
+
+
+def _exists(name: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def _clear_name(name: str) -> None:
+    """End an actor that an earlier controller left under this name."""
+    deadline = time.monotonic() + CLOSE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            left = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return
+        _quietly(ray.kill, left)
+        time.sleep(0.02)
+
+
+def _quietly(action: Callable[[Any], Any], subject: Any) -> None:
+    """Clean-up goes on whatever one part of it says."""
+    try:
+        action(subject)
+    except Exception as error:
+        log.debug("while cleaning up: %s", error)

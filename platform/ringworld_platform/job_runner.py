@@ -1,0 +1,373 @@
+"""One job from its first stage to its last: the state machine, in a thread of the controller.
+
+Data first, then each stage on a gang of its own; a failed gang is built again from the newest
+committed checkpoint, within the budget. What a gang says is logged as it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ringworld_jobs.mesh import MeshError, resolve_mesh
+from ringworld_jobs.spec import JobSpec
+from ringworld_model.config import ModelConfig
+from ringworld_platform.capacity import Bundle, has_gpus
+from ringworld_platform.errors import PlatformError
+from ringworld_platform.gang import Gang, GangFailed, GangSpec
+from ringworld_platform.live_run import LiveRun, OwnershipLost
+from ringworld_platform.recovery import Failure, decide
+from ringworld_platform.run_state import RunState
+from ringworld_platform.tracking import Tracker
+from ringworld_platform.waiting_line import Place, WaitingLine
+from ringworld_workers.checkpoint.store import StoreError
+from ringworld_workers.recorder import Entry, Progress
+from ringworld_workers.stage_job import StageJob
+
+log = logging.getLogger(__name__)
+
+TURN_SECONDS = 0.2
+# A collective may fail by itself only after the watch has had its chance to name the culprit.
+COLLECTIVE_TIMEOUT_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """How a controller's runs behave.
+
+    Attributes:
+        stage_function: ``module:function`` that trains a stage on a rank.
+        prepare_function: ``module:function`` that builds a data recipe.
+        one_shot: a job that the cluster can never hold fails, instead of waiting for nodes.
+    """
+
+    stage_function: str = "ringworld_workers.train_loop:run_stage"
+    prepare_function: str = "ringworld_workers.data.prepare:build"
+    one_shot: bool = False
+
+
+class JobStopped(Exception):
+    """The user asked the job to stop, and it has."""
+
+
+class JobReleased(Exception):
+    """The controller is going away; another one will go on."""
+
+
+class JobFailed(Exception):
+    """The job cannot go on; the message is the one line for the user."""
+
+
+class JobRunner:
+    """Runs one job in a thread of its own; it is the listener of the job's gangs."""
+
+    def __init__(self, live: LiveRun, line: WaitingLine, config: RunnerConfig) -> None:
+        """Take a claimed run; ``start`` begins."""
+        self.live, self._line, self._config = live, line, config
+        self.spec: JobSpec = live.spec
+        self._stop = threading.Event()
+        self._release = threading.Event()
+        self._thread = threading.Thread(target=self._main, name=live.run_id, daemon=True)
+        self._tracker: Tracker | None = None
+        self._training: Gang | None = None
+        self._stop_sent = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Stop at the next checkpoint."""
+        self._stop.set()
+
+    def release(self) -> None:
+        """End the gang at once and leave the run as it is, for another controller."""
+        self._release.set()
+
+    def join(self, timeout_seconds: float) -> None:
+        """Wait for the thread."""
+        self._thread.join(timeout_seconds)
+
+    @property
+    def active(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread.is_alive()
+
+    # --- the job ---
+
+    def _main(self) -> None:
+        live = self.live
+        try:
+            if live.record.stop_requested:
+                self._stop.set()
+            self._start_tracker()
+            self._prepare()
+            while live.record.stage_index < len(self.spec.stages):
+                self._until_done(self._stage)
+            self._end(RunState.SUCCEEDED, f"all {len(self.spec.stages)} stages are done")
+        except JobStopped:
+            where = f"at step {live.record.step} of stage {live.record.stage or 'data'}"
+            self._end(RunState.STOPPED, f"stopped {where}; resume continues there")
+        except JobFailed as failed:
+            self._end(RunState.FAILED, str(failed))
+        except JobReleased:
+            self._try(live.release)
+        except OwnershipLost as lost:
+            log.warning("%s", lost)
+        except (PlatformError, StoreError) as error:
+            self._end(RunState.FAILED, str(error))
+        except Exception as error:
+            log.exception("%s failed inside the controller", live.run_id)
+            self._try(lambda: live.folder.append_log(0, [traceback.format_exc()]))
+            self._end(RunState.FAILED, f"controller: {type(error).__name__}: {error}")
+        finally:
+            self._try(live.folder.close)
+
+    def _start_tracker(self) -> None:
+        self._tracker = Tracker(self.live.folder.path, self.spec, self.live.run_id)
+        self._tracker.start()
+
+    def _end(self, state: RunState, reason: str) -> None:
+        """Reach a terminal state, even if the disk refuses to hear of it."""
+        live = self.live
+        live.gang_ended()
+        error = reason if state is RunState.FAILED else None
+        if self._tracker is not None:
+            self._tracker.finish(state.value)
+        self._try(lambda: live.set_state(state, reason, error=error, stop_requested=False))
+        # The line above fails with the disk; the state in memory must be terminal even so.
+        live.set_fields(state=state, reason=reason, error=error)
+        self._try(live.save)
+
+    def _prepare(self) -> None:
+        recipe = self.spec.data.recipe
+        if recipe is not None and self.live.record.prepared is None:
+            self._until_done(lambda: self._prepare_once(recipe))
+
+    def _prepare_once(self, recipe: str) -> None:
+        bundle = Bundle(self.spec.resources.cpus_per_worker)
+        with self._gang("data", 1, bundle) as gang:
+            self._acquire(gang)
+            self.live.set_state(RunState.RUNNING, f"preparing data of {Path(recipe).name}")
+            prepared = gang.prepare_data(recipe, self.spec.data.cache)
+        names = ", ".join(sorted(prepared["datasets"]))
+        how = "found in the cache" if prepared.get("cached") else "built"
+        self.live.set_fields(prepared=prepared)
+        self.live.event("data", f"datasets {names} {how} in {prepared['dir']}")
+        self.live.save()
+
+    def _until_done(self, action: Callable[[], None]) -> None:
+        """Do it, again after failures as the policy says."""
+        while True:
+            self._refuse_stop()
+            try:
+                action()
+                return
+            except GangFailed as failed:
+                self._recover(failed.failure)
+
+    def _recover(self, failure: Failure) -> None:
+        live = self.live
+        live.gang_ended()
+        if failure.details:
+            name = f"attempt-{live.record.attempt}-{failure.kind.name.lower()}"
+            live.folder.save_stacks(name, f"{failure.text}\n\n{failure.details}\n")
+        live.event("failure", failure.text, failure=failure.kind.value, rank=failure.rank)
+        decision = decide(
+            failure,
+            restarts=live.record.restarts,
+            max_restarts=self.spec.recovery.max_restarts,
+        )
+        if not decision.restart:
+            raise JobFailed(decision.text)
+        live.set_state(
+            RunState.RECOVERING,
+            decision.text,
+            restarts=live.record.restarts + 1,
+            error=failure.text,
+        )
+        self._stop.wait(decision.delay_seconds)
+
+    def _stage(self) -> None:
+        """Run the current stage on a new gang, and move on to the next."""
+        live = self.live
+        index = live.record.stage_index
+        stage = self.spec.stages[index]
+        ring_size, num_rings = self._mesh(index)
+        world_size = ring_size * num_rings
+        device = self._device()
+        live.set_fields(
+            stage=stage.name,
+            num_steps=stage.num_steps,
+            step=0,
+            attempt=live.record.attempt + 1,
+            context_length=stage.context_length,
+            ring_size=ring_size,
+            data_parallel_size=num_rings,
+        )
+        job = self._stage_job(index, ring_size, num_rings, device)
+        threads = self.spec.resources.cpus_per_worker
+        stall = self.spec.recovery.stall_timeout
+        bundle = Bundle(threads, 1 if device == "cuda" else 0)
+        with self._gang(stage.name, world_size, bundle) as gang:
+            self._acquire(gang)
+            workers = "1 worker" if world_size == 1 else f"{world_size} workers"
+            running = f"stage {stage.name} on {workers}, attempt {job.attempt}"
+            live.set_state(RunState.RUNNING, f"{running}: starting")
+            gang.start(
+                job,
+                num_threads=threads,
+                collective_timeout_seconds=COLLECTIVE_TIMEOUT_FACTOR * stall,
+            )
+            live.gang_started(gang.identities, device)
+            if not self._stop.is_set():
+                live.set_state(RunState.RUNNING, running)
+            self._training = gang
+            results = gang.run(stall)
+        live.gang_ended()
+        if results[0].get("status") == "stopped":
+            live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
+            raise JobStopped
+        live.set_fields(stage_index=index + 1, restarts=0, error=None)
+        live.event("stage", f"stage {stage.name} is done", stage_index=index)
+        live.save()
+
+    def _mesh(self, index: int) -> tuple[int, int]:
+        """Ring size and number of rings of a stage."""
+        try:
+            return resolve_mesh(self.spec.stages[index], self.spec.resources)
+        except MeshError as error:
+            raise JobFailed(f"stages[{index}].{error.field}: {error}") from error
+
+    def _device(self) -> Literal["cpu", "cuda"]:
+        asked = self.spec.resources.accelerator
+        return "cuda" if asked == "gpu" or (asked == "auto" and has_gpus()) else "cpu"
+
+    def _stage_job(
+        self, index: int, ring_size: int, num_rings: int, device: Literal["cpu", "cuda"]
+    ) -> StageJob:
+        record = self.live.record
+        prepared = record.prepared or {}
+        given = {name: source.shards for name, source in self.spec.data.sources.items()}
+        return StageJob(
+            run_id=record.run_id,
+            spec=self.spec,
+            stage_index=index,
+            attempt=record.attempt,
+            world_size=ring_size * num_rings,
+            sequence_parallel_size=ring_size,
+            data_parallel_size=num_rings,
+            device=device,
+            data_dir=str(prepared.get("dir", "")),
+            sources={**prepared.get("datasets", {}), **given},
+            model_config=self._model_config(prepared),
+            checkpoint_url=f"{self.spec.checkpoint.store.rstrip('/')}/{record.run_id}/checkpoints",
+            spec_digest=record.spec_digest,
+        )
+
+    def _model_config(self, prepared: dict[str, Any]) -> ModelConfig:
+        try:
+            return self.spec.model.config(
+                text_vocab_size=prepared.get("tokenizer_size"),
+                codebook_size=prepared.get("codebook_size"),
+            )
+        except (KeyError, ValueError) as error:
+            raise JobFailed(f"model: {error}") from error
+
+    # --- gangs ---
+
+    @contextmanager
+    def _gang(self, part: str, size: int, bundle: Bundle) -> Iterator[Gang]:
+        spec = GangSpec(
+            name=f"{self.live.run_id}/{part}",
+            size=size,
+            bundle=bundle,
+            stage_function=self._config.stage_function,
+            prepare_function=self._config.prepare_function,
+        )
+        self._stop_sent = False
+        try:
+            with Gang(spec, self) as gang:
+                yield gang
+        finally:
+            self._training = None
+
+    def _acquire(self, gang: Gang) -> None:
+        """Wait for our turn, then for room."""
+        record = self.live.record
+        place = Place(record.run_id, record.priority, record.submitted)
+        self._line.join(place)
+        try:
+            while (ahead := self._line.ahead(record.run_id)) is not None:
+                self.live.set_state(RunState.QUEUED, f"behind {ahead}, which waits for workers")
+                self._stop.wait(TURN_SECONDS)
+                self.tick()
+            gang.acquire()
+        finally:
+            self._line.leave(record.run_id)
+
+    def waiting(self, reason: str, possible: bool) -> None:
+        """The gang does not start; say why, or give up where nothing can change."""
+        if not possible and self._config.one_shot:
+            raise JobFailed(reason)
+        record = self.live.record
+        self._line.join(Place(record.run_id, record.priority, record.submitted, possible))
+        self.live.set_state(RunState.WAITING, reason)
+
+    def entries(self, rank: int, entries: Sequence[Entry]) -> None:
+        """Log what a rank has said."""
+        live = self.live
+        live.folder.append_log(rank, [entry.data for entry in entries if entry.kind == "log"])
+        for entry in entries:
+            if entry.kind == "event":
+                data = dict(entry.data)
+                text = str(data.pop("text", ""))
+                kind = str(data.pop("kind", "worker"))
+                data.pop("seq", None)
+                live.event(kind, text, **{"rank": rank, **data})
+        # The loss and the step are the same on all ranks: one of them writes.
+        metrics = [entry.data for entry in entries if entry.kind == "metrics" and rank == 0]
+        if metrics:
+            live.metrics(metrics)
+            if self._tracker is not None:
+                self._tracker.poke()
+
+    def progress(self, rank: int, progress: Progress) -> None:
+        """Show a heartbeat."""
+        self.live.progress(rank, progress)
+        if not self.live.record.workers and self.live.record.prepared is None:
+            self.live.set_fields(reason=f"preparing data: {progress.phase}")
+
+    def tick(self) -> None:
+        """Save now and then, and hear what the controller wants."""
+        if self._release.is_set():
+            raise JobReleased
+        self.live.touch()
+        if self.live.record.stop_requested:
+            self._stop.set()
+        if not self._stop.is_set():
+            return
+        if self._training is None:
+            # No step is under way: there is nothing to save.
+            raise JobStopped
+        if not self._stop_sent:
+            self._stop_sent = True
+            self._training.request_stop()
+            self.live.set_state(RunState.STOPPING, "saves a checkpoint before its next step")
+
+    def _refuse_stop(self) -> None:
+        if self._stop.is_set():
+            raise JobStopped
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """The last words of a run: what fails here has nobody left to tell."""
+        try:
+            action()
+        except Exception as error:
+            log.warning("%s: %s", self.live.run_id, error)

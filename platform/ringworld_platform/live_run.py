@@ -1,0 +1,216 @@
+"""One run in a controller's hands: its state, its folder, and the two kept in step."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ringworld_jobs.spec import JobSpec
+from ringworld_platform.errors import RunConflictError
+from ringworld_platform.run_folder import RunFolder
+from ringworld_platform.run_records import Record
+from ringworld_platform.run_state import JobRecord, Owner, RunState, RunStates, WorkerRow
+from ringworld_workers.actor import Identity
+from ringworld_workers.recorder import Progress
+
+SAVE_SECONDS = 1.0
+BEAT_SECONDS = 5.0
+_SMOOTHING = 0.3
+
+
+class OwnershipLost(RunConflictError):
+    """Another controller has taken the run over: this one must let go of it."""
+
+
+def this_owner(controller: str) -> Owner:
+    """This process as a run's owner."""
+    return Owner(
+        controller=controller, host=socket.gethostname(), pid=os.getpid(), beat=time.time()
+    )
+
+
+def claim(states: RunStates, run_id: str, controller: str) -> JobRecord:
+    """Make this controller the run's owner.
+
+    Raises:
+        RunConflictError: another controller that may be alive owns it.
+    """
+
+    def take(record: JobRecord) -> JobRecord:
+        owner = record.owner
+        if owner is not None and owner.controller != controller and owner.alive(time.time()):
+            raise RunConflictError(
+                f"{run_id} is run by another controller (process {owner.pid} on {owner.host}); "
+                "stop it there first"
+            )
+        record.owner = this_owner(controller)
+        return record
+
+    return states.update(run_id, take)
+
+
+class LiveRun:
+    """State and logs of a run that this controller owns.
+
+    One thread (the runner's) changes it; any thread may read ``status``.
+    """
+
+    def __init__(
+        self, record: JobRecord, spec: JobSpec, states: RunStates, folder: RunFolder
+    ) -> None:
+        """Take a claimed run."""
+        self.record, self.spec, self.states, self.folder = record, spec, states, folder
+        self._lock = threading.RLock()
+        self._saved_at = 0.0
+        self._changed = False
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self.record.run_id
+
+    def status(self) -> dict[str, Any]:
+        """What ``status --json`` prints, as of now."""
+        with self._lock:
+            return self.record.to_status()
+
+    def event(self, kind: str, text: str, **more: Any) -> None:
+        """Write a line of the event log."""
+        self.folder.append_event(kind, text, **more)
+
+    def set_state(self, state: RunState, reason: str, **fields: Any) -> None:
+        """Move to a state, log it and save it, if it differs from what stands there."""
+        with self._lock:
+            differs = (self.record.state, self.record.reason) != (state, reason)
+            self._assign(state=state, reason=reason, **fields)
+        if differs:
+            self.event("state", f"{state}: {reason}" if reason else str(state), state=str(state))
+            self.save()
+
+    def set_fields(self, **fields: Any) -> None:
+        """Change fields; they are saved with the next save."""
+        with self._lock:
+            self._assign(**fields)
+
+    def touch(self) -> None:
+        """Save what has changed, at most once a second, and say now and then that we live."""
+        age = time.monotonic() - self._saved_at
+        if age >= BEAT_SECONDS or (self._changed and age >= SAVE_SECONDS):
+            self.save()
+
+    def save(self) -> None:
+        """Put the state into the store.
+
+        Raises:
+            OwnershipLost: another controller has taken the run over.
+        """
+
+        def put(stored: JobRecord) -> JobRecord:
+            mine, theirs = self.record.owner, stored.owner
+            if mine is None or theirs is None or mine.controller != theirs.controller:
+                raise OwnershipLost(f"{self.run_id} belongs to another controller now")
+            with self._lock:
+                # A stop may be asked for by writing the state alone.
+                self.record.stop_requested |= stored.stop_requested
+                mine.beat = time.time()
+                self._changed = False
+                return self.record.model_copy(deep=True)
+
+        self.states.update(self.run_id, put)
+        self._saved_at = time.monotonic()
+
+    def release(self) -> None:
+        """Let go of the run, so that any controller may go on with it."""
+
+        def free(stored: JobRecord) -> JobRecord:
+            mine = self.record.owner
+            if mine is not None and stored.owner and stored.owner.controller == mine.controller:
+                stored.owner = None
+            return stored
+
+        self.states.update(self.run_id, free)
+
+    # --- what the gang says ---
+
+    def gang_started(self, identities: Sequence[Identity], device: str) -> None:
+        """A gang has its workers."""
+        rows = [
+            WorkerRow(rank=rank, pid=found.pid, node=found.ip, device=_device(device, found))
+            for rank, found in enumerate(identities)
+        ]
+        self.set_fields(workers=rows)
+
+    def gang_ended(self) -> None:
+        """The gang is gone."""
+        self.set_fields(workers=[], tokens_per_second=None, eta_seconds=None)
+
+    def progress(self, rank: int, progress: Progress) -> None:
+        """A rank's heartbeat."""
+        with self._lock:
+            if rank < len(self.record.workers):
+                row = self.record.workers[rank]
+                row.phase, row.step = progress.phase, progress.step
+                self._changed = True
+
+    def metrics(self, records: Sequence[Record]) -> None:
+        """Log rank 0's records, then show them in the state."""
+        self.folder.append_metrics(records)
+        handlers: dict[str, Callable[[Record], None]] = {
+            "step": self._step,
+            "checkpoint": self._checkpoint,
+            "stage_start": self._stage_start,
+        }
+        for record in records:
+            handler = handlers.get(str(record.get("kind")))
+            if handler is not None:
+                handler(record)
+
+    def _stage_start(self, record: Record) -> None:
+        step = int(record.get("step", 0))
+        origin = record.get("resumed_from")
+        start = f"from {origin}" if origin else "from the initial weights"
+        self.set_fields(step=step)
+        self.event("stage", f"stage {record.get('stage')} starts at step {step}, {start}")
+
+    def _step(self, record: Record) -> None:
+        step = int(record.get("step", 0))
+        rate = record.get("tokens_per_second")
+        with self._lock:
+            smooth = self.record.tokens_per_second
+            if isinstance(rate, int | float):
+                smooth = rate if smooth is None else smooth + _SMOOTHING * (rate - smooth)
+            self._assign(
+                step=step,
+                global_step=int(record.get("global_step", step)),
+                loss=record.get("loss"),
+                tokens_per_second=smooth,
+                eta_seconds=self._tokens_left(step) / smooth if smooth else None,
+            )
+
+    def _checkpoint(self, record: Record) -> None:
+        key = str(record.get("key"))
+        # Progress: the restart budget is full again.
+        self.set_fields(checkpoint=key, restarts=0)
+        size = record.get("bytes")
+        about = f", {size / 2**20:.1f} MiB" if isinstance(size, int | float) else ""
+        self.event("checkpoint", f"committed {key}{about}")
+        self.save()
+
+    def _tokens_left(self, step: int) -> int:
+        index = self.record.stage_index
+        left = [s.num_steps * s.rows_per_step * s.context_length for s in self.spec.stages[index:]]
+        stage = self.spec.stages[index]
+        return sum(left) - step * stage.rows_per_step * stage.context_length
+
+    def _assign(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            setattr(self.record, name, value)
+        self._changed = True
+
+
+def _device(device: str, identity: Identity) -> str:
+    return f"cuda:{identity.gpus[0]}" if device == "cuda" and identity.gpus else device

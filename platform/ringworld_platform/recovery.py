@@ -1,0 +1,93 @@
+"""Which failures restart a gang, how often, and how soon. Pure policy: no Ray, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+MAX_DELAY_SECONDS = 30.0
+
+# Exceptions that come back the same however often the gang is built again. By name: the classes
+# live in packages that the controller's machine may not have.
+USER_ERRORS = frozenset(
+    {
+        "JobSpecError",
+        "ValueError",
+        "FileNotFoundError",
+        "PermissionError",
+        "ImportError",
+        "NotImplementedError",
+        "CheckpointError",
+        "TrainingDiverged",
+    }
+)
+
+
+class FailureKind(StrEnum):
+    """What went wrong with a gang."""
+
+    WORKER_LOST = "worker lost"
+    """A worker's process or node is gone."""
+    STALL = "stall"
+    """No worker made progress for too long."""
+    ERROR = "error"
+    """An exception in a worker that may not come back."""
+    USER_ERROR = "user error"
+    """An exception that comes back: the spec, the data or the code must change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a gang ended.
+
+    Attributes:
+        kind: decides what follows.
+        text: one line for the user: the first cause.
+        rank: the rank that failed first, where one did.
+        details: a traceback or the ranks' stacks; for the logs.
+    """
+
+    kind: FailureKind
+    text: str
+    rank: int | None = None
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What follows from a failure."""
+
+    restart: bool
+    delay_seconds: float
+    text: str
+
+
+def kind_of(types: tuple[str, ...]) -> FailureKind:
+    """Kind of an exception, from the names of its class and bases, nearest first."""
+    return FailureKind.USER_ERROR if USER_ERRORS & set(types) else FailureKind.ERROR
+
+
+def decide(failure: Failure, *, restarts: int, max_restarts: int) -> Decision:
+    """Restart or give up.
+
+    Args:
+        failure: what happened.
+        restarts: restarts since the last newly committed checkpoint.
+        max_restarts: the budget, ``recovery.max_restarts`` of the spec.
+
+    Returns:
+        The decision. The first restart is immediate; each one without progress waits twice as
+        long as the one before, so that a broken node does not spin.
+    """
+    if failure.kind is FailureKind.USER_ERROR:
+        return Decision(False, 0.0, failure.text)
+    if restarts >= max_restarts:
+        return Decision(
+            False,
+            0.0,
+            f"{failure.text}; given up after {restarts} restarts without a new checkpoint "
+            f"(recovery.max_restarts={max_restarts})",
+        )
+    delay = 0.0 if restarts == 0 else min(2.0 ** (restarts - 1), MAX_DELAY_SECONDS)
+    when = "at once" if delay == 0 else f"in {delay:g} s"
+    return Decision(True, delay, f"{failure.text}; restart {restarts + 1} of {max_restarts} {when}")

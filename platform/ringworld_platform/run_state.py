@@ -1,0 +1,240 @@
+"""The durable state of every run: one small JSON object each, changed by compare-and-set.
+
+Whoever may write (controllers, one at a time a run) reads, changes and puts back what it read; a
+writer that comes second sees a conflict and starts over from what the first one wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+from ringworld_platform.run_records import STATE_FILE
+from ringworld_workers.checkpoint.store import Conflict, StoreError, open_store
+
+LEASE_SECONDS = 30.0
+_MAX_RACES = 50
+
+
+class RunState(StrEnum):
+    """Where a run stands."""
+
+    QUEUED = "QUEUED"
+    WAITING = "WAITING"
+    RUNNING = "RUNNING"
+    RECOVERING = "RECOVERING"
+    STOPPING = "STOPPING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+
+
+TERMINAL = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED})
+
+
+class WorkerRow(BaseModel):
+    """One rank, as ``status`` shows it."""
+
+    rank: int
+    pid: int
+    node: str
+    device: str
+    phase: str = "start"
+    step: int = 0
+
+
+class Owner(BaseModel):
+    """The controller that has a run in hand: it is the only one that may run its gangs."""
+
+    controller: str
+    host: str
+    pid: int
+    beat: float
+    """When it last said so, seconds since the epoch."""
+
+    def alive(self, now: float) -> bool:
+        """Whether it may still be at work: a fresh beat, and not known to be gone."""
+        if now - self.beat > LEASE_SECONDS:
+            return False
+        return self.host != socket.gethostname() or _process_exists(self.pid)
+
+
+class JobRecord(BaseModel):
+    """All that is known of one run, its spec aside."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    job: str
+    run_id: str
+    state: RunState = RunState.QUEUED
+    reason: str = ""
+    """Why it is in this state, or what it is doing, in one line."""
+    stage: str = ""
+    stage_index: int = 0
+    num_stages: int
+    step: int = 0
+    num_steps: int = 0
+    global_step: int = 0
+    attempt: int = 0
+    context_length: int = 0
+    ring_size: int = 0
+    data_parallel_size: int = 0
+    checkpoint: str | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    error: str | None = None
+    run_folder: str
+    workers: list[WorkerRow] = []
+    submitted: float = 0.0
+    updated: float = 0.0
+
+    spec_digest: str
+    priority: int = 0
+    stop_requested: bool = False
+    restarts: int = 0
+    """Restarts since the last newly committed checkpoint."""
+    prepared: dict[str, Any] | None = None
+    """What the data recipe's build returned."""
+    owner: Owner | None = None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the run has ended."""
+        return self.state in TERMINAL
+
+    def abandoned(self, now: float | None = None) -> bool:
+        """Whether the run is unfinished and no controller has it in hand."""
+        moment = time.time() if now is None else now
+        return not self.terminal and (self.owner is None or not self.owner.alive(moment))
+
+    def to_status(self) -> dict[str, Any]:
+        """What ``status --json`` prints."""
+        hidden = {"spec_digest", "stop_requested", "restarts", "prepared", "owner", "priority"}
+        status = self.model_dump(mode="json", exclude=hidden)
+        if self.abandoned():
+            status["reason"] = (
+                f"no controller runs it any more; `ringworld resume {self.run_id}` continues it"
+            )
+        return status
+
+
+class RunStates:
+    """The runs of one folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder of runs; it need not exist yet.
+
+        Args:
+            root: absolute path; each run has a folder in it.
+        """
+        self.root = root
+        self._store = open_store(f"file://{root}")
+
+    def create(self, job: str, record: Callable[[str, Path], JobRecord]) -> JobRecord:
+        """Store a new run under the next free id: ``job-1``, ``job-2``, ...
+
+        Args:
+            job: name of the job.
+            record: makes the record from the run id and the run's folder.
+        """
+        number = len([found for found in self.all() if found.job == job])
+        for _ in range(_MAX_RACES):
+            number += 1
+            run_id = f"{job}-{number}"
+            made = record(run_id, self.root / run_id)
+            if self._store.put_if_absent(f"{run_id}/{STATE_FILE}", _encode(made)):
+                return made
+        raise PlatformError(f"no free run id for {job} in {self.root} after {number} tries")
+
+    def get(self, run_id: str) -> JobRecord:
+        """The stored state of a run.
+
+        Raises:
+            UnknownRunError: there is none.
+        """
+        return self._read(run_id)[0]
+
+    def update(self, run_id: str, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
+        """Change a run's state; ``change`` runs again if somebody else was faster.
+
+        Args:
+            run_id: which run.
+            change: gives the new record from the stored one; it may raise to leave it as it is.
+
+        Returns:
+            The record as stored.
+        """
+        for _ in range(_MAX_RACES):
+            record, etag = self._read(run_id)
+            changed = change(record)
+            changed.updated = time.time()
+            try:
+                self._store.put_if_match(f"{run_id}/{STATE_FILE}", _encode(changed), etag)
+            except Conflict:
+                continue
+            return changed
+        raise RunConflictError(f"{run_id}: lost {_MAX_RACES} races to write its state; try again")
+
+    def all(self) -> list[JobRecord]:
+        """Every run, oldest first; folders without a readable state are passed over."""
+        return sorted(self._scan(), key=lambda record: (record.submitted, record.run_id))
+
+    def find(self, name: str) -> JobRecord:
+        """The run of that id, else the newest run of the job of that name.
+
+        Raises:
+            UnknownRunError: neither exists; the message names what does.
+        """
+        if (self.root / name / STATE_FILE).is_file():
+            return self.get(name)
+        records = self.all()
+        runs = [record for record in records if record.job == name]
+        if not runs:
+            known = ", ".join(record.run_id for record in records[-5:]) or "none"
+            raise UnknownRunError(f"no run or job {name!r} in {self.root}; the latest are: {known}")
+        return runs[-1]
+
+    def _scan(self) -> Iterator[JobRecord]:
+        # The folder, not the store's list: a run's folder holds thousands of objects.
+        if not self.root.is_dir():
+            return
+        for folder in self.root.iterdir():
+            if (folder / STATE_FILE).is_file():
+                try:
+                    yield self.get(folder.name)
+                except (PlatformError, StoreError):
+                    continue
+
+    def _read(self, run_id: str) -> tuple[JobRecord, str]:
+        if not (self.root / run_id / STATE_FILE).is_file():
+            raise UnknownRunError(f"no run {run_id!r} in {self.root}")
+        data, etag = self._store.get_with_etag(f"{run_id}/{STATE_FILE}")
+        try:
+            return JobRecord.model_validate_json(data), etag
+        except ValidationError as error:
+            raise PlatformError(
+                f"{self.root / run_id / STATE_FILE} is not a run's state: {error}"
+            ) from error
+
+
+def _encode(record: JobRecord) -> bytes:
+    return record.model_dump_json(indent=1).encode()
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,95 @@
+"""A miniature of the train loop for tests: real all-reduces, real checkpoints, no model.
+
+Importable on Ray workers through PYTHONPATH. ``fault.json`` in the store asks for trouble.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+CHECKPOINT_EVERY = 5
+
+
+def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    stage = job.stage
+    folder = Path(job.checkpoint_url.removeprefix("file://"))
+    folder = folder / f"{job.stage_index:02d}-{stage.name}"
+    saved = sorted(folder.glob("step-*")) if folder.exists() else []
+    start = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    first = sum(s.num_steps for s in job.spec.stages[: job.stage_index])
+
+    def record(kind: str, step: int, **more: Any) -> None:
+        if mesh.rank == 0:
+            about = {"stage": stage.name, "stage_index": job.stage_index, "attempt": job.attempt}
+            when = {"step": step, "global_step": first + step, "time": time.time()}
+            reporter.metrics({"kind": kind, **about, **when, **more})
+
+    def save(step: int) -> str:
+        key = f"{folder.name}/step-{step:08d}"
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"step-{step:08d}").touch()
+            record("checkpoint", step, key=key, bytes=0)
+        return key
+
+    record("stage_start", start, resumed_from=saved[-1].name if saved else None)
+    for step in range(start + 1, stage.num_steps + 1):
+        reporter.phase("forward", step)
+        _maybe_fail(job, mesh.rank, step)
+        vector = torch.tensor([1.0, float(reporter.should_stop())])
+        dist.all_reduce(vector, group=mesh.control_group)
+        assert int(vector[0]) == job.world_size
+        if vector[1] > 0:
+            return {"status": "stopped", "step": step - 1, "checkpoint": save(step - 1)}
+        time.sleep(job.spec.optimizer.eps)  # the step's work
+        record(
+            "step",
+            step,
+            loss=1.0 / step,
+            tokens_per_second=1000.0,
+            sample_ids=[f"{stage.name}:{step}"],
+        )
+        if step % CHECKPOINT_EVERY == 0:
+            save(step)
+    key = save(stage.num_steps)
+    return {"status": "finished", "step": stage.num_steps, "checkpoint": key}
+
+
+def _maybe_fail(job: Any, rank: int, step: int) -> None:
+    store = Path(job.spec.checkpoint.store.removeprefix("file://"))
+    try:
+        fault = json.loads((store / "fault.json").read_text())
+    except FileNotFoundError:
+        return
+    if (rank, step) != (fault["rank"], fault["step"]):
+        return
+    if job.attempt > fault.get("attempts", 1):
+        return
+    if fault["kind"] == "raise":
+        raise RuntimeError(f"injected at step {step}")
+    if fault["kind"] == "value":
+        raise ValueError(f"row {step} has no tokens; rebuild the dataset")
+    if fault["kind"] == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def build(recipe: Path, cache: Path, on_progress: Any) -> Any:
+    if recipe.name == "broken.yaml":
+        raise ValueError(f"{recipe}: video 7 has no frames; remove it")
+    on_progress("text", 1, 2)
+    return SimpleNamespace(
+        dir=cache / "digest",
+        datasets={"books": cache / "digest" / "books"},
+        tokenizer_size=512,
+        codebook_size=0,
+        cached=False,
+    )

@@ -1,0 +1,263 @@
+"""The controller on a real local Ray: stages, deaths, stops, restarts. One Ray for the module."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringworld_jobs.spec import JobSpec
+from ringworld_platform.client import Client, runs_root_of
+from ringworld_platform.cluster import local_cluster
+from ringworld_platform.errors import RunConflictError, UnknownRunError
+from ringworld_platform.job_runner import RunnerConfig
+from ringworld_platform.run_state import RunStates
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    roots = [REPOSITORY / name for name in ("jobs", "model", "platform", "workers")]
+    paths = os.pathsep.join(str(path) for path in [*roots, HERE])
+    with local_cluster(num_cpus=4, env_vars={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def client(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    config = RunnerConfig(
+        stage_function="mini_stage:run_stage", prepare_function="mini_stage:build"
+    )
+    made = Client.attach(tmp_path_factory.mktemp("controller"), runner=config)
+    yield made
+    made.shutdown()
+
+
+def job(
+    store: Path,
+    *,
+    name: str = "mini",
+    stages: tuple[tuple[str, int, int], ...] = (("1k", 1, 6), ("4k", 2, 6)),
+    step_seconds: float = 0.01,
+    recipe: str | None = None,
+    **recovery: Any,
+) -> JobSpec:
+    """A job of (name, ring size, steps) stages; eps carries the time of a step to mini_stage."""
+    return JobSpec.model_validate(
+        {
+            "kind": "train",
+            "name": name,
+            "data": {
+                "recipe": recipe,
+                "cache": str(store / "cache"),
+                "sources": {} if recipe else {"books": {"shards": str(store / "books")}},
+            },
+            "optimizer": {"eps": step_seconds},
+            "resources": {"accelerator": "cpu", "workers": {"max": 64}},
+            "checkpoint": {"store": f"file://{store}"},
+            "tracking": {"mlflow": "off"},
+            "recovery": recovery,
+            "stages": [
+                {
+                    "name": stage,
+                    "context_length": 1024,
+                    "rope_theta": 1e4,
+                    "steps": steps,
+                    "global_batch_tokens": 1024,
+                    "mesh": {"sequence_parallel": ring, "data_parallel": 1},
+                    "mixture": {"books": 1.0},
+                    "learning_rate": {"peak": 1e-3},
+                }
+                for stage, ring, steps in stages
+            ],
+        }
+    )
+
+
+def wait_until(check: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        found = check()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {WAIT_SECONDS:g} s: {what}")
+
+
+def steps_of(client: Client, run_id: str) -> list[tuple[str, int, int]]:
+    records = client.metrics(run_id).items
+    return [(r["stage"], r["step"], r["attempt"]) for r in records if r["kind"] == "step"]
+
+
+def events_of(client: Client, run_id: str, kind: str) -> list[str]:
+    return [event["text"] for event in client.events(run_id) if event["kind"] == kind]
+
+
+def reached(client: Client, run_id: str, step: int) -> dict[str, Any]:
+    def check() -> dict[str, Any] | None:
+        status = client.status(run_id)
+        assert status["state"] not in ("FAILED", "STOPPED"), status
+        return status if status["step"] >= step and status["workers"] else None
+
+    status: dict[str, Any] = wait_until(check, f"{run_id} at step {step}")
+    return status
+
+
+def test_stages_of_different_sizes_run_one_after_the_other(client: Client, tmp_path: Path) -> None:
+    spec = job(tmp_path, recipe="recipe.yaml")
+
+    run_id = client.submit(spec, base=tmp_path)
+    assert client.submit(spec, base=tmp_path) == run_id
+    status = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert run_id == "mini-1"
+    assert status["state"] == "SUCCEEDED", status
+    assert (status["attempt"], status["global_step"]) == (2, 12)
+    assert status["checkpoint"] == "01-4k/step-00000006"
+    wanted = [("1k", n, 1) for n in range(1, 7)] + [("4k", n, 2) for n in range(1, 7)]
+    assert steps_of(client, run_id) == wanted
+    folder = Path(status["run_folder"])
+    assert folder == runs_root_of(spec) / run_id
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert samples[0] == {"stage": "1k", "step": 1, "attempt": 1, "sample_ids": ["1k:1"]}
+    assert "sample_ids" not in (folder / "metrics.jsonl").read_text()
+    assert "books" in events_of(client, run_id, "data")[0]
+    assert [s["run_id"] for s in client.list()].count(run_id) == 1
+    with pytest.raises(RunConflictError, match="has succeeded"):
+        client.resume("mini")
+    with pytest.raises(UnknownRunError, match="no run or job 'other'"):
+        client.status("other")
+
+
+def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path) -> None:
+    spec = job(tmp_path, name="killed", stages=(("1k", 2, 60),), step_seconds=0.02)
+    run_id = client.submit(spec)
+    status = reached(client, run_id, 12)
+
+    killed = time.time()
+    os.kill(status["workers"][1]["pid"], signal.SIGKILL)
+    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert final["state"] == "SUCCEEDED", final
+    assert final["attempt"] == 2
+    (failure,) = [e for e in client.events(run_id) if e["kind"] == "failure"]
+    assert failure["rank"] == 1
+    assert "rank 1" in failure["text"]
+    assert failure["time"] - killed < 1.0
+    again = [r for r in client.metrics(run_id).items if r["kind"] == "step" and r["attempt"] == 2]
+    assert again[0]["step"] > 1, "it starts at the checkpoint, not over"
+    assert again[0]["time"] - killed < 20.0
+
+
+def test_an_exception_on_one_rank_ends_the_gang_at_once(client: Client, tmp_path: Path) -> None:
+    fault = {"kind": "raise", "rank": 1, "step": 4}
+    (tmp_path / "fault.json").write_text(json.dumps(fault))
+
+    run_id = client.submit(job(tmp_path, name="raises", stages=(("1k", 2, 6),)))
+    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert final["state"] == "SUCCEEDED", final
+    (failure,) = events_of(client, run_id, "failure")
+    assert failure == "rank 1: RuntimeError: injected at step 4"
+    assert "Traceback" in "\n".join(client.logs(run_id, rank=1).items)
+
+
+def test_an_error_of_the_data_fails_without_restarts(client: Client, tmp_path: Path) -> None:
+    fault = {"kind": "value", "rank": 0, "step": 2, "attempts": 99}
+    (tmp_path / "fault.json").write_text(json.dumps(fault))
+    during = client.submit(job(tmp_path, name="bad-row", stages=(("1k", 1, 6),)))
+    before = client.submit(job(tmp_path, name="bad-recipe", recipe="broken.yaml"), base=tmp_path)
+
+    first = client.wait(during, timeout_seconds=WAIT_SECONDS)
+    second = client.wait(before, timeout_seconds=WAIT_SECONDS)
+
+    assert (first["state"], first["attempt"]) == ("FAILED", 1)
+    assert first["error"] == "rank 0: ValueError: row 2 has no tokens; rebuild the dataset"
+    assert (second["state"], second["attempt"]) == ("FAILED", 0)
+    assert "video 7 has no frames" in second["error"]
+
+
+def test_a_frozen_worker_is_named(client: Client, tmp_path: Path) -> None:
+    fault = {"kind": "freeze", "rank": 1, "step": 3}
+    (tmp_path / "fault.json").write_text(json.dumps(fault))
+
+    spec = job(tmp_path, name="frozen", stages=(("1k", 2, 5),), stall_timeout="2s")
+    run_id = client.submit(spec)
+    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert final["state"] == "SUCCEEDED", final
+    (failure,) = events_of(client, run_id, "failure")
+    assert failure.startswith("no progress for 2 s: rank 1 (pid")
+    assert "does not answer" in failure
+    stacks = Path(final["run_folder"], "stacks", "attempt-1-stall.txt").read_text()
+    assert "===== rank 0" in stacks
+    assert "all_reduce" in stacks
+
+
+def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
+    spec = job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.05)
+    run_id = client.submit(spec)
+    reached(client, run_id, 3)
+
+    assert client.stop("stopped") == run_id
+    stopped = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+    assert stopped["state"] == "STOPPED", stopped
+    assert stopped["workers"] == []
+    assert client.resume(run_id) == run_id
+    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert final["state"] == "SUCCEEDED", final
+    steps = [step for _, step, _ in steps_of(client, run_id)]
+    assert steps == list(range(1, 41)), "no step twice, none left out"
+
+
+def test_a_job_that_cannot_fit_says_so(client: Client, tmp_path: Path) -> None:
+    run_id = client.submit(job(tmp_path, name="huge", stages=(("1k", 32, 1),)))
+
+    status = wait_until(
+        lambda: (s := client.status(run_id))["state"] == "WAITING" and s, "huge waits"
+    )
+    assert "needs 32 CPU bundles of 1; the cluster has 4 in all" in status["reason"]
+    assert "never start" in status["reason"]
+    client.stop(run_id)
+    assert client.wait(run_id, timeout_seconds=WAIT_SECONDS)["state"] == "STOPPED"
+
+
+def test_a_killed_controller_goes_on_with_its_jobs(client: Client, tmp_path: Path) -> None:
+    spec = job(tmp_path, name="survives", stages=(("1k", 2, 60),), step_seconds=0.05)
+    run_id = client.submit(spec)
+    reached(client, run_id, 6)
+    record = RunStates(tmp_path).get(run_id)
+    assert record.owner is not None
+
+    os.kill(record.owner.pid, signal.SIGKILL)
+    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert final["state"] == "SUCCEEDED", final
+    assert final["attempt"] == 2
+    owner = RunStates(tmp_path).get(run_id).owner
+    assert owner is not None
+    assert (owner.controller, owner.pid != record.owner.pid) == (record.owner.controller, True)
+    assert len([s for s in client.list() if s["job"] == "survives"]) == 1
+    last = [step for _, step, attempt in steps_of(client, run_id) if attempt == 2]
+    assert last == list(range(last[0], 61))
+
+
+def test_nothing_is_left_on_the_cluster(client: Client) -> None:
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+    assert groups == []
+    wait_until(lambda: ray.available_resources().get("CPU") == 4.0, "all CPUs free again")
