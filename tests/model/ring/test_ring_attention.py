@@ -1,0 +1,296 @@
+"""Ring attention on real processes against the fp64 oracle: out, dq, dk and dv each on its own.
+
+One gloo world of 8 serves every ring size, as subgroups, because starting a process costs seconds.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringworld_model.ring import RingContext, plan_rows, ring_attention
+from ringworld_model.ring.comm import Message, Ring, RingStats, Rotation
+from ringworld_model.ring.reference import dense_attention
+from ringworld_workers.testing import run_distributed
+
+TENSORS = ("out", "dq", "dk", "dv")
+LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    ring_size: int
+    context_length: int
+    documents: tuple[tuple[int, ...], ...]
+    heads: tuple[int, int]
+    width: int
+    layout: str = "auto"
+    backend: str = "auto"
+
+
+EDGES = (1, 127, 128, 129)
+MANY = (3, 40, 1, 17, 90, 5, 64, 2, 33, 71, 8, 120, 1, 1, 60, 11)
+CASES = [
+    Case("alone", 1, 700, ((700,),), (4, 4), 64),
+    Case("alone packed", 1, 600, ((300, 1, 128), EDGES), (8, 1), 32, "block_cyclic"),
+    Case("dense", 2, 1024, ((1024,),), (4, 4), 64),
+    Case("dense striped", 2, 513, ((513,),), (8, 8), 32, "striped"),
+    Case("two rows, two plans", 2, 777, ((700, 33), MANY), (7, 1), 32, "block_cyclic"),
+    Case("wide heads", 2, 300, ((131, 169),), (4, 1), 128, "contiguous"),
+    Case("reference blocks", 2, 200, ((150, 30),), (4, 2), 32, "block_cyclic", "reference"),
+    Case("dense odd", 3, 1001, ((1001,),), (4, 1), 64, "zigzag"),
+    Case("edges", 3, 900, (EDGES + (400,),), (8, 1), 32, "block_cyclic"),
+    Case("edges striped", 3, 431, (EDGES,), (2, 2), 64, "striped"),
+    Case("long staircase", 2, 5200, ((5200,),), (1, 1), 32, "block_cyclic"),
+    Case("packed", 4, 1100, (MANY + (500,),), (7, 1), 64, "block_cyclic"),
+    Case("packed zigzag", 4, 1100, (MANY + (500,),), (8, 1), 32, "zigzag"),
+    Case("same plan twice", 4, 640, ((600,), (600,), (1, 639)), (4, 4), 32),
+    Case("five", 5, 1283, ((129, 800, 1, 127),), (8, 2), 32),
+    Case("shorter than the ring", 5, 3, ((2, 1),), (2, 1), 32, "striped"),
+    Case("nothing but padding", 5, 64, ((),), (2, 2), 32),
+    Case("eight", 8, 1500, ((1, 1250, 127),), (8, 1), 64, "block_cyclic"),
+    Case("eight auto", 8, 1031, (MANY + (129,),), (4, 4), 32),
+]
+NAMED = {case.name: case for case in CASES}
+
+
+def whole_inputs(case, dtype):
+    """q, k, v and the gradient of out, the same on every rank: drawn in fp64, then rounded."""
+    generator = torch.Generator().manual_seed(CASES.index(case) + 1)
+    rows, length = len(case.documents), case.context_length
+    heads, kv_heads = case.heads
+
+    def normal(heads):
+        shape = (rows, length, heads, case.width)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
+
+
+def run_rank(case, dtype, rank, group, stats):
+    plans = plan_rows(case.documents, case.context_length, case.ring_size, case.layout)
+    indices = plans[0].local_indices(rank)
+    # Padding is filled with NaN: none of it may reach anything.
+    tensors = []
+    for whole in whole_inputs(case, dtype):
+        local = whole.new_full((whole.shape[0], len(indices), *whole.shape[2:]), torch.nan)
+        for row, lengths in enumerate(case.documents):
+            real = indices < sum(lengths)
+            local[row, real] = whole[row, indices[real]]
+        tensors.append(local)
+    q, k, v, grad_out = tensors
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    context = RingContext(plans, group, case.backend, stats)
+    out = context.attend(q, k, v)
+    assert out.dtype == dtype
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
+
+
+def check_misuse(group):
+    ring = Ring.over(group, 2)
+    rotation = Rotation(ring, Message.KEYS_VALUES, RingStats())
+    here, there = torch.full((2,), float(ring.rank)), torch.zeros(2)
+    problems = []
+
+    def attempt(call, *arguments):
+        try:
+            call(*arguments)
+        except (RuntimeError, ValueError) as error:
+            problems.append(str(error))
+
+    attempt(rotation.finish)
+    attempt(rotation.start, here, here)
+    attempt(rotation.start, here, torch.zeros(3))
+    attempt(rotation.start, torch.zeros(4)[::2], torch.zeros(2))
+    rotation.start(here, there)
+    attempt(rotation.start, here, there)
+    received = rotation.finish()
+    attempt(rotation.finish)
+    attempt(Ring.over, group, 3)
+    return problems, received.tolist()
+
+
+def every_case(rank, world_size):
+    # One group a size, made by all ranks in the same order.
+    groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4, 5, 8)}
+    results = {}
+    for case in CASES:
+        if rank >= case.ring_size:
+            continue
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            stats = RingStats()
+            tensors = run_rank(case, dtype, rank, groups.get(case.ring_size), stats)
+            results[case.name, dtype] = tensors, stats
+    misuse = check_misuse(groups[2]) if rank < 2 else None
+    return results, misuse
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_distributed(every_case, 8, timeout=200.0)
+
+
+def restored(ranks, case, dtype):
+    """Whole rows of out, dq, dk, dv from all ranks' parts; padding must be zero."""
+    plan = plan_rows(case.documents, case.context_length, case.ring_size, case.layout)[0]
+    wholes = []
+    for which in range(4):
+        locals_ = [ranks[rank][0][case.name, dtype][0][which] for rank in range(case.ring_size)]
+        shape = (len(case.documents), case.ring_size * plan.local_length, *locals_[0].shape[2:])
+        whole = locals_[0].new_full(shape, torch.nan)
+        for rank, local in enumerate(locals_):
+            whole[:, plan.local_indices(rank)] = local
+        for row, lengths in enumerate(case.documents):
+            assert not whole[row, sum(lengths) :].any(), "padding is not zero"
+        wholes.append(whole[:, : case.context_length])
+    return wholes
+
+
+def segment_ids(case):
+    ids = torch.zeros(len(case.documents), case.context_length, dtype=torch.int32)
+    for row, lengths in enumerate(case.documents):
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        real = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), sizes)
+        ids[row, : len(real)] = real.to(torch.int32)
+    return ids
+
+
+@cache
+def oracle(name, dtype):
+    """fp64 out, dq, dk, dv of the inputs as the dtype rounds them."""
+    case = NAMED[name]
+    q, k, v, grad_out = (tensor.double() for tensor in whole_inputs(case, dtype))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    out = dense_attention(q, k, v, segment_ids(case))
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item()
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_ring_matches_the_oracle(ranks, name, dtype, record_property):
+    case = NAMED[name]
+    expected = oracle(name, dtype)
+    for tensor, got, wanted in zip(TENSORS, restored(ranks, case, dtype), expected, strict=True):
+        error = relative_error(got, wanted)
+        record_property(tensor, error)
+        assert error <= LIMITS[dtype], f"{tensor}: {error:.2e}"
+
+
+def full_sequence_call(case):
+    """The same kernel called once a document, in bf16: what the ring may not be worse than."""
+    q, k, v, grad_out = (t.transpose(1, 2) for t in whole_inputs(case, torch.bfloat16))
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    wholes = [torch.zeros_like(tensor) for tensor in (q, q, k, v)]
+    for row, lengths in enumerate(case.documents):
+        start = 0
+        for length in lengths:
+            part = (slice(row, row + 1), slice(None), slice(start, start + length))
+            out, lse = forward(q[part], k[part], v[part], 0.0, True)
+            wholes[0][part] = out
+            gradients = backward(grad_out[part], q[part], k[part], v[part], out, lse, 0.0, True)
+            for whole, gradient in zip(wholes[1:], gradients, strict=True):
+                whole[part] = gradient
+            start += length
+    return [whole.transpose(1, 2) for whole in wholes]
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if any(case.documents)])
+def test_bf16_is_no_worse_than_one_full_sequence_call(ranks, name, record_property):
+    case = NAMED[name]
+    expected = oracle(name, torch.bfloat16)
+    tensors = zip(
+        TENSORS,
+        restored(ranks, case, torch.bfloat16),
+        full_sequence_call(case),
+        expected,
+        strict=True,
+    )
+    for tensor, got, full, wanted in tensors:
+        error = (got.double() - wanted).norm() / wanted.norm()
+        limit = (full.double() - wanted).norm() / wanted.norm()
+        record_property(
+            tensor,
+            (error.item(), limit.item(), relative_error(got, wanted), relative_error(full, wanted)),
+        )
+        assert error <= limit, f"{tensor}: {error:.2e} against {limit:.2e}"
+
+
+def test_stats_count_what_is_sent(ranks):
+    case = NAMED["dense"]
+    for rank in range(2):
+        stats = ranks[rank][0]["dense", torch.float32][1]
+        block = 2 * 512 * case.heads[1] * case.width * 4  # K and V, or dK and dV, of one rank
+        # K/V hop once forward and once backward; the gradients twice, the last time home.
+        assert stats.bytes_sent == 4 * block
+        assert stats.compute_seconds > 0 and stats.wait_seconds > 0
+    assert ranks[0][0]["alone", torch.float32][1].bytes_sent == 0
+
+
+def test_misuse_of_a_rotation_raises(ranks):
+    for rank in range(2):
+        problems, received = ranks[rank][1]
+        assert [problem.split(":")[-1].strip() for problem in problems[:6]] == [
+            "finish() without start()",
+            "send and receive are the same memory",
+            "send is torch.float32 (2,), receive is torch.float32 (3,)",
+            "both tensors must be contiguous",
+            "start() before finish() of the last",
+            "finish() without start()",
+        ]
+        assert "the group has 2 ranks" in problems[6]
+        assert received == [1.0 - rank] * 2
+
+
+def test_a_ring_of_one_sends_to_nobody():
+    rotation = Rotation(Ring.over(None, 1), Message.GRADIENTS, RingStats())
+    with pytest.raises(RuntimeError, match="nobody to send to"):
+        rotation.start(torch.zeros(1), torch.ones(1))
+    with pytest.raises(ValueError, match="needs a process group of 2 ranks"):
+        Ring.over(None, 2)
+
+
+def test_inputs_of_any_stride_and_a_broadcast_gradient():
+    (plan,) = plan_rows([[50, 14]], 64, 1)
+    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float64).movedim(-1, 1) for _ in range(3))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    ids = torch.tensor([[1] * 50 + [2] * 14])
+    out = ring_attention(q, k, v, plan=plan, softmax_scale=0.7)
+    expected = dense_attention(q, k, v, ids, softmax_scale=0.7)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-13)
+    got = torch.autograd.grad(out.sum(), (q, k, v))
+    for one, other in zip(got, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 64, 3, 8)}, "H must be a multiple of Hkv"),
+        ({"q": torch.zeros(64, 4, 8)}, r"q must be \[B, T, H, D\]"),
+        ({"v": torch.zeros(1, 64, 2, 4)}, r"k, v the same \[B, T, Hkv, D\]"),
+        ({"q": torch.zeros(1, 64, 4, 8).double()}, "cast them to one dtype"),
+        ({"plan": plan_rows([[8]], 32, 1)}, "64 tokens a row.*local_length is 32"),
+        ({"plan": plan_rows([[8], [9]], 64, 1)}, "2 plans for 1 rows"),
+        ({"plan": plan_rows([[8]], 128, 2)}, "needs a process group of 2 ranks"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, message):
+    arguments = {
+        "q": torch.zeros(1, 64, 4, 8),
+        "k": torch.zeros(1, 64, 2, 8),
+        "v": torch.zeros(1, 64, 2, 8),
+        "plan": plan_rows([[8]], 64, 1),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        ring_attention(**arguments)
