@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,15 +85,17 @@ class Report:
     Attributes:
         run: the records that it was made from.
         stages: one result a stage of the spec, those not begun included.
+        told_state: the state to show, for a report that is made just before it is saved.
     """
 
     run: RunRecords
     stages: tuple[StageResult, ...]
+    told_state: str = ""
 
     @property
     def state(self) -> str:
-        """The run's last known state."""
-        return str(self.run.state.get("state") or "UNKNOWN")
+        """The run's state: as told, else the last one saved."""
+        return self.told_state or str(self.run.state.get("state") or "UNKNOWN")
 
     @property
     def steps(self) -> int:
@@ -247,11 +249,12 @@ def verdicts(report: Report) -> list[str]:
     return sentences
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, *, state: str = "") -> Path:
     """Draw the plots and write ``report.html``, one file that needs nothing else.
 
     Args:
         run_folder: a run folder; ``plots/*.png`` and ``report.html`` are written into it.
+        state: the run's state, where the folder does not have the last one yet.
 
     Returns:
         Path of the HTML file.
@@ -262,7 +265,7 @@ def write_report(run_folder: Path) -> Path:
     """
     from ringworld_platform.plots import write_plots
 
-    report = build_report(run_folder)
+    report = replace(build_report(run_folder), told_state=state)
     text = render_html(report, write_plots(report.run))
     path = run_folder / REPORT_FILE
     scratch = path.with_suffix(".html.tmp")

@@ -314,6 +314,7 @@ class Tracker:
 
     def _end(self, client: MlflowClient, status: str) -> None:
         saved = self._saved
+        self._write_report(status)
         for name in (SPEC_FILE, REPORT_FILE):
             if (self._folder / name).is_file():
                 client.log_artifact(saved.parent, str(self._folder / name))
@@ -324,6 +325,14 @@ class Tracker:
             if client.get_run(run).info.status == "RUNNING":
                 client.set_terminated(run, ended)
         client.set_terminated(saved.parent, ended)
+
+    def _write_report(self, status: str) -> None:
+        from ringworld_platform.report import write_report
+
+        try:
+            write_report(self._folder, state=status)
+        except Exception as error:
+            logger.warning("no report for %s: %s", self._run_id, error)
 
 
 def check_sqlite(path: Path) -> None:

@@ -1,0 +1,139 @@
+"""The `ringworld` command: names, groups and examples. What commands do is in ``commands``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import typer
+
+from ringworld_platform.commands import data, look, machines, train
+from ringworld_platform.console import Guarded, examples
+
+TRAIN, LOOK, MACHINES = "Train", "Look", "Data and machines"
+
+app = typer.Typer(
+    name="ringworld",
+    cls=Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Train video and language world models on million-token contexts.\n\n"
+        "The shortest path, on any laptop:  [bold cyan]ringworld run jobs/quickstart.yaml[/]"
+    ),
+    epilog=examples(
+        "ringworld validate jobs/quickstart.yaml   # what would it do?",
+        "ringworld run jobs/quickstart.yaml        # train here, in the foreground",
+        "ringworld up; ringworld submit jobs/quickstart.yaml; ringworld watch",
+        "ringworld COMMAND --help                  # more on one command",
+    ),
+)
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the stack trace of an internal error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Take the options that stand before a command."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"ringworld {version_of('ringworld')}")
+        raise typer.Exit
+
+
+def _add(
+    to: typer.Typer,
+    panel: str | None,
+    function: Callable[..., None],
+    *lines: str,
+    name: str | None = None,
+    more: str = "",
+) -> None:
+    """Add a command; its docstring is its help, its paragraphs not broken where the code is."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    to.command(
+        name=name,
+        help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs),
+        epilog=examples(*lines) + more,
+        rich_help_panel=panel,
+    )(function)
+
+
+def _presets() -> str:
+    from ringworld_model.config import PRESETS
+
+    return f"\n\nModel presets: {', '.join(PRESETS)}."
+
+
+_add(
+    app,
+    TRAIN,
+    train.validate,
+    "ringworld validate jobs/quickstart.yaml",
+    "ringworld validate jobs/quickstart.yaml --resolved   # every default",
+    "ringworld validate jobs/lwm-text-7b.yaml --no-files  # plan without the data",
+    more=_presets(),
+)
+_add(
+    app,
+    TRAIN,
+    train.run,
+    "ringworld run jobs/quickstart.yaml",
+    "ringworld run jobs/quickstart.yaml --dashboard",
+    "ringworld run jobs/quickstart.yaml | tee run.log     # plain lines",
+)
+_add(
+    app,
+    TRAIN,
+    train.submit,
+    "ringworld up && ringworld submit jobs/quickstart.yaml",
+    "ringworld submit jobs/quickstart.yaml --address ray-head:6379",
+)
+_add(app, TRAIN, train.stop, "ringworld stop quickstart")
+_add(
+    app,
+    TRAIN,
+    train.resume,
+    "ringworld resume quickstart",
+    "ringworld resume quickstart-3 --runs runs",
+)
+_add(
+    app,
+    LOOK,
+    look.status,
+    "ringworld status                        # the newest run",
+    "ringworld status quickstart-3 --json",
+)
+_add(app, LOOK, look.list_runs, "ringworld list", "ringworld list --json", name="list")
+_add(app, LOOK, look.watch, "ringworld watch", "ringworld watch quickstart")
+_add(
+    app,
+    LOOK,
+    look.logs,
+    "ringworld logs -f quickstart",
+    "ringworld logs quickstart-3 --rank 1",
+)
+_add(app, LOOK, look.report, "ringworld report", "ringworld report quickstart-3")
+
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Prepare training data.")
+_add(data_app, None, data.build, "ringworld data build jobs/recipes/quickstart.yaml")
+app.add_typer(data_app, name="data", rich_help_panel=MACHINES)
+_add(
+    app,
+    MACHINES,
+    machines.doctor,
+    "ringworld doctor",
+    "ringworld doctor jobs/quickstart.yaml   # and what this job needs",
+)
+_add(app, MACHINES, machines.up, "ringworld up", "ringworld up --cpus 4 --no-dashboard")
+_add(app, MACHINES, machines.down, "ringworld down")
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    app()

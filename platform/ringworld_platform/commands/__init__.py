@@ -1,0 +1,1 @@
+"""The commands of `ringworld`, by subject; what is heavy to import is imported when one runs."""

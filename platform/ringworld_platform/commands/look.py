@@ -1,0 +1,180 @@
+"""status, list, watch, logs, report: look at runs, and change nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ringworld_platform.commands.options import (
+    DEFAULT_RUNS,
+    Address,
+    Json,
+    NewestRun,
+    RunName,
+    Runs,
+)
+from ringworld_platform.console import err, out
+
+if TYPE_CHECKING:
+    from ringworld_platform.run_view import OpenView
+
+FOLLOW_SECONDS = 0.5
+
+
+def status(
+    job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json = False
+) -> None:
+    """Show where a run stands: state and why, stage, losses, workers, newest checkpoint."""
+    from ringworld_platform.run_view import find_status, open_view
+
+    with open_view(runs, address) as opened:
+        found = find_status(opened.view, job)
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        _say_where(opened)
+        from rich.console import Group
+        from rich.text import Text
+
+        from ringworld_platform.display import headline, stages_table, workers_table
+        from ringworld_platform.formatting import duration
+        from ringworld_platform.progress import RunProgress
+
+        progress = RunProgress(opened.view, str(found["run_id"]))
+        progress.poll()
+        lines = [f"checkpoint  {found.get('checkpoint') or 'none yet'}"]
+        if found.get("eta_seconds") and not progress.ended:
+            lines.append(f"time left   {duration(found['eta_seconds'])}")
+        if found.get("error"):
+            lines.append(f"error       {found['error']}")
+        lines.append(f"folder      {found.get('run_folder')}")
+        parts = [headline(found), Text(), stages_table(progress), Text()]
+        if found.get("workers") and not progress.ended:
+            parts += [workers_table(found), Text()]
+        out().print(Group(*parts, Text("\n".join(lines))))
+
+
+def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json = False) -> None:
+    """List every run, oldest first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ringworld_platform.display import STATE_STYLES
+    from ringworld_platform.formatting import loss
+    from ringworld_platform.run_view import open_view
+
+    with open_view(runs, address) as opened:
+        found = opened.view.list()
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        _say_where(opened)
+        if not found:
+            out().print("no runs yet; start one with [cyan]ringworld run JOB.yaml[/cyan]")
+            return
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for heading in ("run", "state", "stage", "step", "loss", "why"):
+            table.add_column(heading, no_wrap=heading != "why")
+        for run in found:
+            state = str(run.get("state"))
+            number = f"{int(run.get('stage_index') or 0) + 1}/{run.get('num_stages')}"
+            table.add_row(
+                escape(str(run["run_id"])),
+                f"[{STATE_STYLES.get(state, 'bold')}]{state}[/]",
+                f"{run.get('stage') or '-'} ({number})",
+                f"{run.get('step')}/{run.get('num_steps')}",
+                loss(run.get("loss")),
+                escape(str(run.get("error") or run.get("reason") or "")),
+            )
+        out().print(table)
+
+
+def watch(job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = None) -> None:
+    """Watch a run: stages, loss curves, workers, events. q or Ctrl-C leaves; the job goes on."""
+    from ringworld_platform.display import PlainDisplay, full_view
+    from ringworld_platform.keys import Keys
+    from ringworld_platform.progress import RunProgress
+    from ringworld_platform.run_view import find_status, open_view
+
+    with open_view(runs, address) as opened:
+        progress = RunProgress(opened.view, str(find_status(opened.view, job)["run_id"]))
+        console = out()
+        try:
+            if not console.is_terminal:
+                plain = PlainDisplay(console)
+                while not progress.ended:
+                    progress.poll()
+                    plain.update(progress)
+                    time.sleep(0 if progress.ended else FOLLOW_SECONDS)
+                return
+            from rich.live import Live
+
+            with Keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+                while True:
+                    progress.poll()
+                    live.update(full_view(progress), refresh=True)
+                    if keys.pressed(FOLLOW_SECONDS) in ("q", "Q", "\x03"):
+                        break
+        except KeyboardInterrupt:
+            pass  # leaving is no failure
+    if console.is_terminal:
+        console.print(f"{progress.name} is {progress.status.get('state')}")
+
+
+def logs(
+    job: RunName,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on until the run ends; Ctrl-C leaves.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose log.")] = 0,
+    runs: Runs = DEFAULT_RUNS,
+    address: Address = None,
+) -> None:
+    """Print what a worker of a run has printed."""
+    from ringworld_platform.run_state import TERMINAL
+    from ringworld_platform.run_view import find_status, open_view
+
+    with open_view(runs, address) as opened:
+        run_id = str(find_status(opened.view, job)["run_id"])
+        position = 0
+        while True:
+            ended = opened.view.status(run_id)["state"] in TERMINAL
+            page = opened.view.logs(run_id, rank=rank, after=position)
+            for line in page.items:
+                typer.echo(line)
+            sys.stdout.flush()
+            if page.next != position:
+                position = page.next
+                continue
+            if ended or not follow:
+                break
+            time.sleep(FOLLOW_SECONDS)
+        if position == 0:
+            err().print(f"rank {rank} of {run_id} has printed nothing", style="dim")
+
+
+def report(
+    job: NewestRun = None,
+    runs: Runs = DEFAULT_RUNS,
+    address: Address = None,
+) -> None:
+    """Sum up a run, finished or not, and write its report.html with plots."""
+    from ringworld_platform.report import build_report, render_terminal, write_report
+    from ringworld_platform.run_view import find_status, open_view
+
+    with open_view(runs, address) as opened:
+        folder = Path(str(find_status(opened.view, job)["run_folder"]))
+    console = out()
+    console.print(render_terminal(build_report(folder)))
+    console.print(f"\nreport: {write_report(folder)}", markup=False)
+
+
+def _say_where(opened: OpenView) -> None:
+    if not opened.live:
+        note = f"no cluster is up; read from the run folders in {opened.where}"
+        err().print(note, style="dim", markup=False)

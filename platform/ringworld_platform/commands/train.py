@@ -1,0 +1,275 @@
+"""validate, run, submit, stop, resume: from a job spec to a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ringworld_platform.commands.options import (
+    DEFAULT_RUNS,
+    Address,
+    Cpus,
+    JobFile,
+    Json,
+    RunName,
+    Runs,
+)
+from ringworld_platform.console import FAILED, INTERRUPTED, err, next_commands, out
+
+if TYPE_CHECKING:
+    from ringworld_jobs.plan import StagePlan
+    from ringworld_jobs.spec import JobSpec
+    from ringworld_platform.client import Client
+    from ringworld_platform.run_records import Record
+
+Dashboard = Annotated[
+    bool, typer.Option("--dashboard", help="Also start Ray's dashboard (200 MB of memory).")
+]
+
+
+def validate(
+    job: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A job spec, or a data recipe.")],
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print the spec with every default filled in.")
+    ] = False,
+    files: Annotated[
+        bool, typer.Option(help="Also check that the data which the spec names is there.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Check a job spec, and show what it comes to; nothing is started.
+
+    Every problem is shown at once, with its line, the limit and the remedy. Exit code 2 if any.
+    """
+    from ringworld_jobs.load import load_job, load_recipe
+    from ringworld_jobs.plan import plan_stages
+
+    if _kind(job) == "data":
+        load_recipe(job, check_files=files)
+        out().print(f"{job} is valid; build it with [cyan]ringworld data build {job}[/cyan]")
+        return
+    spec = load_job(job, check_files=files)
+    if resolved:
+        from ringworld_jobs.resolve import resolved_yaml
+
+        typer.echo(resolved_yaml(spec), nl=False)
+        return
+    plans = plan_stages(spec)
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        stages = [asdict(plan) for plan in plans]
+        typer.echo(json.dumps({"job": spec.name, "stages": stages}, indent=1))
+        return
+    _show_plan(spec, plans)
+    out().print(f"\n{job} is valid; start it with [cyan]ringworld run {job}[/cyan]")
+
+
+def _kind(path: Path) -> str | None:
+    """What a file says that it is; None where it cannot be told, and the loader will say why."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return document.get("kind") if isinstance(document, dict) else None
+
+
+def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
+    from rich.table import Table
+
+    from ringworld_jobs.units import format_tokens
+    from ringworld_platform.formatting import quantity
+
+    workers = max(plan.world_size for plan in plans)
+    console = out()
+    console.print(
+        f"[bold]{spec.name}[/bold]  {quantity(plans[0].num_parameters)} parameters, "
+        f"{quantity(sum(plan.num_tokens for plan in plans))} tokens, "
+        f"{workers} worker{'s' if workers > 1 else ''} of {spec.resources.cpus_per_worker} CPU"
+    )
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    headings = ("stage", "context", "rope theta", "ring x dp", "per worker", "rows", "steps")
+    for heading in (*headings, "tokens"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    for plan in plans:
+        table.add_row(
+            plan.name,
+            format_tokens(plan.context_length),
+            f"{plan.rope_theta:g}",
+            f"{plan.sequence_parallel_size} x {plan.data_parallel_size}",
+            format_tokens(plan.local_length),
+            str(plan.rows_per_step),
+            str(plan.num_steps),
+            quantity(plan.num_tokens),
+        )
+    console.print(table)
+
+
+def run(
+    job: JobFile, cpus: Cpus = None, dashboard: Dashboard = False, address: Address = None
+) -> None:
+    """Train a job in the foreground, and show its progress and its report.
+
+    Starts Ray on this machine if no cluster is up, and leaves no process behind. Ctrl-C stops at a
+    checkpoint and says how to go on; a second Ctrl-C ends at once.
+    """
+    from ringworld_jobs.load import load_job
+    from ringworld_platform import cluster
+    from ringworld_platform.client import Client, runs_root_of
+
+    spec = load_job(job)
+    if address is not None or cluster.find_running() is not None:
+        info = cluster.connect(address)
+        err().print(f"using the Ray cluster at {info.address}", style="dim")
+        client = Client.attach(runs_root_of(spec))
+        _foreground(client, client.submit(spec))
+        return
+    err().print("starting Ray on this machine", style="dim")
+    with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
+        _say_dashboard(info.dashboard_url)
+        client = Client.attach(runs_root_of(spec), one_shot=True)
+        status = _foreground(client, client.submit(spec), raise_exit=False)
+    _exit(status)
+
+
+def resume(
+    job: RunName,
+    runs: Runs = DEFAULT_RUNS,
+    cpus: Cpus = None,
+    dashboard: Dashboard = False,
+    address: Address = None,
+) -> None:
+    """Continue a stopped or failed run from its last committed checkpoint.
+
+    Where a cluster is up, the run continues there, in the background; else here, in the foreground.
+    """
+    from ringworld_platform import cluster
+    from ringworld_platform.client import Client
+    from ringworld_platform.run_view import FolderView, find_status
+
+    if address is not None or cluster.find_running() is not None:
+        cluster.connect(address)
+        client = Client.attach(runs.absolute())
+        run_id = client.resume(str(find_status(client, job)["run_id"]))
+        out().print(f"{run_id} continues", style="bold")
+        out().print(_follow_up(run_id))
+        return
+    run_id = str(find_status(FolderView(runs), job)["run_id"])
+    err().print(f"starting Ray on this machine to continue {run_id}", style="dim")
+    with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
+        _say_dashboard(info.dashboard_url)
+        client = Client.attach(runs.absolute(), one_shot=True)
+        status = _foreground(client, client.resume(run_id), raise_exit=False)
+    _exit(status)
+
+
+def submit(job: JobFile, address: Address = None) -> None:
+    """Hand a job to a cluster and return at once.
+
+    The cluster is the one of `ringworld up`, or --address. Submitting a job twice that is still
+    active gives the same run.
+    """
+    from ringworld_jobs.load import load_job
+    from ringworld_platform import cluster
+    from ringworld_platform.client import Client, runs_root_of
+
+    spec = load_job(job)
+    info = cluster.connect(address)
+    client = Client.attach(runs_root_of(spec))
+    run_id = client.submit(spec)
+    console = out()
+    console.print(f"[bold]{run_id}[/bold] submitted to {info.address}")
+    console.print(_follow_up(run_id))
+
+
+def stop(job: RunName, address: Address = None) -> None:
+    """Ask a run to stop: it finishes its step, saves a checkpoint, and can be resumed."""
+    from ringworld_platform import cluster
+    from ringworld_platform.client import Client
+    from ringworld_platform.run_view import find_status
+
+    cluster.connect(address)
+    client = Client.attach(create=False)
+    run_id = client.stop(str(find_status(client, job)["run_id"]))
+    console = out()
+    console.print(f"[bold]{run_id}[/bold] stops after its current step and checkpoint")
+    console.print(
+        next_commands(
+            [
+                (f"ringworld status {run_id}", "has it stopped?"),
+                (f"ringworld resume {run_id}", "go on from the checkpoint"),
+            ]
+        )
+    )
+
+
+def _follow_up(run_id: str) -> str:
+    return next_commands(
+        [
+            (f"ringworld watch {run_id}", "live view"),
+            (f"ringworld logs -f {run_id}", "what the workers print"),
+            (f"ringworld stop {run_id}", "stop at a checkpoint"),
+        ]
+    )
+
+
+def _say_dashboard(url: str | None) -> None:
+    if url is not None:
+        err().print(f"Ray dashboard: {url}", style="dim")
+
+
+def _foreground(client: Client, run_id: str, *, raise_exit: bool = True) -> Record:
+    """Follow a run to its end and show its report."""
+    from ringworld_platform.display import open_display
+    from ringworld_platform.follow import follow
+
+    console = out()
+    console.print(f"run [bold]{run_id}[/bold]")
+    display = open_display(console)
+    try:
+        status = follow(client, run_id, display)
+    except KeyboardInterrupt:
+        display.close()
+        err().print(f"ended; go on with [cyan]ringworld resume {run_id}[/cyan]")
+        raise
+    finally:
+        display.close()
+    if raise_exit:
+        _exit(status)
+    return status
+
+
+def _exit(status: Record) -> None:
+    """Show the report and what to do next, and end with the job's exit code."""
+    from ringworld_platform.run_state import RunState
+
+    run_id, folder = str(status["run_id"]), Path(str(status["run_folder"]))
+    console = out()
+    if folder.is_dir():
+        from ringworld_platform.report import build_report, render_terminal, write_report
+
+        console.print()
+        console.print(render_terminal(build_report(folder)))
+        console.print(f"\nreport: {write_report(folder)}", markup=False)
+    state = status["state"]
+    if state == RunState.SUCCEEDED:
+        return
+    if state == RunState.STOPPED:
+        console.print(f"stopped; go on with [cyan]ringworld resume {run_id}[/cyan]")
+        raise typer.Exit(INTERRUPTED)
+    err().print(f"{run_id} failed: {status.get('error')}", style="red", markup=False)
+    err().print(
+        next_commands(
+            [
+                (f"ringworld logs {run_id}", "what the workers printed"),
+                (f"ringworld resume {run_id}", "try again from the last checkpoint"),
+            ]
+        ),
+        markup=False,
+    )
+    raise typer.Exit(FAILED)

@@ -1,0 +1,300 @@
+"""A run in the terminal: a live view where there is one, plain lines where there is none."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ringworld_jobs.units import format_tokens
+from ringworld_platform.charts import curve, sparkline
+from ringworld_platform.formatting import duration, loss, quantity
+from ringworld_platform.progress import RunProgress
+from ringworld_platform.run_records import Record
+
+STATE_STYLES = {
+    "SUCCEEDED": "bold green",
+    "FAILED": "bold red",
+    "RUNNING": "bold cyan",
+    "RECOVERING": "bold yellow",
+    "WAITING": "yellow",
+    "STOPPING": "yellow",
+}
+EVENT_STYLES = {"error": "red", "failure": "red", "restart": "yellow", "warning": "yellow"}
+LINES_PER_STAGE = 10
+CHART_HEIGHT = 5
+
+
+class Display(Protocol):
+    """Shows a run; ``update`` after every poll."""
+
+    def update(self, progress: RunProgress) -> None:
+        """Show what the last poll brought."""
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class PlainDisplay:
+    """Lines for pipes and CI: every event, and about ten steps of each stage."""
+
+    def __init__(self, console: Console) -> None:
+        """Take the console to print on."""
+        self._console = console
+        self._last_reason = ""
+
+    def update(self, progress: RunProgress) -> None:
+        """See ``Display``."""
+        for event in progress.new_events:
+            self.note(event_line(event))
+        reason = str(progress.status.get("reason") or "")
+        if reason != self._last_reason and not any(
+            reason and reason in str(event.get("text")) for event in progress.new_events
+        ):
+            self.note(reason)
+        self._last_reason = reason
+        for record in progress.new_records:
+            if record.get("kind") == "step" and _worth_a_line(record, progress):
+                self.note(step_line(record, progress))
+            elif record.get("kind") == "validation":
+                self.note(validation_line(record))
+
+    def note(self, text: str) -> None:
+        """See ``Display``."""
+        if text:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """See ``Display``."""
+
+
+class LiveDisplay:
+    """A few lines that stay at the bottom of the terminal, events scrolling above them."""
+
+    def __init__(self, console: Console) -> None:
+        """Take over the lower end of the terminal."""
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live.start()
+
+    def update(self, progress: RunProgress) -> None:
+        """See ``Display``."""
+        for event in progress.new_events:
+            style = EVENT_STYLES.get(str(event.get("kind")), "dim")
+            self._console.print(Text(event_line(event), style=style))
+        for record in progress.new_records:
+            if record.get("kind") == "validation":
+                self._console.print(Text(validation_line(record), style="green"))
+        self._live.update(compact_view(progress), refresh=True)
+
+    def note(self, text: str) -> None:
+        """See ``Display``."""
+        self._console.print(Text(text, style="yellow"))
+
+    def close(self) -> None:
+        """See ``Display``."""
+        self._live.stop()
+
+
+def open_display(console: Console) -> Display:
+    """The live view on a terminal, plain lines elsewhere."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+
+
+def event_line(event: Record) -> str:
+    """An event with its time of day."""
+    clock = time.strftime("%H:%M:%S", time.localtime(float(event.get("time", 0))))
+    return f"{clock}  {event.get('text') or event.get('kind')}"
+
+
+def step_line(record: Record, progress: RunProgress) -> str:
+    """A step as one line."""
+    losses = [f"{m} {loss(record[f'loss_{m}'])}" for m in _modalities(record)]
+    left = duration(progress.status.get("eta_seconds"))
+    return (
+        f"stage {record.get('stage')} step {record.get('step')}/{_num_steps(record, progress)}  "
+        f"loss {loss(record.get('loss'))} ({', '.join(losses)})  "
+        f"{quantity(record.get('tokens_per_second'))} tokens/s  {left} left"
+    )
+
+
+def validation_line(record: Record) -> str:
+    """A stage's held-out score as one line."""
+    parts = [
+        f"{m} {loss(record[f'loss_{m}'])} (frequency {loss(record.get(f'unigram_entropy_{m}'))})"
+        for m in _modalities(record)
+    ]
+    return f"          stage {record.get('stage')} held out: {', '.join(parts)}"
+
+
+def compact_view(progress: RunProgress) -> RenderableType:
+    """The live lines of ``run``: where it is, the losses, the pace, the workers."""
+    status = progress.status
+    lines: list[RenderableType] = [headline(status)]
+    if status.get("num_steps"):
+        lines.append(_bar(status))
+    if progress.steps:
+        lines.append(_losses(progress))
+        lines.append(_pace(progress))
+    if status.get("workers"):
+        lines.append(_workers_line(status))
+    return Panel(Group(*lines), border_style="dim", padding=(0, 1))
+
+
+def full_view(progress: RunProgress) -> RenderableType:
+    """The view of ``watch``: stages, loss curves, workers, last events."""
+    status = progress.status
+    parts: list[RenderableType] = [headline(status)]
+    if status.get("num_steps"):
+        parts.append(_bar(status))
+    parts.append(Panel(stages_table(progress), title="stages", title_align="left", style="none"))
+    charts = Table.grid(expand=True, padding=(0, 1))
+    panels = []
+    for modality, colour in (("text", "blue"), ("vision", "red")):
+        values = progress.series(f"loss_{modality}")
+        if values:
+            charts.add_column(ratio=1)
+            panels.append(_chart(f"{modality} loss", values, colour))
+    if panels:
+        charts.add_row(*panels)
+        parts.append(charts)
+        parts.append(_pace(progress))
+    if status.get("workers"):
+        parts.append(Panel(workers_table(status), title="workers", title_align="left"))
+    recent = [Text(event_line(event), style="dim") for event in list(progress.events)[-6:]]
+    if recent:
+        parts.append(Panel(Group(*recent), title="events", title_align="left"))
+    parts.append(Text("q leaves; the job goes on", style="dim"))
+    return Group(*parts)
+
+
+def headline(status: Record) -> Text:
+    """Run, state, stage and why."""
+    state = str(status.get("state", "?"))
+    line = Text.assemble(
+        (str(status.get("run_id")), "bold"), "  ", (state, STATE_STYLES.get(state, "bold"))
+    )
+    if status.get("stage"):
+        number = f"{int(status.get('stage_index') or 0) + 1}/{status.get('num_stages')}"
+        line.append(f"  stage {status['stage']} ({number})")
+    if status.get("context_length"):
+        line.append(f"  {format_tokens(int(status['context_length']))} tokens")
+    if status.get("ring_size"):
+        line.append(f"  ring {status['ring_size']} x dp {status.get('data_parallel_size')}")
+    if int(status.get("attempt") or 0) > 1:
+        line.append(f"  attempt {status['attempt']}", style="yellow")
+    if status.get("reason"):
+        line.append(f"\n{status['reason']}", style="dim")
+    return line
+
+
+def stages_table(progress: RunProgress) -> Table:
+    """One row a stage that has begun."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("stage", "context", "ring x dp", "steps", "text", "vision", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    current = progress.status.get("stage_index")
+    for index, records in sorted(progress.stages.items()):
+        start, step = records.get("stage_start", {}), records.get("step", {})
+        context = start.get("context_length")
+        table.add_row(
+            str(start.get("stage") or step.get("stage")),
+            format_tokens(int(context)) if context else "-",
+            f"{start.get('ring_size', '-')} x {start.get('data_parallel_size', '-')}",
+            f"{step.get('step', start.get('step', 0))}/{start.get('num_steps', '?')}",
+            loss(step.get("loss_text")),
+            loss(step.get("loss_vision")),
+            quantity(step.get("tokens_per_second")),
+            style="bold" if index == current else "",
+        )
+    total = int(progress.status.get("num_stages") or 0)
+    if total > len(progress.stages):
+        table.add_row(f"[dim]{total - len(progress.stages)} more[/dim]", *[""] * 6)
+    return table
+
+
+def workers_table(status: Record) -> Table:
+    """One row a worker: where it is and what it is doing."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("rank", "step", "phase", "device", "node", "pid"):
+        table.add_column(heading, no_wrap=True)
+    for worker in status.get("workers") or []:
+        table.add_row(
+            *(escape(str(worker.get(key, "-"))) for key in ("rank", "step", "phase", "device")),
+            *(escape(str(worker.get(key, "-"))) for key in ("node", "pid")),
+        )
+    return table
+
+
+def _bar(status: Record) -> Table:
+    done, total = int(status.get("step") or 0), int(status.get("num_steps") or 1)
+    row = Table.grid(padding=(0, 1))
+    left = f"{duration(status.get('eta_seconds'))} left" if status.get("eta_seconds") else ""
+    row.add_row(
+        f"step {done}/{total}", ProgressBar(total=total, completed=done, width=36), Text(left)
+    )
+    return row
+
+
+def _losses(progress: RunProgress) -> Table:
+    row = Table.grid(padding=(0, 1))
+    row.add_row("loss", Text(loss(progress.last("loss")), style="bold"), "")
+    for modality, colour in (("text", "blue"), ("vision", "red")):
+        values = progress.series(f"loss_{modality}")
+        if values:
+            line = Text(sparkline(values, 36), style=colour)
+            row.add_row(f"  {modality}", loss(values[-1]), line)
+    return row
+
+
+def _pace(progress: RunProgress) -> Text:
+    last = progress.last
+    parts = [
+        f"{quantity(last('tokens_per_second'))} tokens/s",
+        f"step {duration(last('step_seconds'))}",
+        f"gradient norm {loss(last('grad_norm'))}",
+        f"learning rate {last('learning_rate') or 0:.2e}",
+    ]
+    wait = last("ring_wait_seconds")
+    if wait:
+        parts.append(f"ring wait {wait:.2f}s")
+    return Text("  ".join(parts), style="dim")
+
+
+def _workers_line(status: Record) -> Text:
+    workers = status.get("workers") or []
+    shown = "  ".join(f"rank {w['rank']} {w['phase']} {w['step']}" for w in workers[:6])
+    return Text(shown + (f"  and {len(workers) - 6} more" if len(workers) > 6 else ""), style="dim")
+
+
+def _chart(title: str, values: list[float], colour: str) -> Panel:
+    rows = curve(values, 34, CHART_HEIGHT)
+    body = Table.grid(padding=(0, 1))
+    labels = [loss(max(values)), *[""] * (CHART_HEIGHT - 2), loss(min(values))]
+    for label, row in zip(labels, rows, strict=True):
+        body.add_row(Text(label, style="dim"), Text(row, style=colour))
+    return Panel(body, title=f"{title} {loss(values[-1])}", title_align="left")
+
+
+def _modalities(record: Record) -> list[str]:
+    return [m for m in ("text", "vision") if record.get(f"loss_{m}") is not None]
+
+
+def _num_steps(record: Record, progress: RunProgress) -> int:
+    start = progress.stages.get(int(record.get("stage_index", 0)), {}).get("stage_start", {})
+    return int(start.get("num_steps") or progress.status.get("num_steps") or 0)
+
+
+def _worth_a_line(record: Record, progress: RunProgress) -> bool:
+    total, step = _num_steps(record, progress), int(record.get("step", 0))
+    return step == 1 or step == total or step % max(1, total // LINES_PER_STAGE) == 0

@@ -1,0 +1,90 @@
+"""What a display knows of a run while it goes: its status, recent metrics and last events."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ringworld_platform.run_records import Record
+from ringworld_platform.run_view import RunView
+
+KEPT_STEPS = 4000
+KEPT_EVENTS = 200
+
+
+@dataclass(slots=True)
+class RunProgress:
+    """A run as seen so far; ``poll`` brings it up to date.
+
+    Attributes:
+        view: where to ask.
+        name: run id.
+        status: the last status.
+        steps: recent step records.
+        stages: stage_start records and the last step and validation record, by stage index.
+        events: recent events.
+        new_events: those that the last poll brought.
+        new_records: metric records that the last poll brought.
+    """
+
+    view: RunView
+    name: str
+    status: Record = field(default_factory=dict)
+    steps: deque[Record] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+    stages: dict[int, dict[str, Record]] = field(default_factory=dict)
+    events: deque[Record] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
+    new_events: list[Record] = field(default_factory=list)
+    new_records: list[Record] = field(default_factory=list)
+    _next_metric: int = 0
+    _last_event: int = 0
+
+    def poll(self) -> None:
+        """Ask for the status, and for what is new in the logs."""
+        self.status = self.view.status(self.name)
+        self.new_events = self.view.events(self.name, after=self._last_event)
+        if self.new_events:
+            self._last_event = max(int(event.get("seq", 0)) for event in self.new_events)
+            self.events.extend(self.new_events)
+        self.new_records = []
+        while True:
+            page = self.view.metrics(self.name, after=self._next_metric)
+            if page.next == self._next_metric:
+                break
+            self._next_metric = page.next
+            self.new_records += page.items
+        self._take(self.new_records)
+
+    def skip_history(self) -> None:
+        """Forget what is new: a display that joins late need not print it all."""
+        self.new_events, self.new_records = [], []
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is in a terminal state."""
+        return self.status.get("state") in ("SUCCEEDED", "FAILED", "STOPPED")
+
+    def series(self, name: str) -> list[float]:
+        """Recent values of one metric, a redone step counted once."""
+        newest = {
+            int(step.get("global_step", 0)): float(step[name])
+            for step in self.steps
+            if name in step
+        }
+        return [newest[key] for key in sorted(newest)]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of one metric."""
+        for step in reversed(self.steps):
+            if name in step:
+                return float(step[name])
+        return None
+
+    def _take(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
+            kind = record.get("kind")
+            if kind == "step":
+                self.steps.append(record)
+            if kind in ("step", "validation", "stage_start", "stage_end"):
+                self.stages.setdefault(int(record.get("stage_index", 0)), {})[str(kind)] = record

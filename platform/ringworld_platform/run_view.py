@@ -1,0 +1,151 @@
+"""One way to look at runs, whether a controller answers or only their folders are there."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ringworld_platform.errors import ClusterError, UnknownRunError
+from ringworld_platform.run_folder import Page, RunFolder
+from ringworld_platform.run_records import Record
+
+
+class RunView(Protocol):
+    """What can be asked about runs; ``Client`` and ``FolderView`` both answer."""
+
+    def status(self, name: str) -> Record:
+        """The state of a run, by run id or job name (its newest run)."""
+
+    def list(self) -> list[Record]:
+        """The state of every run, oldest first."""
+
+    def events(self, name: str, after: int = 0) -> list[Record]:
+        """Events numbered above ``after``."""
+
+    def metrics(self, name: str, after: int = 0) -> Page:
+        """Metric records from ``after`` on."""
+
+    def logs(self, name: str, rank: int = 0, after: int = 0) -> Page:
+        """Lines of one rank's log from ``after`` on."""
+
+
+class FolderView:
+    """Reads run folders; changes nothing and needs no cluster."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder that holds the runs; it need not exist."""
+        from ringworld_platform.run_state import RunStates
+
+        self._states = RunStates(root.absolute())
+
+    def status(self, name: str) -> Record:
+        """See ``RunView``.
+
+        Raises:
+            UnknownRunError: no such run or job.
+        """
+        return self._states.find(name).to_status()
+
+    def list(self) -> list[Record]:
+        """See ``RunView``."""
+        return [record.to_status() for record in self._states.all()]
+
+    def events(self, name: str, after: int = 0) -> list[Record]:
+        """See ``RunView``."""
+        return self._folder(name).events(after)
+
+    def metrics(self, name: str, after: int = 0) -> Page:
+        """See ``RunView``."""
+        return self._folder(name).metrics(after)
+
+    def logs(self, name: str, rank: int = 0, after: int = 0) -> Page:
+        """See ``RunView``."""
+        return self._folder(name).log(rank, after)
+
+    def _folder(self, name: str) -> RunFolder:
+        return RunFolder(self._states.root / self._states.find(name).run_id)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenView:
+    """A view and where it looks.
+
+    Attributes:
+        view: answers.
+        live: a controller answers; else the folders do.
+        where: the cluster's address or the folder of runs.
+    """
+
+    view: RunView
+    live: bool
+    where: str
+
+
+@contextmanager
+def open_view(runs: Path, address: str | None = None) -> Iterator[OpenView]:
+    """Look through the cluster if one is known, else at the run folders.
+
+    A cluster is known when an address is given, by argument or RAY_ADDRESS, or `ringworld up`
+    started one. The folders also show what `ringworld run` in another terminal does, and faster.
+
+    Args:
+        runs: folder of runs, for use without a cluster.
+        address: Ray address of a cluster.
+
+    Raises:
+        ClusterError: the cluster that was asked for does not answer.
+    """
+    from ringworld_platform import cluster
+
+    asked = address or os.environ.get("RAY_ADDRESS")
+    if asked is None and cluster.find_running() is None:
+        yield OpenView(FolderView(runs), live=False, where=str(runs))
+        return
+    from ringworld_platform.client import Client
+
+    info = cluster.connect(address)
+    try:
+        try:
+            client = Client.attach(create=False)
+        except ClusterError:
+            if asked is not None:
+                raise
+            # `up` has run, but no job was ever submitted to it.
+            yield OpenView(FolderView(runs), live=False, where=str(runs))
+            return
+        yield OpenView(client, live=True, where=info.address)
+    finally:
+        cluster.disconnect()
+
+
+def find_status(view: RunView, name: str | None) -> Record:
+    """The state of the named run, or of the newest one.
+
+    Args:
+        view: where to look.
+        name: run id or job name; None means the newest run of all.
+
+    Raises:
+        UnknownRunError: no such run; names the nearest one.
+    """
+    if name is None:
+        runs = view.list()
+        if not runs:
+            raise UnknownRunError("there are no runs yet; start one with `ringworld run JOB.yaml`")
+        return runs[-1]
+    try:
+        return view.status(name)
+    except UnknownRunError as error:
+        raise UnknownRunError(f"{error}{did_you_mean(name, view.list())}") from None
+
+
+def did_you_mean(name: str, runs: list[dict[str, Any]]) -> str:
+    """A hint with the nearest run id or job name, or nothing."""
+    known = {str(run[key]) for run in runs for key in ("run_id", "job")}
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
