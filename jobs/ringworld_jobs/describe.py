@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, PlainSerializer, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from ringworld_jobs import units
@@ -73,6 +73,13 @@ def annotation_of(info: FieldInfo) -> Any:
     return Annotated[info.annotation, *info.metadata]
 
 
+def spelled_default(info: FieldInfo) -> Any:
+    """A field's default as a spec would write it: ``300s`` rather than 300.0."""
+    if any(isinstance(limit, PlainSerializer) for limit in info.metadata):
+        return TypeAdapter(annotation_of(info)).dump_python(info.default, mode="json")
+    return info.default
+
+
 def models_at(root: type[BaseModel], path: KeyPath) -> Models:
     """The models that the mapping at ``path`` may be."""
     return tuple(
@@ -103,6 +110,11 @@ def takes_bool(root: type[BaseModel], path: KeyPath) -> bool:
     """Whether true or false is a value for the field at ``path``, or nothing is known of it."""
     plain = [p for a in annotations_at(root, path) for p in alternatives(a)]
     return not plain or bool in plain
+
+
+def takes_text(root: type[BaseModel], path: KeyPath) -> bool:
+    """Whether the field at ``path`` takes any text."""
+    return str in [p for a in annotations_at(root, path) for p in alternatives(a)]
 
 
 def places(root: type[BaseModel], prefix: str = "", seen: Models = ()) -> Iterator[tuple[str, str]]:
@@ -150,7 +162,8 @@ def describe(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if origin is dict:
         return f"a mapping of names to {_plural(args[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "a mapping of " + ", ".join(annotation.model_fields)
+        names = list(annotation.model_fields)
+        return "a mapping of " + ", ".join(names[:5] + ["..."] * (len(names) > 5))
     return _with_limits({int: "a whole number", float: "a number", str: "text"}, annotation, limits)
 
 

@@ -18,8 +18,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ringworld_jobs.problem import NO_VALUE, KeyPath, Problem, format_path, format_value
 
-MAX_VALUES = 100_000
-"""A job spec has hundreds of values; aliases of aliases can make billions."""
+MAX_VALUES = 20_000
+"""A job spec has hundreds of values; aliases of aliases can make billions of them."""
 
 LONGEST_NUMBER = 300
 """Characters; a longer scalar is text, whatever it looks like."""
@@ -205,6 +205,8 @@ class _Reader:
             )
         if path not in self.document.marks or isinstance(node, ScalarNode):
             self.document.marks[path] = _mark(node)
+        if not isinstance(node, ScalarNode) and node.tag not in (_TAG + "map", _TAG + "seq"):
+            raise _refused_tag(node)
         if isinstance(node, MappingNode):
             return self._mapping(node, path, (*parents, node))
         if isinstance(node, SequenceNode):
@@ -279,9 +281,13 @@ class _Reader:
                 return float(plain.replace(".inf", "inf").replace(".nan", "nan"))
             case "str" | "merge" | "timestamp":
                 return text
-        raise yaml.constructor.ConstructorError(
-            None, None, f"the tag {node.tag} is not allowed; write plain values", node.start_mark
-        )
+        raise _refused_tag(node)
+
+
+def _refused_tag(node: Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(
+        None, None, f"the tag {node.tag} is not allowed; write plain values", node.start_mark
+    )
 
 
 def _mark(node: Node) -> Mark:

@@ -68,6 +68,10 @@ class JobSpecError(ValueError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like ``name``; empty where none does."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
+    # A word that was cut short: frames for frames_per_clip, cpus for cpus_per_worker.
+    for low, candidate in by_lower.items():
+        if len(name) >= 3 and low.startswith(name.lower()):
+            return candidate
     found = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
     return by_lower[found[0]] if found else ""
 

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, PlainSerializer, TypeAdapter
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ringworld_jobs.describe import alternatives, annotation_of, describe
+from ringworld_jobs.describe import alternatives, annotation_of, describe, spelled_default
 from ringworld_jobs.problem import format_value
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.spec import JobSpec
@@ -47,8 +47,8 @@ line, the limit and the remedy; `ringworld plan FILE` shows what it comes to.
 
 - **Unknown keys are errors**, and so is a key given twice.
 - **Units.** `Ki Mi Gi Ti` are binary, `K M B T` decimal: `4Ki` is 4,096 and `4.8B` is
-  4,800,000,000. A context length is binary, so `32K` is refused (`32Ki` was meant). Durations carry their unit:
-  `90s`, `15min`, `2h`; intervals may count steps: `20 steps`.
+  4,800,000,000. A context length is binary, so `32K` is refused (`32Ki` was meant). Durations carry
+  their unit: `90s`, `15min`, `2h`; intervals may count steps: `20 steps`.
 - **YAML 1.2 scalars.** `off`, `on`, `yes` and `no` are text, `1e6` is a number, `010` is ten.
 - **`defaults`** holds stage fields and is merged key by key into every stage: with
   `learning_rate: {{peak: 3e-4}}` in `defaults`, a stage may say only `learning_rate:
@@ -127,10 +127,7 @@ def _default(info: FieldInfo) -> str:
         return f"`[{', '.join(str(item) for item in value)}]`" if value else ""
     if value == "":
         return ""
-    if any(isinstance(limit, PlainSerializer) for limit in info.metadata):
-        # Written with its unit, as a spec would.
-        shown = TypeAdapter(annotation_of(info)).dump_python(value, mode="json")
-        return f"`{shown}`"
+    value = spelled_default(info)
     return f"`{format_value(value)}`" if isinstance(value, bool) else f"`{value}`"
 
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ringworld_jobs.describe import spelled_default
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.reference import reference_page
-from ringworld_jobs.spec import JobSpec, LearningRateSpec
+from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,6 +46,9 @@ def job_schema() -> dict[str, Any]:
         "title": "StageDefaults",
         "type": "object",
     }
+    for model in (CheckpointSpec, RecoverySpec):
+        for name, info in model.model_fields.items():
+            schema["$defs"][model.__name__]["properties"][name]["default"] = spelled_default(info)
     schema["properties"]["defaults"] = {"$ref": "#/$defs/StageDefaults"}
     return _finish(schema, "Ringworld job spec")
 

@@ -91,8 +91,9 @@ def validate(model: type[T], document: Document) -> Checked[T]:
         try:
             spec = model.model_validate(data)
         except ValidationError as error:
+            known = frozenset(broken)
             for path, details in _by_path(error, data).items():
-                if not _inside(path, broken):
+                if not _inside(path, known):
                     _report(model, document, path, details)
                 _repair(model, data, path, details[0]["type"], broken)
         else:
@@ -126,7 +127,7 @@ def _file_path(detail: ErrorDetails, data: Any) -> KeyPath:
     return tuple(path)
 
 
-def _inside(path: KeyPath, broken: set[KeyPath]) -> bool:
+def _inside(path: KeyPath, broken: frozenset[KeyPath]) -> bool:
     return any(path[: len(wrong)] == wrong for wrong in broken)
 
 
@@ -134,7 +135,8 @@ def _refuse_bools(model: type[Spec], document: Document, data: Any, broken: set[
     """Report true and false where a number is expected; pydantic would read them as 1 and 0."""
     for path in [p for p, value in _leaves(data, ()) if isinstance(value, bool)]:
         if not describe.takes_bool(model, path):
-            document.report(path, f"expected {describe.expects(model, path)}")
+            quoting = _quoting(model, path, True)
+            document.report(path, f"expected {describe.expects(model, path)}{quoting}")
             _repair(model, data, path, "bool", broken)
 
 
@@ -161,7 +163,10 @@ def _repair(model: type[Spec], data: Any, path: KeyPath, kind: str, broken: set[
         path = path[:-1]  # an item of a list: the whole list goes
     parent = data
     for part in path[:-1]:
-        parent = parent[part]
+        try:
+            parent = parent[part]
+        except (KeyError, IndexError):
+            return  # the part around it was taken out a moment ago
     key: Any = path[-1]
     if kind != "extra_forbidden":
         broken.add(path)
@@ -217,7 +222,7 @@ def _report(
             got = f", got {kind_of(value)}" if isinstance(value, dict | list) else ""
             document.report(
                 path,
-                f"expected {expected}{got}{_quoting(value) if expected == 'text' else ''}",
+                f"expected {expected}{got}{_quoting(model, path, value)}",
                 hint=nearest(value, describe.choices_at(model, path))
                 if isinstance(value, str)
                 else "",
@@ -228,8 +233,8 @@ def _tags(detail: ErrorDetails) -> str:
     return str(detail.get("ctx", {}).get("expected_tags", "text, video_text")).replace("'", "")
 
 
-def _quoting(value: Any) -> str:
-    if isinstance(value, bool | int | float):
+def _quoting(model: type[Spec], path: KeyPath, value: Any) -> str:
+    if isinstance(value, bool | int | float) and describe.takes_text(model, path):
         return "; put it in quotes if it is meant as text"
     return ""
 
@@ -260,7 +265,8 @@ def unknown_key(model: type[Spec], path: KeyPath) -> tuple[str, str]:
         everywhere = {name: place for name, place in describe.places(model)}
         far = nearest(key, everywhere)
         if far:
-            return f"{message}; {far} belongs {_at(everywhere[far])}", far
+            message += f"; is it {far}, which belongs {_at(everywhere[far])}?"
+            return f"{message} This mapping takes {', '.join(valid)}", ""
         message += f"; it takes {', '.join(valid)}"
     return message, hint
 

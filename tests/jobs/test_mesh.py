@@ -1,0 +1,127 @@
+"""The documented rule for automatic axes, and that defaults reach the stages as documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringworld_jobs.load import load_job
+from ringworld_jobs.mesh import LOCAL_TOKENS, MeshError, resolve_mesh
+from ringworld_jobs.spec import ResourcesSpec, StageSpec
+
+
+def stage(context: int, rows: int, *, micro: int = 1, **mesh: Any) -> StageSpec:
+    return StageSpec.model_validate(
+        {
+            "name": "s",
+            "context_length": context,
+            "rope_theta": 1e4,
+            "steps": 1,
+            "global_batch_tokens": context * rows,
+            "micro_batch_size": micro,
+            "mesh": mesh,
+            "mixture": {"x": 1},
+            "learning_rate": {"peak": 1},
+        }
+    )
+
+
+def workers(fewest: int, most: int) -> ResourcesSpec:
+    return ResourcesSpec.model_validate({"workers": {"min": fewest, "max": most}})
+
+
+@pytest.mark.parametrize(
+    ("spec", "resources", "mesh"),
+    [
+        (stage(2**12, 8), workers(1, 8), (1, 8)),
+        (stage(2**17, 8), workers(1, 8), (4, 2)),
+        (stage(2**20, 4), workers(1, 8), (8, 1)),  # 32 wanted, 8 there are
+        (stage(2**12, 6), workers(1, 4), (1, 3)),  # 4 do not share 6 rows evenly
+        (stage(2**12, 1), workers(4, 4), (4, 1)),  # one row: the ring grows to the minimum
+        (stage(2**12, 6), workers(4, 4), (2, 2)),
+        (stage(2**17, 8, micro=2), workers(1, 64), (4, 4)),
+        (stage(2**12, 8, sequence_parallel=2), workers(1, 7), (2, 2)),
+        (stage(2**17, 8, data_parallel=4), workers(1, 8), (2, 4)),
+        (stage(2**12, 8, data_parallel=1), workers(3, 8), (3, 1)),
+    ],
+)
+def test_automatic_axes(spec: StageSpec, resources: ResourcesSpec, mesh: tuple[int, int]) -> None:
+    assert resolve_mesh(spec, resources) == mesh
+
+
+@pytest.mark.parametrize(
+    ("spec", "resources", "field", "words"),
+    [
+        (stage(2**12, 8, data_parallel=16), workers(1, 8), "mesh.data_parallel", "64Ki"),
+        (stage(2**12, 8, data_parallel=8), workers(1, 4), "mesh.data_parallel", "raise it to 8"),
+        (stage(2**12, 3, micro=2), workers(1, 4), "micro_batch_size", "8Ki or 16Ki"),
+        (
+            stage(2**12, 1, sequence_parallel=2),
+            workers(4, 4),
+            "mesh.sequence_parallel",
+            "min is 4; lower it to 2",
+        ),
+        (
+            stage(2**12, 8, sequence_parallel=9),
+            workers(1, 8),
+            "mesh.sequence_parallel",
+            "lower mesh.sequence_parallel",
+        ),
+    ],
+)
+def test_what_does_not_fit_says_what_would(
+    spec: StageSpec, resources: ResourcesSpec, field: str, words: str
+) -> None:
+    with pytest.raises(MeshError, match=words) as caught:
+        resolve_mesh(spec, resources)
+    assert caught.value.field == field
+
+
+@given(
+    st.integers(4, 20),
+    st.integers(1, 64),
+    st.integers(1, 4),
+    st.integers(1, 32),
+    st.integers(0, 32),
+)
+def test_a_chosen_mesh_always_fits(
+    log_context: int, micro_batches: int, micro: int, fewest: int, more: int
+) -> None:
+    spec = stage(2**log_context, micro_batches * micro, micro=micro)
+    resources = workers(fewest, fewest + more)
+    ring_size, num_rings = resolve_mesh(spec, resources)
+    assert fewest <= ring_size * num_rings <= fewest + more
+    assert spec.rows_per_step % (num_rings * micro) == 0
+    assert ring_size * LOCAL_TOKENS >= spec.context_length or ring_size == fewest + more
+
+
+DEFAULTS = """\
+kind: train
+name: job
+data: {sources: {x: {shards: x}, y: {shards: y}}}
+defaults:
+  rope_theta: 1e6
+  tokens: 64Ki
+  global_batch_tokens: 8Ki
+  learning_rate: {peak: 1e-3, warmup_steps: 2}
+  mixture: {x: 1}
+  mesh: {sequence_parallel: 1}
+stages:
+- {name: a, context_length: 1Ki}
+- {name: b, context_length: 2Ki, learning_rate: {peak: 5e-4}, mixture: {y: 1}, steps: 3}
+"""
+
+
+def test_defaults_merge_key_by_key_but_for_the_mixture_and_the_length(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(DEFAULTS)
+    a, b = load_job(tmp_path / "job.yaml", check_files=False).stages
+    assert (a.learning_rate.peak, a.learning_rate.warmup_steps) == (1e-3, 2)
+    assert (b.learning_rate.peak, b.learning_rate.warmup_steps) == (5e-4, 2)
+    assert (a.mixture, b.mixture) == ({"x": 1.0}, {"y": 1.0})
+    assert (a.steps, a.tokens, b.steps, b.tokens) == (None, 65536, 3, None)
+    assert a.mesh == b.mesh
+    assert (a.num_steps, b.num_steps) == (8, 3)
