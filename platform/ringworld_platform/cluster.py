@@ -1,8 +1,8 @@
 """The Ray cluster under a job: one for a command, one that stays, or somebody else's.
 
 Authentication: a cluster that we start asks for Ray's token (kept in ``~/.ray/auth_token``),
-because whoever reaches a Ray port may run code as its owner. Setting RAY_AUTH_MODE=disabled before
-the start turns that off.
+because whoever reaches a Ray port may run code as its owner. RAY_AUTH_MODE=disabled in the
+environment turns that off. ``ray.init`` makes it so by itself as long as nothing is set.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 78_643_200
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def local_cluster(
 
     if ray.is_initialized():
         raise ClusterError("this process is connected to a Ray cluster already")
-    _prepare_environment()
+    _quiet_ray()
     if dashboard_port is not None:
         _check_free(dashboard_port, "the dashboard")
     options: dict[str, Any] = {"dashboard_port": dashboard_port} if dashboard_port else {}
@@ -124,9 +125,7 @@ def connect(address: str | None = None) -> ClusterInfo:
         raise ClusterError("this process is connected to a Ray cluster already")
     running = find_running() if address is None else None
     target = address or (running.address if running else "auto")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if running is not None:
-        _prepare_environment()
+    _quiet_ray()
     if target != "auto":
         _check_answers(target)
     try:
@@ -178,9 +177,9 @@ def up(
     _check_free(port, "Ray's head")
     if dashboard:
         _check_free(dashboard_port, "the dashboard")
-    _prepare_environment()
-    _ensure_token()
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    _quiet_ray()
+    environment = _head_environment()
+    command = [*_RAY, "start", "--head", "--block"]
     command += [f"--node-ip-address={LOOPBACK}", f"--port={port}", "--disable-usage-stats"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--include-dashboard={'true' if dashboard else 'false'}"]
@@ -193,6 +192,7 @@ def up(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,
         )
     info = ClusterInfo(
@@ -249,24 +249,29 @@ def auth_token() -> str | None:
         return None
 
 
-def _prepare_environment() -> None:
-    """What Ray reads from the environment when it starts, decided here."""
+def _quiet_ray() -> None:
+    """No usage reports home; and no advice of Ray's in the middle of our output."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def _ensure_token() -> None:
-    """`ray start` makes no token by itself, unlike `ray.init`."""
-    if os.environ.get("RAY_AUTH_MODE") != "token" or auth_token() is not None:
-        return
-    made = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"],
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-    )
-    if made.returncode != 0:
-        raise ClusterError(f"Ray makes no token: {made.stderr.strip()[-300:]}")
+def _head_environment() -> dict[str, str]:
+    """Environment of a head: it asks for a token, which `ray start`, unlike `ray.init`, lacks.
+
+    Raises:
+        ClusterError: no token can be made.
+    """
+    environment = {"RAY_AUTH_MODE": "token", **os.environ}
+    if environment["RAY_AUTH_MODE"] == "token" and auth_token() is None:
+        made = subprocess.run(
+            [*_RAY, "get-auth-token", "--generate"],
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+        )
+        if made.returncode != 0:
+            raise ClusterError(f"Ray makes no token: {made.stderr.strip()[-300:]}")
+    return environment
 
 
 def _await_head(head: subprocess.Popen[bytes], info: ClusterInfo) -> None:
