@@ -7,12 +7,13 @@ every stage; telling it of sequence parallelism is not.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ from ringworld_workers.engine.deepspeed_state import (  # noqa: E402
 from ringworld_workers.engine.parameter_groups import make_optimizer, split_parameters  # noqa: E402
 from ringworld_workers.mesh import Mesh  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 _BUCKET_ELEMENTS = 200_000_000
 
 
@@ -64,12 +67,30 @@ class DeepSpeedEngine:
         groups = split_parameters(model, config.optimizer)
         self._optimizer = make_optimizer(groups, config.optimizer, config.learning_rate)
         _prepare_process(mesh)
-        self._engine, *_ = deepspeed.initialize(
-            model=model.to(mesh.device),
-            optimizer=self._optimizer,
-            config=deepspeed_config(config, sum(p.numel() for p in model.parameters())),
-        )
+        # DeepSpeed makes the fp32 masters from the bf16 weights; they are put right below.
+        exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self._low else {}
+        with redirect_stdout(io.StringIO()) as said:  # some of its classes print memory use
+            self._engine, *_ = deepspeed.initialize(
+                model=model.to(mesh.device),
+                optimizer=self._optimizer,
+                config=deepspeed_config(config, sum(p.numel() for p in model.parameters())),
+            )
+        log.debug("deepspeed: %s", said.getvalue())
         self.module: nn.Module = self._engine.module
+        if exact:
+            self._restore_masters(exact)
+
+    @property
+    def _low(self) -> bool:
+        return self._config.precision == "bf16"
+
+    @torch.no_grad()
+    def _restore_masters(self, exact: dict[str, torch.Tensor]) -> None:
+        fragments = zero_fragments(self.module, self._engine.optimizer, self._zero_stage)
+        for owned in ranges_of(fragments, self._optimizer, with_moments=False):
+            whole = exact[owned.tensor].view(-1)
+            owned.data.copy_(whole[owned.start : owned.start + owned.data.numel()])
+        refresh_copies(self._engine.optimizer, self._zero_stage)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward."""
@@ -192,10 +213,10 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
 
 def _prepare_process(mesh: Mesh) -> None:
     """Make DeepSpeed take the process group that exists, and compile nothing."""
-    if mesh.device.type == "cpu":
-        # Else the first use on a CPU compiles a shared-memory all-reduce: over a minute, fatal
-        # without a compiler, and a killed build leaves a lock that hangs the next one.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Else its communication compiles a shared-memory all-reduce on a CPU: over a minute, fatal
+    # without a compiler, and a killed build leaves a lock that hangs the next one. Nobody else asks
+    # this table of ops that could be compiled, and to fill it DeepSpeed runs the compiler too.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     # DeepSpeed reads its local rank from here, and asks MPI if any of these is missing.
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
     os.environ.setdefault("RANK", str(mesh.rank))
