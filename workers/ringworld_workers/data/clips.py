@@ -31,6 +31,10 @@ class Timeline:
         """[F] seconds at which the frames were sampled."""
         return np.arange(len(self.shown)) / self.fps
 
+    def summary(self) -> dict[str, float]:
+        """How much was sampled, for meta.json: a file that ends early shows here."""
+        return {"frames": len(self.shown), "seconds": len(self.shown) / self.fps, "fps": self.fps}
+
     def held_out(self, spans: Sequence[SpanSpec]) -> npt.NDArray[np.int64]:
         """[F] number of the span that a frame lies in; -1: in none; -2: on the edge of one.
 

@@ -10,9 +10,10 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer, trai
 
 CODEBOOK_FILE = "codebook.npz"
 """The codebook's file in a prepared folder; the tokenizer's lies beside it."""
+
+_ABANDONED_SECONDS = 86_400.0
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how much (0: not known)."""
@@ -90,6 +93,7 @@ def build(recipe_path: Path, cache: Path, on_progress: Progress | None = None) -
     folder = cache / f"{recipe.name}-{digest[:16]}"
     if folder.is_dir():
         return open_prepared(folder, cached=True)
+    _sweep(cache)
     temporary = cache / f".building-{digest[:16]}-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
@@ -122,6 +126,15 @@ def open_prepared(folder: Path, *, cached: bool = True) -> Prepared:
         cached=cached,
         skipped=tuple(SkippedFile(**entry) for entry in meta["skipped"]),
     )
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what builders that were killed left behind; a living one is younger than a day."""
+    for folder in cache.glob(".building-*"):
+        # Another builder may remove its own at any time.
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _ignore(phase: str, done: int, total: int) -> None:
@@ -272,6 +285,7 @@ class _Build:
         dataset = self.recipe.datasets[name]
         phase = f"write {name}"
         left_out = self.left_out[name]
+        sampled: dict[str, dict[str, float]] = {}
         with DatasetWriter(self.folder / name, vocabulary) as writer:
             if isinstance(dataset, TextDataset):
                 files = self.texts[name]
@@ -287,11 +301,15 @@ class _Build:
                 videos = {v: e for (v, fps), e in codes.items() if fps == dataset.fps}
                 left_out["clips without caption"] = write_clips(writer, dataset, videos, vocabulary)
                 labels = {self.inputs.videos[video].label for video in dataset.videos}
+                sampled = {
+                    v: e.timeline.summary() for v, e in videos.items() if v in dataset.videos
+                }
                 self.on_progress(phase, 1, 1)
         meta: dict[str, Any] = {
             "name": name,
             "kind": dataset.kind,
             "splittable": isinstance(dataset, TextDataset),
+            "videos": sampled,
             "credits": dataset_credits(dataset, self.recipe.videos),
             "skipped": self.skipped.of(labels),
             "left_out": left_out,

@@ -34,15 +34,21 @@ _SCHEMA = pa.schema(
         ("name", pa.string()),
     ]
 )
-_BATCH_TOKENS = 1 << 22
-"""Tokens after which a record batch is written: 24 MiB of host memory at most, documents apart."""
 
 
 class ShardWriter:
     """Writes one split of one dataset; use it as a context manager."""
 
-    def __init__(self, folder: Path, split: Split) -> None:
-        """Open ``<folder>/<split>.arrow``; the folder exists."""
+    def __init__(self, folder: Path, split: Split, batch_tokens: int = 1 << 22) -> None:
+        """Open ``<folder>/<split>.arrow``.
+
+        Args:
+            folder: it exists.
+            split: which split.
+            batch_tokens: a record batch is written once it holds so many tokens: 24 MiB of host
+                memory, the last document apart.
+        """
+        self._batch_tokens = batch_tokens
         self._lengths_path = folder / f"{split}.lengths.npy"
         self._file = pa.OSFile(str(folder / f"{split}.arrow"), "wb")
         self._writer = pa.ipc.new_file(self._file, _SCHEMA)
@@ -68,7 +74,7 @@ class ShardWriter:
         self._lengths.append(len(tokens))
         self._rows.append((tokens, modality, loss, name))
         self._pending += len(tokens)
-        if self._pending >= _BATCH_TOKENS:
+        if self._pending >= self._batch_tokens:
             self._flush()
 
     def _flush(self) -> None:

@@ -39,7 +39,8 @@ def sample_frames(
     """Decode a video and yield what is on screen at 0, 1/fps, 2/fps, ... seconds.
 
     Sampling goes by timestamps, so a variable frame rate and a rate below ``fps`` (frames are then
-    repeated) come out right. The picture is cropped, scaled, and its centre square taken.
+    repeated) come out right. The picture is cropped, scaled, and its centre square taken. Some
+    containers (Matroska) end quietly where they are damaged; the frames until there are taken.
 
     Args:
         path: any container and codec that FFmpeg reads.
@@ -62,6 +63,8 @@ def sample_frames(
             for frame in container.decode(stream):
                 if frame.time is None:
                     raise DataError(f"{path}: a frame has no timestamp")
+                if frame.is_corrupt:
+                    raise DataError(f"{path}: the frame at {frame.time:.3f} s is damaged")
                 if previous is None:
                     first = frame.time
                 # The frame before this one stays on screen until this one's time.

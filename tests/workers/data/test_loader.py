@@ -1,0 +1,185 @@
+"""Rows of a stage: the same at any number of rings, held-out rows apart, one vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from ringworld_jobs.spec import StageSpec
+from ringworld_model.batch import TrainBatch
+from ringworld_workers.data.files import DataError
+from ringworld_workers.data.loader import StageLoader, open_loader
+from ringworld_workers.data.prepare import Prepared, build
+from ringworld_workers.mesh import Mesh
+from ringworld_workers.stage_job import StageJob
+
+RecipeMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def prepared(small: Prepared) -> Prepared:
+    return small
+
+
+def make_stage(**changes: Any) -> StageSpec:
+    fields: dict[str, Any] = {
+        "name": "short",
+        "context_length": 128,
+        "rope_theta": 1e4,
+        "steps": 10,
+        "global_batch_tokens": 128 * 8,
+        "mixture": {"texts": 0.3, "clips": 0.7},
+        "learning_rate": {"peak": 1e-3},
+    }
+    return StageSpec(**(fields | changes))
+
+
+def sources(prepared: Prepared) -> dict[str, str]:
+    return {name: str(folder) for name, folder in prepared.datasets.items()}
+
+
+def tokens(batches: list[TrainBatch]) -> list[list[int]]:
+    return [row for batch in batches for row in batch.tokens.tolist()]
+
+
+def test_the_rings_together_train_on_the_same_rows(prepared: Prepared) -> None:
+    alone = StageLoader(sources(prepared), make_stage(), 0)
+    for step in (0, 3):
+        expected = tokens(alone.step_rows(step))
+        ids = alone.sample_ids(step)
+        for size, micro in ((1, 4), (2, 2), (4, 2), (8, 1)):
+            rings = [
+                StageLoader(
+                    sources(prepared),
+                    make_stage(micro_batch_size=micro),
+                    0,
+                    data_parallel_rank=rank,
+                    data_parallel_size=size,
+                )
+                for rank in range(size)
+            ]
+            batches = [ring.step_rows(step) for ring in rings]
+            assert [row for share in batches for row in tokens(share)] == expected
+            assert all(b.tokens.shape == (micro, 128) for share in batches for b in share)
+            assert all(len(share) == 8 // size // micro for share in batches)
+            assert all(ring.sample_ids(step) == ids for ring in rings)
+
+
+def test_a_fresh_loader_resumes_anywhere(prepared: Prepared) -> None:
+    first = StageLoader(sources(prepared), make_stage(), 5)
+    steps = [tokens(first.step_rows(step)) for step in range(6)]
+    resumed = StageLoader(sources(prepared), make_stage(), 5)
+    assert tokens(resumed.step_rows(5)) == steps[5]
+    assert tokens(resumed.step_rows(2)) == steps[2]
+    other_seed = StageLoader(sources(prepared), make_stage(), 6)
+    assert tokens(other_seed.step_rows(0)) != steps[0]
+    other_stage = StageLoader(sources(prepared), make_stage(name="next"), 5)
+    assert tokens(other_stage.step_rows(0)) != steps[0]
+    assert first.row_range(2) == range(16, 24)
+
+
+def test_ids_and_padding_describe_the_rows(prepared: Prepared) -> None:
+    loader = StageLoader(sources(prepared), make_stage(), 0)
+    for step in range(4):
+        (batch, *rest) = loader.step_rows(step)
+        segments = torch.cat([batch.segment_ids, *(b.segment_ids for b in rest)])
+        padding = float((segments == 0).double().mean())
+        assert loader.padding_share(step) == pytest.approx(padding)
+        ids = loader.sample_ids(step)
+        documents = [n for b in (batch, *rest) for row in b.document_lengths for n in row]
+        assert len(ids) == len(documents)
+        for sample, length in zip(ids, documents, strict=True):
+            source, _, _, span = sample.split("/")
+            start, stop = map(int, span.split("-"))
+            assert source in ("texts", "clips")
+            assert stop - start == length
+
+
+def test_weight_mode_is_the_stages(prepared: Prepared) -> None:
+    def weights(mode: str) -> torch.Tensor:
+        stage = make_stage(mixture={"clips": 1.0}, loss={"weights": mode})
+        batch = StageLoader(sources(prepared), stage, 0).step_rows(0)[0]
+        return batch.loss_weights[batch.segment_ids == 1]
+
+    assert set(weights("token").tolist()) == {0.0, 1.0}
+    # Text and vision of one clip weigh 1 each.
+    assert float(weights("example").sum()) == pytest.approx(2.0)
+
+
+def test_held_out_rows_are_never_trained_on(prepared: Prepared) -> None:
+    loader = StageLoader(sources(prepared), make_stage(), 0)
+    trained = {tuple(row) for step in range(40) for row in tokens(loader.step_rows(step))}
+    for kind in ("text", "vision"):
+        rows = loader.held_out_rows(kind, 1000)
+        assert rows
+        assert all(row.tokens.shape == (1, 128) for row in rows)
+        again = loader.held_out_rows(kind, 1000)
+        assert tokens(again) == tokens(rows)
+        assert tokens(loader.held_out_rows(kind, 2)) == tokens(rows)[:2]
+        assert not trained & {tuple(row) for row in tokens(rows)}
+        # In one pass over the split every target counts once, and the same.
+        weights = torch.cat([row.loss_weights for row in rows])
+        assert set(weights.unique().tolist()) <= {0.0, 1.0}
+    clips = loader.held_out_rows("vision", 1000)
+    assert sum(len(row.document_lengths[0]) for row in clips) == 12
+    assert all(int(row.modality.max()) == 1 for row in clips)
+    text_only = StageLoader(sources(prepared), make_stage(mixture={"texts": 1.0}), 0)
+    assert text_only.held_out_rows("vision", 4) == []
+    assert all(int(row.modality.max()) == 0 for row in text_only.held_out_rows("text", 4))
+
+
+def test_a_clip_that_does_not_fit_is_named(prepared: Prepared) -> None:
+    with pytest.raises(DataError, match=r"stage 'short': .*=32; .*film from \d"):
+        StageLoader(sources(prepared), make_stage(context_length=32, global_batch_tokens=256), 0)
+
+
+def test_sources_of_two_codebooks_are_refused(
+    prepared: Prepared, make_recipe: RecipeMaker, tmp_path: Path
+) -> None:
+    other = build(make_recipe(tmp_path / "recipe", seed=1), tmp_path / "cache")
+    mixed = {"clips": str(prepared.datasets["clips"]), "more": str(other.datasets["clips"])}
+    stage = make_stage(mixture={"clips": 0.5, "more": 0.5})
+    with pytest.raises(DataError, match="'clips' and 'more' were made with different codebooks"):
+        StageLoader(mixed, stage, 0)
+    tokenizer = {"train": {"vocabulary_size": 310}}
+    other = build(make_recipe(tmp_path / "recipe", tokenizer=tokenizer), tmp_path / "cache")
+    mixed = {"texts": str(other.datasets["texts"]), "clips": str(prepared.datasets["clips"])}
+    with pytest.raises(DataError, match="different tokenizers"):
+        StageLoader(mixed, make_stage(), 0)
+
+
+def test_what_does_not_come_out_even_is_refused(prepared: Prepared) -> None:
+    with pytest.raises(ValueError, match=r"8 rows a step are not divisible.*3 \* 1"):
+        StageLoader(sources(prepared), make_stage(), 0, data_parallel_size=3)
+    with pytest.raises(DataError, match=r"mixture.books names no source \(known: clips, texts\)"):
+        StageLoader(sources(prepared), make_stage(mixture={"books": 1.0}), 0)
+
+
+@pytest.mark.parametrize(
+    ("text_vocab_size", "codebook_size", "says"),
+    [(300, 16, None), (512, 16, None), (299, 16, "has 300 ids"), (300, 32, "has 16 codes")],
+)
+def test_the_models_tables_must_fit_the_data(
+    prepared: Prepared, text_vocab_size: int, codebook_size: int, says: str | None
+) -> None:
+    job = SimpleNamespace(
+        sources=sources(prepared),
+        stage=make_stage(),
+        spec=SimpleNamespace(seed=0),
+        model_config=SimpleNamespace(
+            text_vocab_size=text_vocab_size, vision_codebook_size=codebook_size
+        ),
+    )
+    mesh = SimpleNamespace(data_parallel_rank=1, data_parallel_size=2)
+    if says is None:
+        loader = open_loader(cast(StageJob, job), cast(Mesh, mesh))
+        expected = StageLoader(sources(prepared), make_stage(), 0).step_rows(0)
+        assert tokens(loader.step_rows(0)) == tokens(expected)[4:]
+    else:
+        with pytest.raises(DataError, match=says):
+            open_loader(cast(StageJob, job), cast(Mesh, mesh))

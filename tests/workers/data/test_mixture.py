@@ -1,0 +1,209 @@
+"""The packing plan: nothing lost, nothing twice, the mixture everywhere, the same for everyone."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringworld_workers.data.mixture import (
+    MIN_PIECE_TOKENS,
+    OPEN_ROWS,
+    ExampleTooLong,
+    Piece,
+    RowPlan,
+    RowPlanner,
+)
+
+# No deadline: how long an example takes depends on who else uses the machine.
+quick = settings(max_examples=60, deadline=None)
+
+
+@dataclass
+class Mixture:
+    lengths: dict[str, np.ndarray]
+    splittable: dict[str, bool]
+    weights: dict[str, float]
+    context_length: int
+    seed: int
+
+    def planner(self, epochs: int | None = None) -> RowPlanner:
+        return RowPlanner(
+            self.lengths,
+            self.splittable,
+            self.weights,
+            self.context_length,
+            self.seed,
+            epochs=epochs,
+        )
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Mixture:
+    context_length = draw(st.sampled_from([64, 100, 256, 1024]))
+    names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
+    lengths, splittable, weights = {}, {}, {}
+    for name in names:
+        splittable[name] = draw(st.booleans())
+        longest = 5 * context_length if splittable[name] else context_length
+        # At most eight to a row, to keep the many rows of these tests quick to check.
+        shortest = draw(st.sampled_from([context_length // 8, context_length // 2]))
+        sizes = st.lists(st.integers(shortest, longest), min_size=1, max_size=12)
+        lengths[name] = np.array(draw(sizes), np.int32)
+        weights[name] = draw(st.sampled_from([0.1, 0.16, 0.5, 1.0, 3.0]))
+    return Mixture(lengths, splittable, weights, context_length, draw(st.integers(0, 99)))
+
+
+def pieces(rows: list[RowPlan]) -> list[Piece]:
+    return [piece for row in rows for piece in row.pieces]
+
+
+@quick
+@given(mixtures(), st.integers(1, 2))
+def test_every_token_of_every_example_once_an_epoch(mixture: Mixture, epochs: int) -> None:
+    rows = list(mixture.planner(epochs).iter_from(0))
+    found = defaultdict(list)
+    for piece in pieces(rows):
+        found[piece.source, piece.epoch, piece.index].append((piece.start, piece.stop))
+    expected = {
+        (name, epoch, index)
+        for name in mixture.weights
+        for epoch in range(epochs)
+        for index in range(len(mixture.lengths[name]))
+    }
+    assert set(found) == expected
+    for (name, _, index), parts in found.items():
+        length = int(mixture.lengths[name][index])
+        if not mixture.splittable[name]:
+            assert parts == [(0, length)]
+        edges = sorted(parts)
+        assert edges[0][0] == 0 and edges[-1][1] == length
+        assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+
+
+@quick
+@given(mixtures())
+def test_rows_hold_what_fits_and_pieces_are_no_crumbs(mixture: Mixture) -> None:
+    planner = mixture.planner()
+    least = min(MIN_PIECE_TOKENS, mixture.context_length // 2)
+    for row in (planner.plan(i) for i in range(30)):
+        assert row.pieces
+        assert row.tokens <= mixture.context_length
+        for piece in row.pieces:
+            length = int(mixture.lengths[piece.source][piece.index])
+            assert piece.stop - piece.start >= min(least, length)
+
+
+@quick
+@given(mixtures(), st.lists(st.integers(0, 40), min_size=1, max_size=8))
+def test_any_row_in_any_order_is_the_same(mixture: Mixture, rows: list[int]) -> None:
+    straight = mixture.planner()
+    plans = [straight.plan(row) for row in range(max(rows) + 1)]
+    backwards = mixture.planner()
+    assert [backwards.plan(row) for row in rows] == [plans[row] for row in rows]
+    resumed = mixture.planner().iter_from(rows[0])
+    assert next(resumed) == plans[rows[0]]
+
+
+@quick
+@given(mixtures())
+def test_the_order_of_the_spec_plays_no_part(mixture: Mixture) -> None:
+    turned = dict(reversed(mixture.weights.items()))
+    other = Mixture(
+        mixture.lengths, mixture.splittable, turned, mixture.context_length, mixture.seed
+    )
+    one, two = mixture.planner(), other.planner()
+    assert [one.plan(i) for i in range(10)] == [two.plan(i) for i in range(10)]
+
+
+@quick
+@given(mixtures())
+def test_weights_hold_over_any_window(mixture: Mixture) -> None:
+    planner = mixture.planner()
+    rows = [planner.plan(i) for i in range(60)]
+    total_weight = sum(mixture.weights.values())
+    # Off by the draw that tips the balance (a row at most, for each source that waits for its
+    # turn) at both ends of the window, and by the rows that were still open.
+    slack = (2 * len(mixture.weights) + 2 * OPEN_ROWS + 2) * mixture.context_length
+    for first in range(0, 60, 20):
+        for last in range(first + 20, 61, 20):
+            drawn: Counter[str] = Counter()
+            for piece in pieces(rows[first:last]):
+                drawn[piece.source] += piece.stop - piece.start
+            for name, weight in mixture.weights.items():
+                expected = weight / total_weight * drawn.total()
+                assert abs(drawn[name] - expected) <= slack
+
+
+def clips_and_text(context_length: int, clip: int) -> Mixture:
+    generator = np.random.default_rng(3)
+    lengths = {
+        "clips": generator.integers(clip - 10, clip, 100).astype(np.int32),
+        "text": generator.integers(2000, 20_000, 40).astype(np.int32),
+    }
+    splittable = {"clips": False, "text": True}
+    return Mixture(lengths, splittable, {"text": 0.16, "clips": 0.84}, context_length, 0)
+
+
+@pytest.mark.parametrize(
+    ("context_length", "clip", "limit"),
+    [(1024, 820, 0.055), (4096, 3905, 0.005), (16384, 15476, 0)],
+)
+def test_text_fills_what_clips_leave(context_length: int, clip: int, limit: float) -> None:
+    planner = clips_and_text(context_length, clip).planner()
+    rows = [planner.plan(i) for i in range(100, 300)]
+    drawn: Counter[str] = Counter()
+    for piece in pieces(rows):
+        drawn[piece.source] += piece.stop - piece.start
+    padding = 1 - drawn.total() / (200 * context_length)
+    assert padding <= limit + 1e-3
+    assert drawn["text"] / drawn.total() == pytest.approx(0.16, abs=0.01)
+
+
+def test_epochs_and_seeds_are_shuffled_anew() -> None:
+    def order(seed: int) -> list[list[int]]:
+        mixture = Mixture({"a": np.full(50, 10, np.int32)}, {"a": False}, {"a": 1.0}, 10, seed)
+        indices = [p.index for p in pieces(list(mixture.planner(2).iter_from(0)))]
+        return [indices[:50], indices[50:]]
+
+    first, second = order(0)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second != list(range(50))
+    assert order(0) == [first, second]
+    assert order(1)[0] != first
+
+
+def test_random_access_far_back_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringworld_workers.data.mixture._KEPT_ROWS", 5)
+    mixture = clips_and_text(1024, 820)
+    plans = list(zip(range(50), mixture.planner().iter_from(0), strict=False))
+    planner = mixture.planner()
+    for row in (40, 38, 3, 49, 0):
+        assert planner.plan(row) == plans[row][1]
+
+
+def test_ids_name_source_epoch_index_and_tokens() -> None:
+    assert Piece("books", 2, 17, 100, 356).id == "books/2/17/100-356"
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    good = clips_and_text(1024, 820)
+    with pytest.raises(ExampleTooLong, match=r"'clips', example \d+: 8\d\d tokens.*=512") as error:
+        clips_and_text(512, 820).planner()
+    assert error.value.source == "clips"
+    with pytest.raises(ValueError, match="names no source"):
+        Mixture({}, {}, {}, 1024, 0).planner()
+    with pytest.raises(ValueError, match="'text' holds no example"):
+        Mixture(
+            good.lengths | {"text": np.zeros(0, np.int32)}, good.splittable, good.weights, 1024, 0
+        ).planner()
+    with pytest.raises(ValueError, match=r"mixture\.text=0 is not positive"):
+        Mixture(good.lengths, good.splittable, {"text": 0.0, "clips": 1.0}, 1024, 0).planner()
+    with pytest.raises(IndexError, match="-1 is negative"):
+        good.planner().plan(-1)
+    with pytest.raises(IndexError, match="the plan ends after"):
+        good.planner(epochs=1).plan(10**6)
