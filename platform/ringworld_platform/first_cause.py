@@ -44,14 +44,14 @@ class Suspect:
 def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
     """A worker whose process is gone."""
     text = str(error)
-    if "memory" in text.lower() and "OOM" in text and "There are some potential" not in text:
+    if "running low on memory" in text:
         why = "it was killed because its node ran out of memory"
-    elif "node" in text.lower() and ("died" in text and "node it was running on" in text):
+    elif "node has died" in text or "node was terminated" in text:
         why = "its node is gone"
     elif "creation task" in text or "__init__" in text or "No module named" in text:
         why = "it could not start: " + _last_line(text)
     else:
-        # Ray lists three guesses here whatever happened; none is more likely than this.
+        # Ray lists the same guesses whatever happened: none says more than this.
         why = "its process ended without a Python error (killed, out of memory, or crashed)"
     failure = Failure(FailureKind.WORKER_LOST, f"rank {rank} ({where}) was lost: {why}", rank, text)
     return Suspect(rank, failure, lost=True, echo=False, time=0.0)

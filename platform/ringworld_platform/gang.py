@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "ringworld"
 POLL_SECONDS = 0.2
+# Shorter than this, a wait is not worth telling.
+WAITING_SECONDS = 0.5
 GRACE_SECONDS = 0.3
 START_TIMEOUT_SECONDS = 300.0
 PROBE_SECONDS = 0.5
@@ -121,12 +123,16 @@ class Gang:
         """
         bundles = [self.spec.bundle.resources()] * self.spec.size
         self._group = placement_group(bundles, strategy="PACK", name=self.spec.name)
-        while not self._group.wait(POLL_SECONDS):
-            room = capacity(self.spec.bundle)
-            self._listener.waiting(
-                room.shortage(self.spec.size, self.spec.bundle), room.total >= self.spec.size
-            )
+        asked = time.monotonic()
+        while placement_group_table(self._group).get("state") != "CREATED":
+            waited = time.monotonic() - asked
+            time.sleep(min(POLL_SECONDS, 0.01 + waited / 4))
             self._listener.tick()
+            if waited > WAITING_SECONDS:
+                room = capacity(self.spec.bundle)
+                self._listener.waiting(
+                    room.shortage(self.spec.size, self.spec.bundle), room.total >= self.spec.size
+                )
 
     def start(self, job: StageJob, *, num_threads: int, collective_timeout_seconds: float) -> None:
         """Start the workers, sort them, let them meet, and lay out the mesh.

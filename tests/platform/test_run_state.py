@@ -1,0 +1,160 @@
+"""Run state under races, and the run folder after crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ringworld_platform.errors import RunConflictError, RunFolderError, UnknownRunError
+from ringworld_platform.live_run import claim, this_owner
+from ringworld_platform.run_folder import RunFolder
+from ringworld_platform.run_state import LEASE_SECONDS, JobRecord, Owner, RunState, RunStates
+
+
+def record(run_id: str, path: Path, job: str = "job", submitted: float = 0.0) -> JobRecord:
+    return JobRecord(
+        job=job,
+        run_id=run_id,
+        num_stages=1,
+        run_folder=str(path),
+        spec_digest="d",
+        submitted=submitted,
+    )
+
+
+def test_ids_are_given_out_once_under_a_race(tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def create(_: int) -> str:
+        start.wait(10)
+        return RunStates(tmp_path).create("job", record).run_id
+
+    with ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(create, range(8)))
+
+    assert sorted(ids) == sorted(f"job-{n}" for n in range(1, 9))
+
+
+def test_no_update_is_lost_under_a_race(tmp_path: Path) -> None:
+    run_id = RunStates(tmp_path).create("job", record).run_id
+    start = threading.Barrier(4)
+
+    def one_more(found: JobRecord) -> JobRecord:
+        found.step += 1
+        return found
+
+    def work(_: int) -> None:
+        states = RunStates(tmp_path)
+        start.wait(10)
+        for _ in range(10):
+            states.update(run_id, one_more)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+    assert RunStates(tmp_path).get(run_id).step == 40
+
+
+def test_of_two_controllers_one_claims_a_run(tmp_path: Path) -> None:
+    states = RunStates(tmp_path)
+    run_id = states.create("job", record).run_id
+    start = threading.Barrier(2)
+
+    def take(controller: str) -> str | None:
+        start.wait(10)
+        try:
+            claim(states, run_id, controller)
+        except RunConflictError:
+            return None
+        return controller
+
+    with ThreadPoolExecutor(2) as pool:
+        winners = [name for name in pool.map(take, ["a", "b"]) if name]
+
+    owner = states.get(run_id).owner
+    assert owner is not None
+    assert winners == [owner.controller]
+
+
+def test_an_owner_that_died_is_known_to_be_gone() -> None:
+    here = this_owner("c")
+    assert here.alive(here.beat)
+    assert not here.alive(here.beat + LEASE_SECONDS + 1)
+    dead = Owner(controller="c", host=socket.gethostname(), pid=2**22 + 1, beat=here.beat)
+    assert not dead.alive(here.beat)
+    elsewhere = Owner(controller="c", host="other", pid=1, beat=here.beat)
+    assert elsewhere.alive(here.beat)
+
+
+def test_a_run_without_its_controller_does_not_claim_to_run(tmp_path: Path) -> None:
+    found = record("job-1", tmp_path)
+    found.state = RunState.RUNNING
+    assert "ringworld resume job-1" in found.to_status()["reason"]
+    found.owner = this_owner("c")
+    found.reason = "stage 1k"
+    status = found.to_status()
+    assert (status["state"], status["reason"]) == ("RUNNING", "stage 1k")
+    assert not {"owner", "spec_digest", "prepared"} & status.keys()
+
+
+def test_find_takes_run_ids_and_job_names(tmp_path: Path) -> None:
+    states = RunStates(tmp_path)
+    states.create("job", lambda run_id, path: record(run_id, path, submitted=1.0))
+    states.create("job", lambda run_id, path: record(run_id, path, submitted=2.0))
+    states.create("job-1", lambda run_id, path: record(run_id, path, "job-1", 3.0))
+    (tmp_path / "not-a-run").mkdir()
+
+    assert states.find("job").run_id == "job-2"
+    assert states.find("job-1").run_id == "job-1"
+    assert states.find("job-1").job == "job"
+    assert states.find("job-1-1").job == "job-1"
+    with pytest.raises(UnknownRunError, match="the latest are: job-1, job-2, job-1-1"):
+        states.find("nope")
+
+
+def test_folder_mends_torn_lines_and_goes_on_counting(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "job-1")
+    folder.open("name: job\n")
+    folder.append_event("state", "one")
+    folder.append_metrics([{"kind": "step", "stage": "s", "step": 1, "sample_ids": ["a"]}])
+    folder.append_log(0, ["first"])
+    folder.close()
+    for name in ("events.jsonl", "metrics.jsonl", "logs/rank-0.log"):
+        with (folder.path / name).open("ab") as file:
+            file.write(b'{"torn')
+
+    again = RunFolder(tmp_path / "job-1")
+    again.open("name: other\n")
+    again.append_event("state", "two")
+    again.append_metrics([{"kind": "step", "stage": "s", "step": 2}])
+    again.append_log(0, ["second"])
+
+    assert [(e["seq"], e["text"]) for e in again.events()] == [(1, "one"), (2, "two")]
+    assert [e["seq"] for e in again.events(after=1)] == [2]
+    page = again.metrics()
+    assert [r["step"] for r in page.items] == [1, 2]
+    assert again.metrics(page.next).items == []
+    assert again.log(0).items == ["first", "second"]
+    assert (folder.path / "spec.yaml").read_text() == "name: job\n"
+    assert json.loads((folder.path / "samples.jsonl").read_text())["sample_ids"] == ["a"]
+
+
+def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "job-1").write_text("a file where the folder should be")
+    with pytest.raises(RunFolderError, match="cannot write the run folder .*job-1"):
+        RunFolder(tmp_path / "job-1").open("")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "job-1")
+    folder.open("")
+    (folder.path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunFolderError, match="No space left on device; free space"):
+        folder.append_metrics([{"kind": "step", "step": 1}])
