@@ -17,7 +17,7 @@ class BlockKernel(Protocol):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [B, H, Q, D] and lse [B, H, Q] (fp32; fp64 for fp64 inputs)."""
+        """Return out [B, H, Q, D], any float, and lse [B, H, Q] (fp32; fp64 for fp64 inputs)."""
 
     def backward(
         self,
@@ -30,7 +30,7 @@ class BlockKernel(Protocol):
         diagonal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return this rectangle's share of dq, dk, dv.
+        """Return this rectangle's share of dq, dk, dv, any float.
 
         Args:
             grad_out: [B, H, Q, D], q's dtype.

@@ -44,7 +44,7 @@ CASES = [
     Case("dense odd", 3, 1001, ((1001,),), (4, 1), 64, "zigzag"),
     Case("edges", 3, 900, (EDGES + (400,),), (8, 1), 32, "block_cyclic"),
     Case("edges striped", 3, 431, (EDGES,), (2, 2), 64, "striped"),
-    Case("long staircase", 2, 5200, ((5200,),), (1, 1), 32, "block_cyclic"),
+    Case("long staircase", 2, 4700, ((4700,),), (1, 1), 32, "block_cyclic"),
     Case("packed", 4, 1100, (MANY + (500,),), (7, 1), 64, "block_cyclic"),
     Case("packed zigzag", 4, 1100, (MANY + (500,),), (8, 1), 32, "zigzag"),
     Case("same plan twice", 4, 640, ((600,), (600,), (1, 639)), (4, 4), 32),
@@ -176,12 +176,11 @@ def relative_error(got, expected):
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", [case.name for case in CASES])
-def test_ring_matches_the_oracle(ranks, name, dtype, record_property):
+def test_ring_matches_the_oracle(ranks, name, dtype):
     case = NAMED[name]
     expected = oracle(name, dtype)
     for tensor, got, wanted in zip(TENSORS, restored(ranks, case, dtype), expected, strict=True):
         error = relative_error(got, wanted)
-        record_property(tensor, error)
         assert error <= LIMITS[dtype], f"{tensor}: {error:.2e}"
 
 
@@ -205,7 +204,7 @@ def full_sequence_call(case):
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if any(case.documents)])
-def test_bf16_is_no_worse_than_one_full_sequence_call(ranks, name, record_property):
+def test_bf16_is_no_worse_than_one_full_sequence_call(ranks, name):
     case = NAMED[name]
     expected = oracle(name, torch.bfloat16)
     tensors = zip(
@@ -218,10 +217,6 @@ def test_bf16_is_no_worse_than_one_full_sequence_call(ranks, name, record_proper
     for tensor, got, full, wanted in tensors:
         error = (got.double() - wanted).norm() / wanted.norm()
         limit = (full.double() - wanted).norm() / wanted.norm()
-        record_property(
-            tensor,
-            (error.item(), limit.item(), relative_error(got, wanted), relative_error(full, wanted)),
-        )
         assert error <= limit, f"{tensor}: {error:.2e} against {limit:.2e}"
 
 
