@@ -33,17 +33,22 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ringworld {version('ringworld')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: bool = typer.Option(False, "--debug", help="Show the stack trace of an internal error."),
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     """Take the options that stand before a command."""
-    if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"ringworld {version_of('ringworld')}")
-        raise typer.Exit
 
 
 def _add(

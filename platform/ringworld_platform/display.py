@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Protocol
 
@@ -30,6 +31,7 @@ STATE_STYLES = {
 EVENT_STYLES = {"error": "red", "failure": "red", "restart": "yellow", "warning": "yellow"}
 LINES_PER_STAGE = 10
 CHART_HEIGHT = 5
+_COUNT = re.compile(r" \d+/\d+$")
 
 
 class Display(Protocol):
@@ -57,10 +59,10 @@ class PlainDisplay:
         """See ``Display``."""
         for event in progress.new_events:
             self.note(event_line(event))
-        reason = str(progress.status.get("reason") or "")
-        if reason != self._last_reason and not any(
-            reason and reason in str(event.get("text")) for event in progress.new_events
-        ):
+        # A count that moves on (".. 32/76") is not news; what is being done is.
+        reason = _COUNT.sub("", str(progress.status.get("reason") or ""))
+        told = any(reason in str(event.get("text")) for event in progress.new_events)
+        if reason != self._last_reason and not told:
             self.note(reason)
         self._last_reason = reason
         for record in progress.new_records:
@@ -191,7 +193,7 @@ def headline(status: Record) -> Text:
         line.append(f"  {format_tokens(int(status['context_length']))} tokens")
     if status.get("ring_size"):
         line.append(f"  ring {status['ring_size']} x dp {status.get('data_parallel_size')}")
-    if int(status.get("attempt") or 0) > 1:
+    if int(status.get("attempt") or 0) > int(status.get("stage_index") or 0) + 1:
         line.append(f"  attempt {status['attempt']}", style="yellow")
     if status.get("reason"):
         line.append(f"\n{status['reason']}", style="dim")

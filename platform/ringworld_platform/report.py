@@ -70,6 +70,7 @@ class StageResult:
     tokens_per_second: float | None
     wall_seconds: float
     attempts: int
+    """Gangs that worked on the stage."""
     checkpoint: str | None
 
     @property
@@ -113,9 +114,9 @@ class Report:
         return sum(stage.wall_seconds for stage in self.stages)
 
     @property
-    def attempts(self) -> int:
-        """Times that a gang was started for this run (a restart after a failure is one more)."""
-        return max((int(record.get("attempt", 1)) for record in self.run.records), default=0)
+    def restarts(self) -> int:
+        """Times that a stage was begun again, after a failure or a stop."""
+        return sum(max(0, stage.attempts - 1) for stage in self.stages)
 
 
 def build_report(run_folder: Path) -> Report:

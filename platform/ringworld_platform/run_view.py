@@ -15,16 +15,19 @@ from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import Record
 
 
+Records = list[Record]  # the views have a method called list
+
+
 class RunView(Protocol):
     """What can be asked about runs; ``Client`` and ``FolderView`` both answer."""
 
     def status(self, name: str) -> Record:
         """The state of a run, by run id or job name (its newest run)."""
 
-    def list(self) -> list[Record]:
+    def list(self) -> Records:
         """The state of every run, oldest first."""
 
-    def events(self, name: str, after: int = 0) -> list[Record]:
+    def events(self, name: str, after: int = 0) -> Records:
         """Events numbered above ``after``."""
 
     def metrics(self, name: str, after: int = 0) -> Page:
@@ -51,11 +54,11 @@ class FolderView:
         """
         return self._states.find(name).to_status()
 
-    def list(self) -> list[Record]:
+    def list(self) -> Records:
         """See ``RunView``."""
         return [record.to_status() for record in self._states.all()]
 
-    def events(self, name: str, after: int = 0) -> list[Record]:
+    def events(self, name: str, after: int = 0) -> Records:
         """See ``RunView``."""
         return self._folder(name).events(after)
 

@@ -21,6 +21,8 @@ from ringworld_platform.commands.options import (
 from ringworld_platform.console import err, out
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from ringworld_platform.run_view import OpenView
 
 FOLLOW_SECONDS = 0.5
@@ -53,7 +55,7 @@ def status(
         if found.get("error"):
             lines.append(f"error       {found['error']}")
         lines.append(f"folder      {found.get('run_folder')}")
-        parts = [headline(found), Text(), stages_table(progress), Text()]
+        parts: list[RenderableType] = [headline(found), Text(), stages_table(progress), Text()]
         if found.get("workers") and not progress.ended:
             parts += [workers_table(found), Text()]
         out().print(Group(*parts, Text("\n".join(lines))))

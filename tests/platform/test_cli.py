@@ -1,0 +1,209 @@
+"""The command line: help, exit codes, messages, and run folders read without a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ringworld_platform import cluster
+from ringworld_platform.cli import app
+
+COMMANDS = (
+    *("validate", "run", "submit", "stop", "resume", "status", "list", "watch", "logs", "report"),
+    *("doctor", "up", "down", "data"),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on this machine is not the tests' business."""
+    monkeypatch.setattr(cluster, "find_running", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def ringworld(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+@pytest.fixture
+def bad_spec(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.yaml"
+    path.write_text("kind: train\nname: bad\nstagess: []\ndata: {}\n")
+    return path
+
+
+@pytest.fixture
+def in_runs(recorded_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working directory whose runs folder holds the recorded run."""
+    monkeypatch.chdir(recorded_run.parent.parent)
+    return recorded_run
+
+
+def test_help_groups_commands_and_shows_the_shortest_path() -> None:
+    result = ringworld("--help")
+    assert result.exit_code == 0
+    for text in (*COMMANDS, "Train", "Look", "Data and machines", "ringworld run jobs/quickstart"):
+        assert text in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example(command: str) -> None:
+    names = ["data", "build"] if command == "data" else [command]
+    result = ringworld(*names, "--help")
+    assert result.exit_code == 0
+    assert f"$ ringworld {' '.join(names)}" in result.output
+
+
+def test_start_up_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ringworld_platform.cli;"
+        "heavy = {'torch', 'ray', 'mlflow', 'matplotlib', 'deepspeed', 'numpy', 'pydantic'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_bad_spec_is_the_users_mistake(bad_spec: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from ringworld_platform.cli import main; main()"]
+        + ["run", str(bad_spec)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "did you mean stages?" in done.stderr
+    assert f"{bad_spec}:3" in done.stderr
+    assert "nothing was started" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "submit", "doctor"])
+def test_every_command_that_takes_a_spec_refuses_a_bad_one(command: str, bad_spec: Path) -> None:
+    result = ringworld(command, str(bad_spec))
+    assert result.exit_code == 2
+    assert "stagess" in result.stderr
+
+
+def test_an_unknown_option_is_the_users_mistake() -> None:
+    result = ringworld("run", "--colour", "x.yaml")
+    assert result.exit_code == 2
+    assert "--colour" in result.stderr
+
+
+def test_status_reads_the_folder_and_says_so(in_runs: Path) -> None:
+    result = ringworld("status", "quickstart")
+    assert result.exit_code == 0, result.output
+    assert "no cluster is up" in result.stderr
+    for text in ("quickstart-1", "SUCCEEDED", "16k (3/3)", "02-16k/step-00000020", "8Ki"):
+        assert text in result.stdout
+
+
+def test_status_json_holds_what_the_contract_says(in_runs: Path) -> None:
+    result = ringworld("status", "--json")
+    status = json.loads(result.stdout)
+    expected = (
+        "job run_id state reason stage stage_index num_stages step num_steps global_step attempt "
+        "context_length ring_size data_parallel_size checkpoint loss tokens_per_second "
+        "eta_seconds error run_folder workers"
+    )
+    assert set(expected.split()) <= set(status)
+    assert status["run_id"] == "quickstart-1"
+    assert set(status["workers"][0]) == {"rank", "pid", "node", "device", "phase", "step"}
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "report", "watch", "resume"])
+def test_an_unknown_job_names_the_nearest(command: str, in_runs: Path) -> None:
+    result = ringworld(command, "quikstart")
+    assert result.exit_code == 2
+    assert "did you mean quickstart" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_no_runs_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ringworld("status").exit_code == 2
+    empty = ringworld("list")
+    assert empty.exit_code == 0
+    assert "no runs yet" in empty.stdout
+    assert json.loads(ringworld("list", "--json").stdout) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_shows_every_run(in_runs: Path) -> None:
+    result = ringworld("list")
+    assert "quickstart-1" in result.stdout
+    assert "SUCCEEDED" in result.stdout
+    (only,) = json.loads(ringworld("list", "--json").stdout)
+    assert only["job"] == "quickstart"
+
+
+def test_logs_of_a_rank(in_runs: Path) -> None:
+    (in_runs / "logs").mkdir()
+    (in_runs / "logs" / "rank-1.log").write_text("hello from rank 1\nbye\n")
+    assert ringworld("logs", "quickstart", "--rank", "1").stdout == "hello from rank 1\nbye\n"
+    followed = ringworld("logs", "-f", "quickstart-1", "--rank", "1")  # a run that has ended
+    assert followed.stdout.endswith("bye\n")
+    assert "printed nothing" in ringworld("logs", "quickstart").stderr
+
+
+def test_watch_without_a_terminal_prints_lines(in_runs: Path) -> None:
+    result = ringworld("watch")
+    assert result.exit_code == 0, result.output
+    assert "stage 16k step 20/20" in result.stdout
+
+
+def test_report_writes_the_file(in_runs: Path) -> None:
+    result = ringworld("report")
+    assert result.exit_code == 0, result.output
+    assert "held-out loss" in result.stdout
+    assert (in_runs / "report.html").is_file()
+
+
+def test_a_bug_leaves_its_trace_in_a_file(
+    in_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(view: object, name: str) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("ringworld_platform.run_view.find_status", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = ringworld("status")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert "internal error: KeyError" in result.stderr
+    (trace,) = tmp_path.glob("ringworld-error-*.txt")
+    assert "Traceback" in trace.read_text()
+    assert "Traceback" in ringworld("--debug", "status").stderr
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt])
+def test_ctrl_c_gives_130(
+    in_runs: Path, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
+    def interrupted(view: object, name: str) -> None:
+        raise interrupt
+
+    monkeypatch.setattr("ringworld_platform.run_view.find_status", interrupted)
+    assert ringworld("status").exit_code == 130
+
+
+def test_a_closed_pipe_is_quiet(in_runs: Path) -> None:
+    code = "from ringworld_platform.cli import main; main()"
+    command = f"{sys.executable} -c '{code}' list --json | true"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, env=dict(os.environ)
+    )
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+
+
+def test_version() -> None:
+    assert ringworld("--version").stdout.startswith("ringworld ")

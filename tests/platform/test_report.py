@@ -1,0 +1,166 @@
+"""The report of a recorded run: figures, plots and one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ringworld_platform.formatting import bytes_text, duration, quantity
+from ringworld_platform.plots import curves_of, running_mean, write_plots
+from ringworld_platform.report import build_report, render_terminal, write_report
+from ringworld_platform.run_records import read_lines, read_run
+
+Recording = dict[str, Callable[..., Any]]
+
+
+def test_each_stage_is_summed_up(recorded_run: Path, recording: Recording) -> None:
+    report = build_report(recorded_run)
+    assert [stage.name for stage in report.stages] == ["4k", "8k", "16k"]
+    assert [stage.context for stage in report.stages] == ["4Ki", "8Ki", "16Ki"]
+    assert [(s.ring_size, s.data_parallel_size) for s in report.stages] == [(1, 1), (2, 1), (2, 1)]
+    assert [stage.steps for stage in report.stages] == [20, 20, 20]
+    assert [stage.attempts for stage in report.stages] == [1, 2, 1]
+    assert report.tokens == 60 * 16384
+    assert report.restarts == 1
+    assert report.stages[1].checkpoint == "01-8k/step-00000020"
+    assert report.stages[1].wall_seconds == pytest.approx(13 + 10)  # the 8 s outage left out
+
+    steps = [r for r in recording["metrics"]() if r["kind"] == "step" and r["stage_index"] == 0]
+    text = report.stages[0].modalities[0]
+    assert text.modality == "text"
+    assert text.first == pytest.approx(np.mean([step["loss_text"] for step in steps[:3]]))
+    assert text.last == pytest.approx(np.mean([step["loss_text"] for step in steps[-3:]]))
+    assert (text.validation, text.baseline, text.beats_guessing) == (3.1, 6.4, True)
+
+
+def test_of_a_redone_step_the_last_counts(recorded_run: Path) -> None:
+    redone = [s for s in read_run(recorded_run).steps() if s["stage_index"] == 1]
+    assert [step["step"] for step in redone] == list(range(1, 21))
+    assert {step["attempt"] for step in redone[:10]} == {1}
+    assert {step["attempt"] for step in redone[10:]} == {2}
+
+
+class Resources(HTMLParser):
+    """Collects what a page would load, and what it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_html_needs_nothing_else(recorded_run: Path) -> None:
+    text = write_report(recorded_run).read_text()
+    page = Resources()
+    page.feed(text)
+    assert len(page.sources) == 6
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not {"script", "link", "iframe"} & page.tags
+    assert not re.search(r"url\(|@import", text)
+    for name in ("loss", "learning_rate", "grad_norm", "throughput", "step_time", "memory"):
+        assert (recorded_run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_html_escapes_what_comes_from_outside(recorded_run: Path) -> None:
+    state = json.loads((recorded_run / "state.json").read_text())
+    state |= {"state": "FAILED", "error": "<script>alert(1)</script>"}
+    (recorded_run / "state.json").write_text(json.dumps(state))
+    text = write_report(recorded_run).read_text()
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_a_run_that_only_began_has_a_report(recorded_run: Path) -> None:
+    (recorded_run / "metrics.jsonl").unlink()
+    report = build_report(recorded_run)
+    assert [stage.context_length for stage in report.stages] == [4096, 8192, 16384]
+    assert [stage.num_steps for stage in report.stages] == [20, 20, 20]
+    assert "not begun" in write_report(recorded_run).read_text()
+
+
+def test_text_only_runs_show_text_only(recorded_run: Path, recording: Recording) -> None:
+    records = [
+        {key: value for key, value in record.items() if "vision" not in key}
+        for record in recording["metrics"]()
+    ]
+    (recorded_run / "metrics.jsonl").unlink()
+    recording["append"](recorded_run / "metrics.jsonl", records)
+    report = build_report(recorded_run)
+    assert {r.modality for stage in report.stages for r in stage.modalities} == {"text"}
+    assert "loss" in {plot.name for plot in write_plots(report.run)}
+
+
+def test_the_terminal_table_fits_80_columns(recorded_run: Path) -> None:
+    console = Console(width=80, record=True, force_terminal=False, file=open("/dev/null", "w"))
+    console.print(render_terminal(build_report(recorded_run)))
+    text = console.export_text()
+    assert "…" not in text
+    assert "8Ki" in text and "held out" in text and "8k (2 attempts)" in text
+
+
+def test_running_mean_is_centred_and_skips_gaps() -> None:
+    values = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
+    assert running_mean(values, 3) == pytest.approx([1.5, 1.5, 3.0, 4.5, 4.5])
+    assert running_mean(values[:2], 9) == pytest.approx([1.5, 1.5])
+    assert np.isnan(running_mean(np.array([np.nan]), 3)).all()
+
+
+def test_stage_spans_cover_the_tokens(recorded_run: Path) -> None:
+    spans = curves_of(read_run(recorded_run)).spans
+    assert [span.label for span in spans] == ["4k: 4Ki", "8k: 8Ki", "16k: 16Ki"]
+    assert [span.first for span in spans] == [0, 20 * 16384, 40 * 16384]
+    assert spans[-1].last == 60 * 16384
+
+
+def test_reading_goes_on_where_it_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert read_lines(log).records == []
+    log.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    first = read_lines(log)
+    assert [record["a"] for record in first.records] == [1, 2]
+    with log.open("a") as file:
+        file.write(": 3}\nnonsense\n[1]\n")
+    second = read_lines(log, first.offset)
+    assert ([record["a"] for record in second.records], second.broken) == ([3], 2)
+    long_line = json.dumps({"a": "x" * 100})
+    log.write_text(f"{long_line}\n{long_line}\n")
+    part = read_lines(log, 0, limit_bytes=10)
+    assert (len(part.records), part.offset) == (1, len(long_line) + 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0.04, "0.0s"),
+        (9.94, "9.9s"),
+        (59.7, "1m 00s"),
+        (3600, "1h 00m"),
+        (9e5, "10d 10h"),
+    ],
+)
+def test_duration(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_quantities() -> None:
+    assert [quantity(v) for v in (None, 0.5, 999, 12_345, 4.8e9)] == [
+        "-",
+        "0.5",
+        "999",
+        "12.3k",
+        "4.8B",
+    ]
+    assert [bytes_text(v) for v in (None, 512, 3 << 30)] == ["-", "512 B", "3.0 GiB"]
