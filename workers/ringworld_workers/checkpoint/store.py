@@ -367,7 +367,14 @@ def _etag(data: bytes) -> str:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock file of one object; the system frees it if this process dies."""
     lock = path.parent / f"{_LOCK}{path.name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except FileNotFoundError:
+                current = False
+            if current:  # else the object was deleted, lock file and all, while this call waited
+                yield
+                return

@@ -1,0 +1,517 @@
+"""Saving, committing, finding, refusing and forgetting checkpoints, around the plain torch engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from awscrt.checksums import crc32c
+from torch import nn
+
+from ringworld_jobs.spec import OptimizerSpec, StageSpec
+from ringworld_workers.checkpoint.catalog import committed, newest, prune
+from ringworld_workers.checkpoint.layout import (
+    CHUNK_BYTES,
+    CheckpointError,
+    CheckpointRef,
+    Manifest,
+    StoredObject,
+    StoredRange,
+    TrainState,
+    folder_of,
+    parse_folder,
+)
+from ringworld_workers.checkpoint.reader import RangeReader, load, read_manifest
+from ringworld_workers.checkpoint.store import FileStore, StoreError, open_store
+from ringworld_workers.checkpoint.writer import CheckpointWriter, publish
+from ringworld_workers.engine.base import OwnedRange
+from ringworld_workers.engine.build import build_engine
+from ringworld_workers.mesh import Mesh, build_mesh
+
+
+def make_engine(mesh: Mesh, *, seed: int = 0, width: int = 5, optimizer: str = "adamw") -> Any:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.Linear(width, 1))
+    stage = StageSpec.model_validate(
+        {
+            "name": "a",
+            "context_length": "128",
+            "rope_theta": 1e4,
+            "steps": 1,
+            "global_batch_tokens": 128 * mesh.data_parallel_size,
+            "mixture": {"a": 1},
+            "learning_rate": {"peak": 0.1},
+        }
+    )
+    return build_engine("torch", module, OptimizerSpec(name=optimizer), stage, mesh)
+
+
+def train(engine: Any) -> None:
+    engine.backward((engine(torch.ones(2, 3)) ** 2).sum() * engine.loss_factor)
+    engine.step()
+
+
+def state_at(step: int, *, stage_index: int = 0, final: bool = False) -> TrainState:
+    return TrainState(
+        stage=f"s{stage_index}",
+        stage_index=stage_index,
+        step=step,
+        tokens=step,
+        cursor=step,
+        rng=None,
+        learning_rate=0.1,
+        spec_digest="d",
+        metrics={},
+        final=final,
+    )
+
+
+def job(attempt: int = 1, keep: int = 2) -> Any:
+    return SimpleNamespace(
+        run_id="run-1",
+        attempt=attempt,
+        spec=SimpleNamespace(checkpoint=SimpleNamespace(keep=keep)),
+    )
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield build_mesh(1, 1)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "checkpoints")
+
+
+def save(store: Any, mesh: Mesh, engine: Any, state: TrainState, **of_job: int) -> dict[str, Any]:
+    writer = CheckpointWriter(store, mesh, job(**of_job))
+    writer.snapshot(engine, state)
+    result = writer.commit()
+    writer.close()
+    return result
+
+
+def only(store: Any, suffix: str) -> str:
+    (key,) = [info.key for info in store.list() if info.key.endswith(suffix)]
+    return key
+
+
+# Saving.
+
+
+class HeldStore(FileStore):
+    """Holds every streamed write back until it is let go."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.go = threading.Event()
+
+    def put(self, key: str, chunks: Iterable[Any]) -> None:
+        assert self.go.wait(30)
+        super().put(key, chunks)
+
+
+def test_the_snapshot_is_of_its_moment(tmp_path: Path, mesh: Mesh) -> None:
+    store = HeldStore(tmp_path)
+    engine = make_engine(mesh)
+    train(engine)
+    then = weights(engine)
+    writer = CheckpointWriter(store, mesh, job())
+    assert (writer.in_flight, writer.uploading(), writer.poll()) == (False, False, True)
+    writer.snapshot(engine, state_at(1))
+    assert (writer.in_flight, writer.uploading(), writer.poll()) == (True, True, False)
+    with pytest.raises(RuntimeError, match="step 1 is in flight; commit it"):
+        writer.snapshot(engine, state_at(2))
+    train(engine)
+    assert newest(store) is None
+    store.go.set()
+    writer.wait()
+    assert not writer.uploading()
+    assert writer.in_flight and newest(store) is None, "uploaded is not committed"
+    result = writer.commit()
+    assert not writer.in_flight
+    assert result["key"] == "00-s0/step-00000001" and result["step"] == 1
+    assert result["bytes"] == 3 * 4 * sum(tensor.numel() for tensor in then.values())
+    assert result["upload_seconds"] > 0 and result["stall_seconds"] > 0
+    fresh = make_engine(mesh, seed=9)
+    ref = newest(store)
+    assert ref is not None
+    assert load(store, ref, fresh, mesh, with_optimizer=True) == state_at(1)
+    assert same(weights(fresh), then) and not same(weights(engine), then)
+    with pytest.raises(RuntimeError, match="no checkpoint is in flight"):
+        writer.commit()
+
+
+def test_host_memory_is_used_again(store: FileStore, mesh: Mesh) -> None:
+    engine = make_engine(mesh)
+    writer = CheckpointWriter(store, mesh, job())
+    places = set()
+    for step in (1, 2, 3):
+        train(engine)
+        writer.snapshot(engine, state_at(step))
+        places.add(writer._buffer._memory.data_ptr())
+        writer.commit()
+    writer.close()
+    assert len(places) == 1
+
+
+class FailingStore(FileStore):
+    """Refuses streamed writes of some ranks; passing faults heal after a number of tries."""
+
+    def __init__(self, root: Path, needle: str, transient: bool, heals_after: int = 99) -> None:
+        super().__init__(root)
+        self.needle, self.transient, self.left = needle, transient, heals_after
+
+    def put(self, key: str, chunks: Iterable[Any]) -> None:
+        if self.needle in key and self.left > 0:
+            self.left -= 1
+            raise StoreError("put", key, "the disk is full", transient=self.transient)
+        super().put(key, chunks)
+
+
+def test_a_passing_fault_is_tried_again(tmp_path: Path, mesh: Mesh) -> None:
+    store = FailingStore(tmp_path, "rank-00000", transient=True, heals_after=1)
+    save(store, mesh, make_engine(mesh), state_at(1))
+    assert newest(store) is not None
+
+
+def save_with_a_bad_rank(rank: int, world_size: int, folder: str) -> tuple[str, list[str]]:
+    mesh = build_mesh(1, world_size)
+    store = FailingStore(Path(folder), "rank-00001", transient=False)
+    writer = CheckpointWriter(store, mesh, job())
+    engine = make_engine(mesh)
+    writer.snapshot(engine, state_at(1))
+    message = ""
+    try:
+        writer.commit()
+    except CheckpointError as error:
+        message = str(error)
+    dist.barrier(group=mesh.control_group)
+    seen = [ref.key for ref in committed(store)]
+    # The next checkpoint is not held up by the failed one.
+    writer._store = FileStore(Path(folder))
+    writer.snapshot(engine, state_at(2))
+    seen.append(writer.commit()["key"])
+    writer.close()
+    return message, seen
+
+
+def test_one_failed_rank_fails_the_commit_on_all(
+    run_gang: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for message, seen in run_gang(save_with_a_bad_rank, 2, str(tmp_path)):
+        assert "step-00000001 is not committed; rank 1: put" in message
+        assert "the disk is full" in message
+        assert seen == ["00-s0/step-00000002"]
+    store = FileStore(tmp_path)
+    assert {info.key.split("/")[1] for info in store.list()} == {"step-00000002"}, (
+        "what the failed save left is cleaned up by the next"
+    )
+
+
+def test_saving_a_step_again_replaces_it(store: FileStore, mesh: Mesh) -> None:
+    store.put("00-s0/step-00000001/rank-00000-leftover.bin", [b"of an interrupted save"])
+    engine = make_engine(mesh)
+    save(store, mesh, engine, state_at(1))
+    first = only(store, ".bin")
+    train(engine)
+    save(store, mesh, engine, state_at(1, final=True))
+    second = only(store, ".bin")
+    assert first != second
+    fresh = make_engine(mesh, seed=9)
+    state = load(store, committed(store)[0], fresh, mesh, with_optimizer=True)
+    assert state.final and same(weights(fresh), weights(engine))
+
+
+def test_the_same_manifest_twice_is_no_error(store: FileStore, mesh: Mesh) -> None:
+    """As when the reply to the first try was lost."""
+    save(store, mesh, make_engine(mesh), state_at(1))
+    (ref,) = committed(store)
+    manifest = read_manifest(store, ref)
+    publish(store, f"{ref.key}/manifest.json", manifest)
+    assert read_manifest(store, ref) == manifest
+    assert only(store, ".bin") == manifest.objects[0].key
+
+
+def test_a_gang_that_should_be_dead_commits_nothing(store: FileStore, mesh: Mesh) -> None:
+    save(store, mesh, make_engine(mesh), state_at(1), attempt=2)
+    before = store.list()
+    with pytest.raises(CheckpointError, match="written by attempt 2, and this is attempt 1"):
+        save(store, mesh, make_engine(mesh), state_at(1), attempt=1)
+    fresh = make_engine(mesh, seed=9)
+    load(store, committed(store)[0], fresh, mesh, with_optimizer=True)
+    assert {info.key for info in before} <= {info.key for info in store.list()}
+
+
+# Finding and forgetting.
+
+
+def put_fake(store: FileStore, stage_index: int, step: int, *, manifest: bool = True) -> None:
+    folder = folder_of(stage_index, f"s{stage_index}", step)
+    store.put(f"{folder}/rank-00000-x.bin", [b"x"])
+    if manifest:
+        store.put(f"{folder}/manifest.json", [b"{}"])
+
+
+def test_the_newest_is_of_the_highest_stage(store: FileStore) -> None:
+    assert newest(store) is None
+    for stage_index, step in ((0, 900), (0, 90), (1, 5), (10, 1)):
+        put_fake(store, stage_index, step)
+    put_fake(store, 11, 1, manifest=False)
+    store.put("notes/manifest.json", [b"{}"])
+    found = [(ref.stage_index, ref.step) for ref in committed(store)]
+    assert found == [(0, 90), (0, 900), (1, 5), (10, 1)]
+    assert newest(store) == CheckpointRef(store.url, "s10", 10, 1, "10-s10/step-00000001")
+
+
+def test_folder_names_round_trip() -> None:
+    for place in ((0, "a", 0), (7, "32k-x-1", 123456789), (100, "b.c", 5)):
+        assert parse_folder(folder_of(*place)) == place
+    assert parse_folder("00-a/step-x") is None
+    assert parse_folder("") is None
+
+
+def test_old_checkpoints_go_but_never_a_stages_last(store: FileStore) -> None:
+    for stage_index, steps in ((0, (1, 2, 3)), (1, (1, 2, 3, 4))):
+        for step in steps:
+            put_fake(store, stage_index, step)
+    put_fake(store, 1, 3)
+    put_fake(store, 0, 9, manifest=False)  # interrupted, and since overtaken
+    put_fake(store, 1, 5, manifest=False)  # may be on its way
+    removed = prune(store, keep=1)
+    kept = [(ref.stage_index, ref.step) for ref in committed(store)]
+    assert kept == [(0, 3), (1, 3), (1, 4)], "each stage's last, and the newest two"
+    assert "00-s0/step-00000009" in removed
+    folders = {info.key.rpartition("/")[0] for info in store.list()}
+    assert "01-s1/step-00000005" in folders and "00-s0/step-00000009" not in folders
+    assert prune(store, keep=1) == []
+
+
+def test_the_manifest_goes_first(tmp_path: Path) -> None:
+    class Dying(FileStore):
+        def delete_prefix(self, prefix: str) -> None:
+            raise StoreError("delete_prefix", prefix, "killed here")
+
+    store = Dying(tmp_path)
+    for step in (1, 2, 3):
+        put_fake(store, 0, step)
+    with pytest.raises(StoreError, match="killed here"):
+        prune(store, keep=1)
+    assert [ref.step for ref in committed(store)] == [2, 3]
+
+
+def test_the_writer_keeps_what_the_spec_says(store: FileStore, mesh: Mesh) -> None:
+    engine = make_engine(mesh)
+    for step in range(1, 6):
+        save(store, mesh, engine, state_at(step), keep=3)
+    assert [ref.step for ref in committed(store)] == [3, 4, 5]
+
+
+# Refusing.
+
+
+@pytest.fixture
+def saved(store: FileStore, mesh: Mesh) -> CheckpointRef:
+    engine = make_engine(mesh)
+    train(engine)
+    save(store, mesh, engine, state_at(1))
+    return committed(store)[0]
+
+
+def flip_a_byte(store: FileStore, key: str) -> None:
+    data = bytearray(store.get(key))
+    data[100] ^= 1
+    store.put(key, [data])
+
+
+def truncate(store: FileStore, key: str) -> None:
+    store.put(key, [store.get(key)[:-1]])
+
+
+def remove(store: FileStore, key: str) -> None:
+    store.delete(key)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_a_byte, "is damaged: checksum of"),
+        (truncate, "truncated"),
+        (remove, "there is no such object"),
+    ],
+)
+def test_a_damaged_object_is_named(
+    store: FileStore,
+    mesh: Mesh,
+    saved: CheckpointRef,
+    damage: Callable[[FileStore, str], None],
+    reason: str,
+) -> None:
+    key = only(store, ".bin")
+    damage(store, key)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load(store, saved, make_engine(mesh), mesh, with_optimizer=True)
+    assert key in str(caught.value) and "resume from an older checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format": "x"}', b"\xff"])
+def test_a_damaged_manifest_is_named(
+    store: FileStore, mesh: Mesh, saved: CheckpointRef, data: bytes
+) -> None:
+    store.put(f"{saved.key}/manifest.json", [data])
+    with pytest.raises(CheckpointError, match="step-00000001/manifest.json is damaged"):
+        load(store, saved, make_engine(mesh), mesh, with_optimizer=True)
+
+
+def test_another_version_is_refused(store: FileStore, mesh: Mesh, saved: CheckpointRef) -> None:
+    key = f"{saved.key}/manifest.json"
+    content = json.loads(store.get(key))
+    store.put(key, [json.dumps({**content, "version": 2}).encode()])
+    with pytest.raises(CheckpointError, match="version 2 .* reads ringworld-checkpoint version 1"):
+        load(store, saved, make_engine(mesh), mesh, with_optimizer=True)
+
+
+def test_an_absent_checkpoint_is_refused(
+    store: FileStore, mesh: Mesh, saved: CheckpointRef
+) -> None:
+    absent = dataclasses.replace(saved, key="00-s0/step-00000007")
+    with pytest.raises(CheckpointError, match="step-00000007 cannot be read.*no such object"):
+        load(store, absent, make_engine(mesh), mesh, with_optimizer=True)
+
+
+def test_another_model_is_refused(store: FileStore, mesh: Mesh, saved: CheckpointRef) -> None:
+    with pytest.raises(CheckpointError, match=r"parameter 0.bias is \(5,\) in it and \(6,\) in"):
+        load(store, saved, make_engine(mesh, width=6), mesh, with_optimizer=True)
+
+
+def test_another_optimizer_is_refused(store: FileStore, mesh: Mesh, saved: CheckpointRef) -> None:
+    engine = make_engine(mesh, optimizer="sgd")
+    with pytest.raises(CheckpointError, match="state of adamw, the job uses sgd"):
+        load(store, saved, engine, mesh, with_optimizer=True)
+    load(store, saved, engine, mesh, with_optimizer=False)
+
+
+def load_damaged(rank: int, world_size: int, folder: str) -> tuple[str, str]:
+    mesh = build_mesh(1, world_size)
+    store = FileStore(Path(folder))
+    engine = make_engine(mesh)
+    written = save(store, mesh, engine, state_at(1))
+    key = f"{written['key']}/manifest.json"
+    manifest = Manifest.from_json(store.get(key), key)
+    dist.barrier(group=mesh.control_group)
+    if rank == 0:
+        flip_a_byte(store, manifest.objects[0].key)
+    dist.barrier(group=mesh.control_group)
+    ref = newest(store)
+    assert ref is not None
+    # Only rank 1 meets the damage: rank 0 reads nothing of the object.
+    index = RangeReader(store, manifest)
+    wanted = manifest.objects[rank - 1].ranges[0]
+    target = OwnedRange(
+        wanted.tensor, "param", manifest.tensors[wanted.tensor], wanted.start,
+        torch.empty(wanted.numel),
+    )  # fmt: skip
+    alone = ""
+    try:
+        index.read_into(target)
+    except CheckpointError as error:
+        alone = str(error)
+    try:
+        load(store, ref, engine, mesh, with_optimizer=True)
+    except CheckpointError as error:
+        return alone, str(error)
+    return alone, "loaded"
+
+
+def test_damage_on_one_rank_is_raised_on_all(
+    run_gang: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    results = run_gang(load_damaged, 2, str(tmp_path))
+    messages = {message for _, message in results}
+    assert len(messages) == 1 and "rank-00000" in messages.pop()
+
+
+# Reading parts.
+
+
+def test_parts_of_large_ranges_are_read_verified(tmp_path: Path) -> None:
+    """A range of several chunks in two objects, read at every kind of offset."""
+    numel = 2 * CHUNK_BYTES // 4 + 1000
+    values = torch.arange(numel, dtype=torch.float32)
+    split = numel // 3
+    store = CountingStore(tmp_path)
+    objects = []
+    for name, start, part in (("a", 0, values[:split]), ("b", split, values[split:])):
+        data = part.numpy().tobytes()
+        store.put(name, [b"pad!", data])
+        chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
+        stored = StoredRange(
+            "w", "param", start, part.numel(), 4, len(data), "float32",
+            tuple(crc32c(chunk) for chunk in chunks),
+        )  # fmt: skip
+        objects.append(StoredObject(name, len(data) + 4, (stored,)))
+    reader = RangeReader(store, SimpleNamespace(objects=tuple(objects)))
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        target = torch.full((stop - start,), -1.0)
+        reader.read_into(OwnedRange("w", "param", (numel,), start, target))
+        return target
+
+    chunk = CHUNK_BYTES // 4
+    for start, stop in [
+        (0, numel),
+        (0, 1),
+        (numel - 1, numel),
+        (split - 1, split + 1),
+        (split + chunk - 1, split + chunk + 1),
+        (split + chunk, split + chunk + 5),
+        (17, numel - 17),
+    ]:
+        assert torch.equal(read(start, stop), values[start:stop]), (start, stop)
+    store.bytes_read = 0
+    read(split + chunk, split + chunk + 5)
+    assert store.bytes_read <= CHUNK_BYTES, "one chunk is enough"
+    with pytest.raises(CheckpointError, match=f"no object holds elements {numel} to {numel + 1}"):
+        read(numel - 1, numel + 1)
+
+
+class CountingStore(FileStore):
+    """Counts the bytes that ranged reads return."""
+
+    bytes_read = 0
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        self.bytes_read += length
+        return super().read_range(key, offset, length)
+
+
+def test_manifests_round_trip(store: FileStore, saved: CheckpointRef) -> None:
+    data = store.get(f"{saved.key}/manifest.json")
+    manifest = Manifest.from_json(data, "x")
+    assert manifest.to_json() == data
+    assert manifest.run_id == "run-1" and manifest.world_size == 1
+    kinds = {stored.kind for stored in manifest.objects[0].ranges}
+    assert kinds == {"param", "exp_avg", "exp_avg_sq"}
+
+
+def test_open_store_finds_what_a_writer_wrote(store: FileStore, saved: CheckpointRef) -> None:
+    assert newest(open_store(saved.url)) == saved

@@ -1,0 +1,267 @@
+"""What every store promises. A new kind of store joins the suite through ``STORES``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ringworld_workers.checkpoint.store import (
+    Conflict,
+    NotFound,
+    Store,
+    StoreError,
+    open_store,
+)
+
+STORES: dict[str, Callable[[Path], Store]] = {
+    "file": lambda folder: open_store(f"file://{folder}/store"),
+}
+
+
+@pytest.fixture(params=sorted(STORES))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return STORES[request.param](tmp_path)
+
+
+def keys(store: Store, prefix: str = "") -> list[str]:
+    return [info.key for info in store.list(prefix)]
+
+
+def test_an_object_comes_back(store: Store) -> None:
+    store.put("a/b.bin", [b"one", memoryview(b"two"), bytearray(b"three"), b""])
+    assert store.get("a/b.bin") == b"onetwothree"
+    assert [(info.key, info.size) for info in store.list()] == [("a/b.bin", 11)]
+    store.put("a/b.bin", [b"new"])
+    assert store.get("a/b.bin") == b"new"
+
+
+def test_ranges(store: Store) -> None:
+    store.put("x", [bytes(range(100))])
+    assert store.read_range("x", 10, 5) == bytes(range(10, 15))
+    assert store.read_range("x", 0, 100) == bytes(range(100))
+    assert store.read_range("x", 100, 0) == b""
+    with pytest.raises(StoreError, match="x.*100 bytes.*truncated") as caught:
+        store.read_range("x", 90, 11)
+    assert not caught.value.transient
+
+
+def test_absent_objects_are_named(store: Store) -> None:
+    for action in (
+        lambda: store.get("no/such"),
+        lambda: store.get_with_etag("no/such"),
+        lambda: store.read_range("no/such", 0, 1),
+    ):
+        with pytest.raises(NotFound, match="no/such: there is no such object"):
+            action()
+    store.delete("no/such")
+    store.delete_prefix("no")
+    assert store.list("no") == [] == store.list()
+    assert store.remove_unfinished() == 0
+
+
+def test_a_prefix_is_a_folder(store: Store) -> None:
+    for key in ("run/step-1/a", "run/step-1/deep/b", "run/step-10/a", "other"):
+        store.put(key, [b"."])
+    assert keys(store, "run/step-1") == ["run/step-1/a", "run/step-1/deep/b"]
+    assert keys(store, "run/step-1/") == ["run/step-1/a", "run/step-1/deep/b"]
+    assert keys(store) == ["other", "run/step-1/a", "run/step-1/deep/b", "run/step-10/a"]
+    store.delete_prefix("run/step-1")
+    assert keys(store) == ["other", "run/step-10/a"]
+    store.delete("run/step-10/a")
+    assert keys(store, "run") == []
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/abs", "../x", "a/../../x", "a//b", "a/", ".hidden", "a/.lock", "a/\0"]
+)
+def test_keys_cannot_escape(store: Store, key: str) -> None:
+    with pytest.raises(StoreError, match="not a key"):
+        store.put(key, [b"x"])
+    with pytest.raises(StoreError, match="not a key"):
+        store.get(key)
+
+
+def test_put_if_absent_has_one_winner(store: Store) -> None:
+    assert store.put_if_absent("m", b"first")
+    assert not store.put_if_absent("m", b"second")
+    assert store.get("m") == b"first"
+    wins = race(16, lambda number: store.put_if_absent("race/m", b"%d" % number))
+    assert sum(wins) == 1
+    assert store.get("race/m") == b"%d" % wins.index(True)
+
+
+def test_put_if_match_loses_no_update(store: Store) -> None:
+    etag = store.put_if_match("n", b"0", None)
+    with pytest.raises(Conflict):
+        store.put_if_match("n", b"0", None)
+    with pytest.raises(Conflict, match="n"):
+        store.put_if_match("n", b"5", "0123")
+    with pytest.raises(Conflict):
+        store.put_if_match("absent", b"5", etag)
+    assert store.get_with_etag("n") == (b"0", etag)
+
+    def add_one(_: int) -> int:
+        tries = 0
+        while True:
+            tries += 1
+            data, etag = store.get_with_etag("n")
+            try:
+                store.put_if_match("n", b"%d" % (int(data) + 1), etag)
+            except Conflict:
+                continue
+            return tries
+
+    race(8, add_one)
+    assert store.get("n") == b"8"
+    assert keys(store) == ["n"], "lock files must not show"
+
+
+def race(number: int, action: Callable[[int], object]) -> list[object]:
+    barrier = threading.Barrier(number)
+    results: list[object] = [None] * number
+
+    def run(index: int) -> None:
+        barrier.wait(10)
+        results[index] = action(index)
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return results
+
+
+def test_a_failing_stream_leaves_nothing(store: Store) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise ValueError("the source broke")
+
+    store.put("k", [b"old"])
+    for key in ("k", "fresh"):
+        with pytest.raises(ValueError, match="the source broke"):
+            store.put(key, chunks())
+    assert store.get("k") == b"old"
+    assert keys(store) == ["k"]
+    assert store.remove_unfinished(older_than_seconds=-1) == 0
+
+
+def test_check_writable(store: Store) -> None:
+    store.check_writable()
+    assert store.list() == []
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("s3://bucket/run", "no store for s3://"),
+        ("/plain/path", "not a store url"),
+        ("file://", "no folder is named"),
+    ],
+)
+def test_other_urls_are_refused(url: str, reason: str) -> None:
+    with pytest.raises(StoreError, match=reason):
+        open_store(url)
+
+
+def test_the_url_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("file://runs")
+    assert store.url == f"file://{tmp_path}/runs"
+    monkeypatch.chdir("/")
+    store.put("a", [b"1"])
+    assert open_store(store.url).get("a") == b"1"
+
+
+# What only a file system does.
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"x"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StoreError, match="put .*/k: the disk is full; free space") as caught:
+        open_store(f"file://{tmp_path}").put("k", chunks())
+    assert not caught.value.transient
+    assert os.listdir(tmp_path) == []
+
+
+def test_passing_faults_are_said_to_be_passing(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield b""
+
+    with pytest.raises(StoreError, match="retrying may help") as caught:
+        open_store(f"file://{tmp_path}").put("k", chunks())
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.operation, copy.transient, str(copy)) == ("put", True, str(caught.value))
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    store = open_store(f"file://{tmp_path}/taken")
+    with pytest.raises(StoreError, match="taken"):
+        store.check_writable()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_said_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="no permission") as caught:
+        open_store(f"file://{tmp_path}/runs").check_writable()
+    assert not caught.value.transient
+
+
+KILLED = """
+import sys, time
+from ringworld_workers.checkpoint.store import open_store
+
+def chunks():
+    yield b"x" * 100_000
+    print("half", flush=True)
+    sys.stdin.read()
+    yield b"y"
+
+open_store(sys.argv[1]).put("00-a/step-00000001/rank-00000.bin", chunks())
+"""
+
+
+def test_a_killed_writer_leaves_nothing_visible(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", KILLED, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert writer.stdout is not None and writer.stdin is not None
+    with writer:
+        assert writer.stdout.readline() == b"half\n"
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait(10) == -signal.SIGKILL
+    store = open_store(url)
+    assert store.list() == []
+    with pytest.raises(NotFound):
+        store.get("00-a/step-00000001/rank-00000.bin")
+    assert store.remove_unfinished() == 0, "it may belong to a writer that is alive"
+    assert store.remove_unfinished(older_than_seconds=0) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_store_needs_no_torch() -> None:
+    program = (
+        "import sys, ringworld_workers.checkpoint.store, ringworld_workers.checkpoint.catalog\n"
+        "print('torch' in sys.modules)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert said.stdout.strip() == "False"
