@@ -143,6 +143,10 @@ class StageCheckpoints:
         self.drain()
         return self.committed_key
 
+    def close(self) -> None:
+        """Wait for background threads; a checkpoint that is still in flight stays uncommitted."""
+        self.writer.close()
+
     def _committed(self, committed: dict[str, Any]) -> dict[str, Any]:
         self.committed_key = committed["key"]
         return committed

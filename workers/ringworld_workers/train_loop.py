@@ -95,8 +95,8 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     )
     init_weights(model, job.spec.seed)
     engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
+    checkpoints = StageCheckpoints(job, mesh, engine)
     try:
-        checkpoints = StageCheckpoints(job, mesh, engine)
         reporter.phase("load", 0)
         start = checkpoints.restore()
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
@@ -115,6 +115,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
             )
         return run.train(start.step, start.tokens)
     finally:
+        checkpoints.close()
         engine.close()
 
 
