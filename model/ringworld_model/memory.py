@@ -49,13 +49,14 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    # Stopping early would leave the last module by an exception, past the hook with which ZeRO-3
-    # releases its parameters.
+    # It must stop early, at the last tensor that the backward pass wants: a call that ran to its end
+    # would pass the hook with which ZeRO-3 releases the last module's parameters, whose gradients
+    # are being made at that moment.
     return checkpoint(
         function,
         *args,
         use_reentrant=False,
         preserve_rng_state=False,
-        early_stop=False,
+        early_stop=True,
         **kwargs,
     )

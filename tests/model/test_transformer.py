@@ -161,42 +161,6 @@ def test_rope_theta_and_form_reach_the_attention(build, config: ModelConfig) -> 
     assert not torch.allclose(base, build(config=interleaved).text_logits(tokens))
 
 
-@pytest.mark.parametrize("mode", ["attention_saved", "full"])
-def test_recomputation_changes_nothing(mode, build, ring_of, examples, gradients) -> None:
-    batch = pack_row(examples, 90, "example")
-    found = {}
-    for name in ("none", mode):
-        model = build(activation_checkpointing=name)
-        calls = []
-        ring = ring_of(batch)
-        attend = ring.attend
-        ring.attend = lambda q, k, v, attend=attend, calls=calls: calls.append(1) or attend(q, k, v)
-        sums = model(batch, ring)
-        combine(sums, sums.weight, (0.5, 0.5)).backward()
-        found[name] = (sums.nll.detach(), gradients(model))
-        # Two layers: only full runs the ring's forward again in the backward pass.
-        assert len(calls) == (4 if name == "full" else 2)
-    torch.testing.assert_close(found[mode], found["none"], rtol=0, atol=0)
-
-
-def test_recomputation_keeps_less(build, ring_of, examples) -> None:
-    batch = pack_row(examples, 90, "example")
-    kept = {}
-    for mode in ("none", "attention_saved", "full"):
-        model = build(activation_checkpointing=mode)
-        storages: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            sums = model(batch, ring_of(batch))
-        kept[mode] = sum(storages.values())
-        assert sums.nll.requires_grad
-    assert kept["full"] < kept["attention_saved"] < kept["none"]
-
-
 def test_no_gradient_without_grad_mode(build, ring_of, examples) -> None:
     batch = pack_row(examples, 90, "example")
     model = build(activation_checkpointing="full")
@@ -240,11 +204,6 @@ def test_a_text_model_refuses_vision(ring_of, build, config, examples) -> None:
     into_vision = pack_row([join_spans([Span([1], 0)], following=Span([1], 1))], 8, "token")
     with pytest.raises(ValueError, match="the model has no vision table; set model.vision"):
         model(into_vision, ring_of(into_vision))
-
-
-def test_unknown_recomputation_is_refused(config: ModelConfig) -> None:
-    with pytest.raises(ValueError, match="activation_checkpointing='some' is unknown; use one of"):
-        WorldModel(config, rope_theta=1e4, activation_checkpointing="some")
 
 
 def test_bf16_stays_near_fp64(build, ring_of, examples, gradients) -> None:
