@@ -187,8 +187,7 @@ def headline(status: Record) -> Text:
         (str(status.get("run_id")), "bold"), "  ", (state, STATE_STYLES.get(state, "bold"))
     )
     if status.get("stage"):
-        number = f"{int(status.get('stage_index') or 0) + 1}/{status.get('num_stages')}"
-        line.append(f"  stage {status['stage']} ({number})")
+        line.append(f"  stage {status['stage']} ({stage_number(status)})")
     if status.get("context_length"):
         line.append(f"  {format_tokens(int(status['context_length']))} tokens")
     if status.get("ring_size"):
@@ -198,6 +197,12 @@ def headline(status: Record) -> Text:
     if status.get("reason"):
         line.append(f"\n{status['reason']}", style="dim")
     return line
+
+
+def stage_number(status: Record) -> str:
+    """Which of how many stages: ``2/3``. A finished run counts one beyond its last stage."""
+    total = int(status.get("num_stages") or 0)
+    return f"{min(int(status.get('stage_index') or 0) + 1, total)}/{total}"
 
 
 def stages_table(progress: RunProgress) -> Table:

@@ -14,7 +14,13 @@ import pytest
 from rich.console import Console
 
 from ringworld_platform.charts import curve, sparkline, squeeze
-from ringworld_platform.display import LiveDisplay, PlainDisplay, compact_view, full_view
+from ringworld_platform.display import (
+    LiveDisplay,
+    PlainDisplay,
+    compact_view,
+    full_view,
+    stage_number,
+)
 from ringworld_platform.errors import RunConflictError
 from ringworld_platform.follow import follow
 from ringworld_platform.progress import RunProgress
@@ -162,6 +168,11 @@ def test_a_run_that_ends_while_being_stopped_is_no_error(recording: Recording) -
 
     run.stop = refuse  # type: ignore[method-assign]
     assert follow(run, "quickstart-1", CtrlC(1), poll_seconds=0.001)["state"] == "SUCCEEDED"
+
+
+def test_a_finished_run_is_at_its_last_stage() -> None:
+    assert stage_number({"stage_index": 3, "num_stages": 3}) == "3/3"
+    assert stage_number({"stage_index": 0, "num_stages": 3}) == "1/3"
 
 
 def test_charts() -> None:

@@ -66,7 +66,7 @@ def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json 
     from rich.markup import escape
     from rich.table import Table
 
-    from ringworld_platform.display import STATE_STYLES
+    from ringworld_platform.display import STATE_STYLES, stage_number
     from ringworld_platform.formatting import loss
     from ringworld_platform.run_view import open_view
 
@@ -84,11 +84,10 @@ def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json 
             table.add_column(heading, no_wrap=heading != "why")
         for run in found:
             state = str(run.get("state"))
-            number = f"{int(run.get('stage_index') or 0) + 1}/{run.get('num_stages')}"
             table.add_row(
                 escape(str(run["run_id"])),
                 f"[{STATE_STYLES.get(state, 'bold')}]{state}[/]",
-                f"{run.get('stage') or '-'} ({number})",
+                f"{run.get('stage') or '-'} ({stage_number(run)})",
                 f"{run.get('step')}/{run.get('num_steps')}",
                 loss(run.get("loss")),
                 escape(str(run.get("error") or run.get("reason") or "")),
