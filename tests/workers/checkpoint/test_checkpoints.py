@@ -1,4 +1,4 @@
-"""Saving, committing, finding, refusing and forgetting checkpoints, around the plain torch engine."""
+"""Saving, committing, finding, refusing and forgetting checkpoints, on the plain torch engine."""
 
 from __future__ import annotations
 

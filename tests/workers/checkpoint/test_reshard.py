@@ -238,7 +238,14 @@ def test_bf16_keeps_its_fp32_masters(
     saved = run_gang(save_and_go_on, source[2], str(tmp_path), source, "adamw", "bf16")
     resumed = run_gang(load_and_go_on, target[2], str(tmp_path), target, "adamw", "bf16", True)
     assert apart(assemble(resumed, "loaded"), assemble(saved, "saved")) == 0.0
-    assert apart(assemble(resumed, "last"), assemble(saved, "last")) <= 2e-3
+    # bf16 gradients differ by world size in their last bits, and Adam takes the sign of the small
+    # ones for a row's first update; a moment that is lost or misplaced shows as 1 and more.
+    last, wanted, start = (
+        assemble(*of) for of in ((resumed, "last"), (saved, "last"), (saved, "saved"))
+    )
+    for key, values in start.items():
+        difference = float((last[key] - wanted[key]).norm())
+        assert difference <= 0.06 * float((wanted[key] - values).norm()), key
     assert resumed[0]["norms"] == pytest.approx(saved[0]["norms"], rel=0.02)
 
 

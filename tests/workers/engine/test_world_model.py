@@ -1,0 +1,148 @@
+"""The real model on a mesh, under ZeRO: one step and its checkpoint, against one process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ringworld_jobs.spec import OptimizerSpec, StageSpec
+from ringworld_model.batch import TrainBatch, cut
+from ringworld_model.config import preset
+from ringworld_model.loss import combine
+from ringworld_model.packing import Example, pack_row
+from ringworld_model.ring import RingContext, plan_ring
+from ringworld_model.transformer import WorldModel, init_weights
+from ringworld_workers.engine.build import build_engine
+from ringworld_workers.mesh import build_mesh
+
+CONTEXT_LENGTH = 384
+NUM_ROWS = 4
+RATE = 0.5
+
+
+def make_model(activation_checkpointing: str = "none") -> WorldModel:
+    config = preset("tiny", num_kv_heads=1, tie_text_embeddings=True)
+    model = WorldModel(config, rope_theta=1e4, activation_checkpointing=activation_checkpointing)
+    init_weights(model, 0)
+    return model
+
+
+def rows() -> list[TrainBatch]:
+    """Packed rows of odd lengths; the last has no vision at all."""
+    generator = np.random.default_rng(0)
+    found = []
+    for row in range(NUM_ROWS):
+        examples = []
+        for length in (130 + 10 * row, 37, 150):
+            vision = generator.random(length) < (0.0 if row == NUM_ROWS - 1 else 0.4)
+            target_vision = np.append(vision[1:], False)
+            examples.append(
+                Example(
+                    tokens=generator.integers(0, 500, length).astype(np.int32),
+                    modality=vision.astype(np.uint8),
+                    targets=generator.integers(0, 500, length).astype(np.int32),
+                    target_modality=target_vision.astype(np.uint8),
+                    loss_mask=np.ones(length, np.uint8),
+                )
+            )
+        found.append(pack_row(examples, CONTEXT_LENGTH, "example"))
+    return found
+
+
+def global_weight() -> torch.Tensor:
+    weight = torch.zeros(2, dtype=torch.float64)
+    for row in rows():
+        weight.index_add_(0, row.target_modality.view(-1).int(), row.loss_weights.view(-1).double())
+    return weight
+
+
+def ring_of(row: TrainBatch, ring_size: int, group: Any) -> RingContext:
+    plan = plan_ring(
+        document_lengths=row.document_lengths[0],
+        context_length=CONTEXT_LENGTH,
+        ring_size=ring_size,
+        layout="auto",
+    )
+    return RingContext(plans=[plan], group=group)
+
+
+def one_step(
+    rank: int, world_size: int, name: str, zero_stage: int, activation_checkpointing: str
+) -> tuple[float, list[tuple[Any, ...]]]:
+    gc.freeze()
+    mesh = build_mesh(2, world_size // 2)
+    stage = StageSpec.model_validate(
+        {
+            "name": "a",
+            "context_length": f"{CONTEXT_LENGTH}",
+            "rope_theta": 1e4,
+            "steps": 1,
+            "global_batch_tokens": CONTEXT_LENGTH * NUM_ROWS,
+            "mixture": {"a": 1},
+            "learning_rate": {"peak": RATE},
+            "zero_stage": zero_stage,
+        }
+    )
+    spec = OptimizerSpec(name="sgd", clip_norm=0.5)
+    engine = build_engine(name, make_model(activation_checkpointing), spec, stage, mesh)
+    weight = global_weight()
+    per_ring = NUM_ROWS // mesh.data_parallel_size
+    first = mesh.data_parallel_rank * per_ring
+    for row in rows()[first : first + per_ring]:
+        ring = ring_of(row, 2, mesh.sequence_parallel_group)
+        sums = engine(cut(row, ring.plans, mesh.sequence_parallel_rank), ring)
+        engine.backward(combine(sums, weight, (0.5, 0.5), engine.loss_factor))
+    norm = engine.step()
+    ranges = [(r.tensor, r.start, r.data.clone()) for r in engine.owned_ranges()]
+    engine.close()
+    return norm, ranges
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[float, dict[str, torch.Tensor]]:
+    model = make_model()
+    for row in rows():
+        combine(model(row, ring_of(row, 1, None)), global_weight(), (0.5, 0.5)).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            decay = 0.1 if parameter.ndim >= 2 else 0.0
+            parameter -= RATE * (parameter.grad + decay * parameter)
+    return norm, {name: p.detach().reshape(-1) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "zero_stage", "world_size", "activation_checkpointing"),
+    [
+        ("torch", 0, 2, "none"),
+        ("deepspeed", 0, 2, "attention_saved"),
+        ("deepspeed", 1, 4, "none"),
+        ("deepspeed", 2, 2, "full"),
+        ("deepspeed", 3, 4, "attention_saved"),
+        ("deepspeed", 3, 2, "full"),
+    ],
+)
+def test_a_ring_under_zero_takes_the_step_of_one_process(
+    run_gang: Callable[..., list[Any]],
+    truth: tuple[float, dict[str, torch.Tensor]],
+    name: str,
+    zero_stage: int,
+    world_size: int,
+    activation_checkpointing: str,
+) -> None:
+    results = run_gang(one_step, world_size, name, zero_stage, activation_checkpointing)
+    wanted_norm, weights = truth
+    seen = dict.fromkeys(weights, 0)
+    for norm, ranges in results:
+        assert norm == pytest.approx(wanted_norm, rel=1e-5)
+        for tensor, start, data in ranges:
+            wanted = weights[tensor][start : start + data.numel()]
+            assert float((data - wanted).abs().max()) <= 1e-6, tensor
+            seen[tensor] += data.numel()
+    assert seen == {tensor: weight.numel() for tensor, weight in weights.items()}
