@@ -1,7 +1,8 @@
 """The Ray cluster under a job: one for a command, one that stays, or somebody else's.
 
 Authentication: a cluster that we start asks for Ray's token (kept in ``~/.ray/auth_token``),
-because whoever reaches a Ray port may run code as its owner. RAY_AUTH_MODE=disabled in the
+because whoever reaches a Ray port may run code as its owner, and Ray's ports listen on every
+interface of the machine (its dashboard is kept on loopback). RAY_AUTH_MODE=disabled in the
 environment turns that off. ``ray.init`` makes it so by itself as long as nothing is set.
 """
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,7 +85,7 @@ def local_cluster(
     if dashboard_port is not None:
         _check_free(dashboard_port, "the dashboard")
     options: dict[str, Any] = {"dashboard_port": dashboard_port} if dashboard_port else {}
-    with _terminate_as_interrupt():
+    with _terminate_as_interrupt() as install_again:
         try:
             context = ray.init(
                 address="local",
@@ -102,6 +103,8 @@ def local_cluster(
             ray.shutdown()
             raise ClusterError(f"Ray does not start: {_first_line(error)}") from error
         try:
+            # Ray has put its own handler there, which ends the process on the spot.
+            install_again()
             url = context.dashboard_url
             address = ray.get_runtime_context().gcs_address
             yield ClusterInfo(address, f"http://{url}" if dashboard and url else None, local=True)
@@ -128,6 +131,7 @@ def connect(address: str | None = None) -> ClusterInfo:
     _quiet_ray()
     if target != "auto":
         _check_answers(target)
+        _offer_token()
     try:
         context = ray.init(
             address=target, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
@@ -180,7 +184,7 @@ def up(
     _quiet_ray()
     environment = _head_environment()
     command = [*_RAY, "start", "--head", "--block"]
-    command += [f"--node-ip-address={LOOPBACK}", f"--port={port}", "--disable-usage-stats"]
+    command += [f"--port={port}", "--disable-usage-stats"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--include-dashboard={'true' if dashboard else 'false'}"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
@@ -255,6 +259,16 @@ def _quiet_ray() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
+def _offer_token() -> None:
+    """Show our token, if we have one, to a cluster named by its address.
+
+    ``ray.init`` does this only for clusters that it finds by itself.
+    """
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def _head_environment() -> dict[str, str]:
     """Environment of a head: it asks for a token, which `ray start`, unlike `ray.init`, lacks.
 
@@ -281,8 +295,9 @@ def _await_head(head: subprocess.Popen[bytes], info: ClusterInfo) -> None:
     output = _state_folder() / "cluster.log"
     while True:
         if head.poll() is not None:
-            tail = output.read_text(errors="replace").strip().splitlines()[-1:]
-            raise ClusterError(f"Ray does not start: {tail[0] if tail else 'no output'} ({output})")
+            lines = output.read_text(errors="replace").strip().splitlines()
+            said = [line for line in lines if "Error" in line] or lines or ["no output"]
+            raise ClusterError(f"Ray does not start: {said[-1]} ({output})")
         # The line that --block prints once every process of the head is up.
         ready = "--block" in output.read_text(errors="replace")
         if ready and _answers(host, int(port)):
@@ -306,18 +321,26 @@ def _end_tree(head: psutil.Process) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt (in the main thread; elsewhere nothing changes)."""
+def _terminate_as_interrupt() -> Iterator[Callable[[], None]]:
+    """Make SIGTERM raise KeyboardInterrupt (in the main thread; elsewhere nothing changes).
+
+    Yields:
+        What installs the handler again, after somebody else has put theirs in its place.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def install() -> None:
+        signal.signal(signal.SIGTERM, interrupt)
+
+    before = signal.getsignal(signal.SIGTERM)
+    install()
     try:
-        yield
+        yield install
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,0 +1,149 @@
+"""Clusters: started for a command, started to stay, refused with one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ringworld_platform import cluster
+from ringworld_platform.errors import ClusterError
+
+TIMEOUT_SECONDS = 100.0
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_taken_port_is_named(taken_port: int, home: Path) -> None:
+    with pytest.raises(ClusterError, match=f"port {taken_port} is taken"):
+        cluster.up(port=taken_port)
+
+
+def test_a_silent_address_is_named(free_port: int, home: Path) -> None:
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at 127.0.0.1:{free_port}"):
+        cluster.connect(f"127.0.0.1:{free_port}")
+    with pytest.raises(ClusterError, match="write HOST:PORT"):
+        cluster.connect("somewhere")
+
+
+def test_down_without_a_cluster_of_ours_stops_nothing(home: Path) -> None:
+    assert cluster.down() is False
+    folder = home / ".ringworld"
+    folder.mkdir()
+    record = {"address": "127.0.0.1:1", "dashboard_url": None, "pid": os.getpid(), "started": 1.0}
+    (folder / "cluster.json").write_text(json.dumps(record))
+    assert cluster.find_running() is None, "the process number belongs to somebody else now"
+    assert cluster.down() is False
+
+
+def run_python(script: str, home: Path, *, stop_at: str | None = None) -> list[str]:
+    """Run a script under another home; send it SIGTERM once it prints ``stop_at``."""
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("RAY_AUTH_MODE", None)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", textwrap.dedent(script)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines: list[str] = []
+    try:
+        if stop_at is not None and process.stdout is not None:
+            for line in process.stdout:
+                lines.append(line.strip())
+                if line.startswith(stop_at):
+                    process.send_signal(signal.SIGTERM)
+                    break
+        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 0, errors
+    return lines + output.splitlines()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_a_terminated_command_leaves_no_process(tmp_path: Path) -> None:
+    script = """
+        import psutil, time
+        from ringworld_platform.cluster import local_cluster
+        try:
+            with local_cluster(num_cpus=1):
+                print(*(child.pid for child in psutil.Process().children(recursive=True)))
+                print("ready")
+                time.sleep(100)
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    pids, *rest = run_python(script, tmp_path, stop_at="ready")
+
+    assert rest == ["ready", "interrupted"]
+    assert pids
+    assert not [pid for pid in map(int, pids.split()) if psutil.pid_exists(pid)]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_up_connect_down(tmp_path: Path, free_port: int) -> None:
+    # As on the command line: one process a command.
+    start = f"""
+        import psutil
+        from ringworld_platform import cluster
+        made = cluster.up(num_cpus=3, port={free_port}, dashboard=False)
+        print(made.address)
+        print(made.pid, *(c.pid for c in psutil.Process(made.pid).children(recursive=True)))
+    """
+    use = f"""
+        from ringworld_platform import cluster
+        from ringworld_platform.errors import ClusterError
+        try:
+            cluster.up(port={free_port})
+        except ClusterError as error:
+            print(error)
+        print(cluster.connect().address)
+        import ray
+        print(ray.cluster_resources()["CPU"])
+    """
+    stop = "from ringworld_platform import cluster; print(cluster.down(), cluster.down())"
+    try:
+        address, pids = run_python(start, tmp_path)
+        refusal, connected, cpus = run_python(use, tmp_path)
+    finally:
+        stopped = run_python(stop, tmp_path)
+
+    assert address == connected == f"127.0.0.1:{free_port}"
+    assert f"a cluster runs already at {address}" in refusal
+    assert (cpus, stopped) == ("3.0", ["True False"])
+    assert len(pids.split()) > 3
+    assert not [pid for pid in map(int, pids.split()) if psutil.pid_exists(pid)]
+    assert (tmp_path / ".ray" / "auth_token").is_file(), "the cluster asks for a token"
