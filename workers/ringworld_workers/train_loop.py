@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ringworld_model.batch import TrainBatch, cut
 from ringworld_model.loss import LossSums, combine
-from ringworld_model.ring import RingContext, plan_ring
+from ringworld_model.ring import RingContext, plan_rows
 from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.data.loader import StageLoader, open_loader
@@ -173,15 +173,12 @@ class StageRun:
 
     def prepare(self, rows: TrainBatch) -> MicroBatch:
         """Plan the ring for whole rows [B, S] and cut out this rank's tokens [B, T]."""
-        plans = [
-            plan_ring(
-                document_lengths=lengths,
-                context_length=self.stage.context_length,
-                ring_size=self.mesh.sequence_parallel_size,
-                layout=self.stage.attention.layout,
-            )
-            for lengths in rows.document_lengths
-        ]
+        plans = plan_rows(
+            rows.document_lengths,
+            context_length=self.stage.context_length,
+            ring_size=self.mesh.sequence_parallel_size,
+            layout=self.stage.attention.layout,
+        )
         ring = RingContext(
             plans=plans,
             group=self.mesh.sequence_parallel_group,
