@@ -217,9 +217,6 @@ def _prepare_process(mesh: Mesh) -> None:
     # without a compiler, and a killed build leaves a lock that hangs the next one. Nobody else asks
     # this table of ops that could be compiled, and to fill it DeepSpeed runs the compiler too.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    # DeepSpeed reads its local rank from here, and asks MPI if any of these is missing.
-    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
-    os.environ.setdefault("RANK", str(mesh.rank))
-    os.environ.setdefault("WORLD_SIZE", str(mesh.world_size))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    # The one thing that DeepSpeed takes from a launcher although a process group exists: which of
+    # the devices that this process sees is its own.
+    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
