@@ -23,7 +23,7 @@ from ringworld_platform.job_runner import JobRunner, RunnerConfig
 from ringworld_platform.live_run import LiveRun, claim, this_owner
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE
-from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, RunState, RunStates, next_attempt
 from ringworld_platform.waiting_line import WaitingLine
 
 log = logging.getLogger(__name__)
@@ -128,10 +128,10 @@ class Controller:
             if record.state is RunState.SUCCEEDED:
                 raise RunConflictError(f"{record.run_id} has succeeded; nothing is left to do")
             runner = self._runners.get(states.root / record.run_id)
-            busy = runner is not None and runner.active
-            if not record.terminal and (busy or not record.abandoned()):
+            ended_here = runner is not None and not runner.active
+            if not (record.terminal or ended_here or record.abandoned()):
                 raise RunConflictError(f"{record.run_id} is {record.state}; it needs no resume")
-            if busy and runner is not None:
+            if runner is not None:
                 runner.join(RELEASE_SECONDS)
             states.update(record.run_id, _fresh_start)
             self._launch_stored(states, record.run_id, "resumed")
@@ -193,14 +193,14 @@ class Controller:
         folder = RunFolder(Path(record.run_folder))
         folder.open("")
         spec = load_job(folder.path / SPEC_FILE, check_files=False)
-        record.workers = []
+        record.workers, record.attempt = [], next_attempt(record)
         folder.append_event("submitted", f"{record.run_id} {why}")
         self._launch(record, spec, states, folder)
 
     def _adopt(self, states: RunStates, record: JobRecord) -> None:
         """Go on with an unfinished run, if nobody has it in hand."""
-        runner = self._runners.get(states.root / record.run_id)
-        if (runner is None or not runner.active) and self._may_adopt(record):
+        # A run that has ended here may be unable to say so: a full disk. It is left to the user.
+        if states.root / record.run_id not in self._runners and self._may_adopt(record):
             self._launch_stored(states, record.run_id, "continues where its last controller left")
 
     def _may_adopt(self, record: JobRecord) -> bool:

@@ -23,7 +23,7 @@ from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.recovery import Failure, decide
-from ringworld_platform.run_state import RunState
+from ringworld_platform.run_state import RunState, next_attempt
 from ringworld_platform.tracking import Tracker
 from ringworld_platform.waiting_line import Place, WaitingLine
 from ringworld_workers.checkpoint.store import StoreError
@@ -108,7 +108,7 @@ class JobRunner:
                 self._stop.set()
             self._start_tracker()
             self._prepare()
-            while live.record.stage_index < len(self.spec.stages):
+            while live.record.stages_done < len(self.spec.stages):
                 self._until_done(self._stage)
             self._end(RunState.SUCCEEDED, f"all {len(self.spec.stages)} stages are done")
         except JobStopped:
@@ -190,6 +190,7 @@ class JobRunner:
             RunState.RECOVERING,
             decision.text,
             restarts=live.record.restarts + 1,
+            attempt=next_attempt(live.record),
             error=failure.text,
         )
         self._stop.wait(decision.delay_seconds)
@@ -197,16 +198,17 @@ class JobRunner:
     def _stage(self) -> None:
         """Run the current stage on a new gang, and move on to the next."""
         live = self.live
-        index = live.record.stage_index
+        index = live.record.stages_done
         stage = self.spec.stages[index]
         ring_size, num_rings = self._mesh(index)
         world_size = ring_size * num_rings
         device = self._device()
         live.set_fields(
             stage=stage.name,
+            stage_index=index,
             num_steps=stage.num_steps,
             step=0,
-            attempt=live.record.attempt + 1,
+            attempt=max(1, live.record.attempt),
             context_length=stage.context_length,
             ring_size=ring_size,
             data_parallel_size=num_rings,
@@ -234,7 +236,7 @@ class JobRunner:
         if results[0].get("status") == "stopped":
             live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
             raise JobStopped
-        live.set_fields(stage_index=index + 1, restarts=0, error=None)
+        live.set_fields(stages_done=index + 1, restarts=0, error=None)
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
         live.save()
 

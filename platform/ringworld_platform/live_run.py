@@ -120,7 +120,7 @@ class LiveRun:
                 self._changed = False
                 return self.record.model_copy(deep=True)
 
-        self.states.update(self.run_id, put)
+        self.record.updated = self.states.update(self.run_id, put).updated
         self._saved_at = time.monotonic()
 
     def release(self) -> None:

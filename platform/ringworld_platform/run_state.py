@@ -22,6 +22,9 @@ from ringworld_workers.checkpoint.store import Conflict, StoreError, open_store
 
 LEASE_SECONDS = 30.0
 _MAX_RACES = 50
+_HIDDEN = frozenset(
+    {"spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner", "priority"}
+)
 
 
 class RunState(StrEnum):
@@ -84,6 +87,7 @@ class JobRecord(BaseModel):
     num_steps: int = 0
     global_step: int = 0
     attempt: int = 0
+    """Gangs are built again after failures, stops and lost controllers: each time is an attempt."""
     context_length: int = 0
     ring_size: int = 0
     data_parallel_size: int = 0
@@ -99,6 +103,8 @@ class JobRecord(BaseModel):
 
     spec_digest: str
     priority: int = 0
+    stages_done: int = 0
+    """Stages that are finished; the next one to run has this index."""
     stop_requested: bool = False
     restarts: int = 0
     """Restarts since the last newly committed checkpoint."""
@@ -118,8 +124,7 @@ class JobRecord(BaseModel):
 
     def to_status(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
-        hidden = {"spec_digest", "stop_requested", "restarts", "prepared", "owner", "priority"}
-        status = self.model_dump(mode="json", exclude=hidden)
+        status = self.model_dump(mode="json", exclude=set(_HIDDEN))
         if self.abandoned():
             status["reason"] = (
                 f"no controller runs it any more; `ringworld resume {self.run_id}` continues it"
@@ -224,6 +229,11 @@ class RunStates:
             raise PlatformError(
                 f"{self.root / run_id / STATE_FILE} is not a run's state: {error}"
             ) from error
+
+
+def next_attempt(record: JobRecord) -> int:
+    """Number of the attempt that follows; a run whose first stage never began has none yet."""
+    return record.attempt + 1 if record.attempt else 0
 
 
 def _encode(record: JobRecord) -> bytes:

@@ -123,9 +123,9 @@ def test_stages_of_different_sizes_run_one_after_the_other(client: Client, tmp_p
 
     assert run_id == "mini-1"
     assert status["state"] == "SUCCEEDED", status
-    assert (status["attempt"], status["global_step"]) == (2, 12)
+    assert (status["attempt"], status["global_step"], status["stage_index"]) == (1, 12, 1)
     assert status["checkpoint"] == "01-4k/step-00000006"
-    wanted = [("1k", n, 1) for n in range(1, 7)] + [("4k", n, 2) for n in range(1, 7)]
+    wanted = [("1k", n, 1) for n in range(1, 7)] + [("4k", n, 1) for n in range(1, 7)]
     assert steps_of(client, run_id) == wanted
     folder = Path(status["run_folder"])
     assert folder == runs_root_of(spec) / run_id
@@ -217,7 +217,7 @@ def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
     assert client.resume(run_id) == run_id
     final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
 
-    assert final["state"] == "SUCCEEDED", final
+    assert (final["state"], final["attempt"]) == ("SUCCEEDED", 2), final
     steps = [step for _, step, _ in steps_of(client, run_id)]
     assert steps == list(range(1, 41)), "no step twice, none left out"
 

@@ -189,6 +189,14 @@ class RingWorker:
         )
         self._mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size, job.device)
         self._job = job
+        log.info(
+            "rank %d of %d (%s) joined on %s, %d threads",
+            rank,
+            job.world_size,
+            job.group_name,
+            job.device,
+            num_threads,
+        )
 
     @ray.method(concurrency_group="train")
     def run_stage(self) -> dict[str, Any] | WorkerFailure:
@@ -199,7 +207,9 @@ class RingWorker:
         """
         try:
             run: Callable[..., dict[str, Any]] = _named(self._stage_function)
-            return run(self._job, self._mesh, self._recorder)
+            result = run(self._job, self._mesh, self._recorder)
+            log.info("stage %s at step %s", result.get("status"), result.get("step"))
+            return result
         except Exception as error:
             return self._failed(error)
 
