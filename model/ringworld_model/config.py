@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-NUM_TEXT_VISION_MODALITIES = 2
 SPARE_VISION_IDS = 256
 """LWM keeps 256 ids after the codebook (eof, eov and unused rows): 8,192 + 256 = 8,448."""
 
@@ -63,7 +62,7 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not divisible by "
-                f"model.num_kv_heads={self.num_kv_heads}: every key head serves equally many query heads"
+                f"model.num_kv_heads={self.num_kv_heads}: every key head serves as many query heads"
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs")

@@ -192,7 +192,7 @@ def headline(status: Record) -> Text:
         line.append(f"  {format_tokens(int(status['context_length']))} tokens")
     if status.get("ring_size"):
         line.append(f"  ring {status['ring_size']} x dp {status.get('data_parallel_size')}")
-    if int(status.get("attempt") or 0) > int(status.get("stage_index") or 0) + 1:
+    if int(status.get("attempt") or 0) > 1:
         line.append(f"  attempt {status['attempt']}", style="yellow")
     if status.get("reason"):
         line.append(f"\n{status['reason']}", style="dim")

@@ -209,7 +209,7 @@ def _cores(spec: JobSpec | None) -> Finding:
 
 
 def _memory(spec: JobSpec | None) -> Finding:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     memory = psutil.virtual_memory()
     text = f"{bytes_text(memory.available)} free of {bytes_text(memory.total)}"

@@ -14,7 +14,6 @@ from ringworld_platform.errors import ClusterError, UnknownRunError
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import Record
 
-
 Records = list[Record]  # the views have a method called list
 
 

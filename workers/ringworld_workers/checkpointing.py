@@ -68,14 +68,13 @@ class StageCheckpoints:
             )
         same_stage = ref.stage_index == index
         inherits = self.job.stage.optimizer_state == "inherit"
-        state = load(
-            self.store, ref, self.engine, self.mesh, with_optimizer=same_stage or inherits
-        )
+        state = load(self.store, ref, self.engine, self.mesh, with_optimizer=same_stage or inherits)
         self.committed_key = ref.key
         if not same_stage:
             if not state.final:
                 raise CheckpointError(
-                    f"{ref.key} is not the end of its stage; stage {self.job.stage.name} cannot start"
+                    f"{ref.key} is not the end of its stage, so stage "
+                    f"{self.job.stage.name} cannot start from it"
                 )
             return Start(step=0, tokens=state.tokens, key=ref.key)
         if state.rng:
@@ -108,7 +107,12 @@ class StageCheckpoints:
         return self._committed(self.writer.commit())
 
     def save(
-        self, step: int, tokens: int, *, final: bool = False, metrics: dict[str, float] | None = None
+        self,
+        step: int,
+        tokens: int,
+        *,
+        final: bool = False,
+        metrics: dict[str, float] | None = None,
     ) -> dict[str, Any] | None:
         """Snapshot the state after ``step`` steps and start its upload.
 

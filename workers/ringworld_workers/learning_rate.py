@@ -16,8 +16,8 @@ def learning_rate_at(spec: LearningRateSpec, step: int, num_steps: int) -> float
         num_steps: steps of the stage; a cosine reaches ``spec.final`` at the last of them.
 
     Returns:
-        The learning rate. The first step of a warm-up has ``peak / warmup_steps``, not zero, so that
-        no step is wasted.
+        The learning rate. The first step of a warm-up has ``peak / warmup_steps``, not zero, so
+        that no step is wasted.
     """
     if step < spec.warmup_steps:
         return spec.peak * (step + 1) / spec.warmup_steps

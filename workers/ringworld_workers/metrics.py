@@ -68,11 +68,12 @@ def training_flops(config: ModelConfig, num_tokens: int, num_pairs: int) -> floa
     """FLOPs of forward and backward, counting no recomputation.
 
     ``6 * P * tokens + 12 * layers * heads * head_dim * pairs``: P counts every weight that
-    multiplies a token once (tables are look-ups and do not; the two heads are counted as one, since
-    a target passes through one of them), and pairs are the visible ones alone, so a packed or causal
-    row is not credited with work that nobody does.
+    multiplies a token once (tables are look-ups and do not; the two heads are counted as one,
+    since a target passes through one of them), and pairs are the visible ones alone, so a packed
+    or causal row is not credited with work that nobody does.
     """
-    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    projections = 2 * config.num_heads + 2 * config.num_kv_heads
+    attention = config.hidden_size * config.head_dim * projections
     layer = attention + 3 * config.hidden_size * config.ffn_size
     head = config.hidden_size * max(config.text_vocab_size, config.vision_vocab_size)
     dense = 6.0 * (config.num_layers * layer + head) * num_tokens

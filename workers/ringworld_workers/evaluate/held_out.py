@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,13 @@ from ringworld_workers.data.loader import StageLoader
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.mesh import Mesh
 
-MODALITIES = ("text", "vision")
+SourceKind = Literal["text", "vision"]
+
+SCORES_BY_KIND: dict[SourceKind, tuple[str, str | None]] = {
+    "text": ("text", None),
+    "vision": ("caption", "vision"),
+}
+"""What the text and the vision loss are called, by kind of source."""
 
 
 def score_held_out(
@@ -39,22 +45,23 @@ def score_held_out(
         prepare: plans and cuts whole rows for this rank's ring.
 
     Returns:
-        ``loss_text``, ``loss_vision``, ``loss_caption`` (nats per target), ``targets_*`` (how many)
-        and ``unigram_entropy_*``: the entropy of those very targets, which is the least loss that
+        ``loss_text``, ``loss_vision``, ``loss_caption`` (nats per target), ``accuracy_*`` (share of
+        targets ranked first), ``targets_*`` (how many) and ``unigram_entropy_*``: the entropy of those very targets, which is the least loss that
         any model blind to context can reach on them, even one fitted to them. Empty when the stage
         scores nothing.
     """
     scores: dict[str, float] = {}
     if not stage.validation_rows:
         return scores
-    for kind, names in (("text", ("text", None)), ("vision", ("caption", "vision"))):
+    for kind, names in SCORES_BY_KIND.items():
         rows = loader.held_out_rows(kind, stage.validation_rows)
         if not rows:
             continue
-        nll, weight = _score(engine, rows, mesh, prepare)
+        nll, correct, weight = _score(engine, rows, mesh, prepare)
         for modality, name in enumerate(names):
             if name is not None and weight[modality] > 0:
                 scores[f"loss_{name}"] = float(nll[modality] / weight[modality])
+                scores[f"accuracy_{name}"] = float(correct[modality] / weight[modality])
                 scores[f"unigram_entropy_{name}"] = _entropy(rows, modality)
                 scores[f"targets_{name}"] = float(_num_targets(rows, modality))
     return scores
@@ -62,13 +69,13 @@ def score_held_out(
 
 def _score(
     engine: Engine, rows: list[TrainBatch], mesh: Mesh, prepare: Callable[[TrainBatch], Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of weighted nll and of weights by modality, float64 [2] each, over all rows and ranks.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted nll, right guesses and weights by modality, float64 [2] each, over all ranks.
 
     Rings take rows in turn. When they do not come out even, a ring scores a row once more without
     weight: all ranks must call the model equally often, because its modules hold collectives.
     """
-    totals = torch.zeros(2, 2, dtype=torch.float64)
+    totals = torch.zeros(3, 2, dtype=torch.float64)
     rings = mesh.data_parallel_size
     with engine.evaluate():
         for first in range(0, len(rows), rings):
@@ -77,9 +84,10 @@ def _score(
             batch = prepare(row)
             sums = engine(batch.local, batch.ring)
             totals[0] += sums.nll.detach().double().cpu()
-            totals[1] += sums.weight.detach().double().cpu()
+            totals[1] += sums.correct.detach().double().cpu()
+            totals[2] += sums.weight.detach().double().cpu()
     dist.all_reduce(totals, group=mesh.control_group)
-    return totals[0], totals[1]
+    return totals[0], totals[1], totals[2]
 
 
 def _weightless(row: TrainBatch) -> TrainBatch:

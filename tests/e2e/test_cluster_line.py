@@ -1,0 +1,56 @@
+"""up, submit, status, logs, stop, resume, down: a job that lives on without its client."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Project
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_a_submitted_job_lives_without_its_client(project: Project) -> None:
+    code, output = project.command(
+        "up", "--cpus", "2", "--no-dashboard", "--port", str(free_port())
+    )
+    assert code == 0, output
+    try:
+        code, output = project.command("submit", "job.yaml")
+        assert code == 0 and "small-1" in output
+        project.wait_for_step("small-1", "second", 12)
+        status = project.status("small-1")
+        assert status["state"] == "RUNNING" and status["ring_size"] == 2
+        assert {"job", "stage", "step", "attempt", "context_length", "checkpoint"} <= set(status)
+        assert [worker["rank"] for worker in status["workers"]] == [0, 1]
+        assert all(w["pid"] and w["node"] and w["device"] == "cpu" for w in status["workers"])
+
+        code, output = project.command("submit", "job.yaml")
+        assert code == 0 and "small-1" in output, "the same job, still active, is not run twice"
+
+        code, output = project.command("stop", "small")
+        assert code == 0, output
+        project.wait_for("STOPPED", lambda: project.status("small-1")["state"] == "STOPPED")
+        code, output = project.command("logs", "small", "--rank", "1")
+        assert code == 0 and output.strip()
+
+        code, output = project.command("resume", "small-1")
+        assert code == 0, output
+        project.wait_for("SUCCEEDED", lambda: project.status("small-1")["state"] == "SUCCEEDED")
+        code, output = project.command("list", "--json")
+        listed = json.loads(output[output.index("[") :])
+        assert [(row["run_id"], row["state"]) for row in listed] == [("small-1", "SUCCEEDED")]
+    finally:
+        code, output = project.command("down")
+    assert code == 0, output
+    assert project.processes() == []

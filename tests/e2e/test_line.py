@@ -1,0 +1,146 @@
+"""The whole line through the command: a run, one with a killed worker, one that is interrupted.
+
+All three train the same job; what a user relies on is that they end alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Project
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+NUM_STEPS = {"first": 8, "second": 80, "third": 6}
+STEPS = [(stage, step + 1) for stage, count in NUM_STEPS.items() for step in range(count)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project: Project) -> tuple[Project, str]:
+    """A run to its end, which the others are compared with."""
+    code, output = project.command("run", "job.yaml")
+    assert code == 0, output
+    assert "small-1" in output
+    return project, output
+
+
+def assert_same_training(project: Project, run_id: str) -> None:
+    """The run's steps saw the samples of the undisturbed run and ended with its losses."""
+    assert project.samples(run_id) == project.samples("small-1")
+    expected, found = project.steps("small-1"), project.steps(run_id)
+    assert sorted(found) == sorted(STEPS)
+    for key, record in expected.items():
+        assert found[key]["loss"] == pytest.approx(record["loss"], abs=1e-6), key
+    assert scores(project, run_id) == pytest.approx(scores(project, "small-1"), abs=1e-6)
+
+
+def scores(project: Project, run_id: str) -> dict[str, float]:
+    """The held-out losses at the end of the last stage."""
+    records = project.lines(run_id, "metrics.jsonl")
+    last = [record for record in records if record["kind"] == "validation"][-1]
+    return {name: last[name] for name in ("loss_text", "loss_vision")}
+
+
+def test_stages_start_from_the_committed_end_of_the_one_before(
+    undisturbed: tuple[Project, str],
+) -> None:
+    project, _ = undisturbed
+    run = project.folder / "runs" / "small-1"
+    records = project.lines("small-1", "metrics.jsonl")
+    starts = {r["stage"]: r for r in records if r["kind"] == "stage_start"}
+    ends = {r["stage"]: r["checkpoint"] for r in records if r["kind"] == "stage_end"}
+    assert starts["first"]["resumed_from"] is None
+    assert starts["second"]["resumed_from"] == ends["first"] == "00-first/step-00000008"
+    assert starts["third"]["resumed_from"] == ends["second"] == "01-second/step-00000080"
+    assert [starts[s]["ring_size"] for s in NUM_STEPS] == [1, 2, 2]
+    for key in ends.values():
+        manifest = json.loads((run / "checkpoints" / key / "manifest.json").read_text())
+        assert manifest["state"]["final"] is True
+        for stored in manifest["objects"]:
+            assert (run / "checkpoints" / stored["key"]).stat().st_size == stored["size"]
+
+
+def test_the_run_folder_holds_report_spec_and_metrics(undisturbed: tuple[Project, str]) -> None:
+    project, output = undisturbed
+    run = project.folder / "runs" / "small-1"
+    assert "succeeded" in output and "report.html" in output
+    html = (run / "report.html").read_text()
+    assert "<svg" in html and "http://" not in html.replace("http://www.w3.org", "")
+    assert "rope_theta" in (run / "spec.yaml").read_text()
+    assert sorted(project.steps("small-1")) == sorted(STEPS)
+    status = project.status("small-1")
+    assert status["state"] == "SUCCEEDED" and status["attempt"] == 1
+    assert status["checkpoint"] == "02-third/step-00000006"
+
+
+def test_mlflow_has_the_job_and_a_child_per_stage(undisturbed: tuple[Project, str]) -> None:
+    from mlflow import MlflowClient
+
+    project, _ = undisturbed
+    client = MlflowClient(f"sqlite:///{project.folder}/runs/small-1/mlflow.db")
+    found = [
+        run
+        for experiment in client.search_experiments()
+        for run in client.search_runs([experiment.experiment_id])
+    ]
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1 and len(children) == len(NUM_STEPS)
+    history = client.get_metric_history(parents[0].info.run_id, "loss")
+    losses = {point.step: point.value for point in history}
+    expected = [record["loss"] for record in project.steps("small-1").values()]
+    assert [losses[step + 1] for step in range(len(STEPS))] == pytest.approx(expected)
+
+
+def test_prepared_data_is_found_again(undisturbed: tuple[Project, str]) -> None:
+    project, output = undisturbed
+    assert "built in" in output
+    code, again = project.command("data", "build", "recipe.yaml", "--cache", "cache")
+    assert code == 0 and "cache" in again
+    assert len([p for p in (project.folder / "cache").iterdir() if p.is_dir()]) == 1
+
+
+def test_a_killed_worker_changes_nothing(undisturbed: tuple[Project, str]) -> None:
+    project, _ = undisturbed
+    process = project.start("run", "job.yaml")
+    project.wait_for_step("small-2", "second", 15)
+
+    def victim() -> int | None:
+        workers: list[dict[str, Any]] = project.status("small-2")["workers"]
+        return next((worker["pid"] for worker in workers if worker["rank"] == 1), None)
+
+    pid = project.wait_for("a pid for rank 1", victim)
+    os.kill(pid, signal.SIGKILL)
+    code, output = project.finish(process)
+    assert code == 0, output
+    status = project.status("small-2")
+    assert status["attempt"] == 2 and status["state"] == "SUCCEEDED"
+    restarted = [r for r in project.lines("small-2", "metrics.jsonl") if r.get("resumed_from")]
+    assert any(r["stage"] == "second" and r["attempt"] == 2 for r in restarted), output
+    assert_same_training(project, "small-2")
+
+
+def test_an_interrupted_run_leaves_no_process_and_resumes_to_the_same_end(
+    undisturbed: tuple[Project, str],
+) -> None:
+    project, _ = undisturbed
+    process = project.start("run", "job.yaml")
+    project.wait_for_step("small-3", "second", 15)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to every process of the group
+    code, output = project.finish(process)
+    assert code == 130, output
+    assert "ringworld resume small-3" in output
+    assert project.processes() == []
+    status = project.status("small-3")
+    assert status["state"] == "STOPPED" and status["checkpoint"].startswith("01-second/")
+    assert ("third", 1) not in project.steps("small-3")
+    code, output = project.command("resume", "small-3")
+    assert code == 0, output
+    assert_same_training(project, "small-3")
+    assert project.processes() == []
