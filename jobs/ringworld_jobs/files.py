@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 from pathlib import Path
@@ -128,20 +129,20 @@ def check_recipe_files(checked: Checked[RecipeSpec], base: Path) -> None:
 
 
 def _check_file(document: Document, path: KeyPath, reference: str, base: Path) -> None:
+    root, pattern = base, reference
     if reference.startswith(PACKAGE_PREFIX):
-        found = package_file(reference)
-        if found is None:
-            package = reference.removeprefix(PACKAGE_PREFIX).partition("/")[0]
-            document.report(path, f"Python package {package} is not installed; {_install(package)}")
+        package, _, pattern = reference.partition("/")
+        folder = package_file(package)
+        if folder is None:
+            name = package.removeprefix(PACKAGE_PREFIX)
+            document.report(path, f"Python package {name} is not installed; {_install(name)}")
             return
-    else:
-        found = base / reference
-    if any(sign in reference for sign in "*?["):
-        anchor = Path(found.anchor)
-        if next(anchor.glob(str(found.absolute().relative_to(anchor))), None) is None:
-            document.report(path, f"no file matches {found}")
-    elif not found.exists():
-        document.report(path, f"no such file: {found}")
+        root = folder
+    if any(sign in pattern for sign in "*?["):
+        if next(glob.iglob(pattern, root_dir=root, recursive=True), None) is None:
+            document.report(path, f"no file matches {root / pattern}")
+    elif not (root / pattern).exists():
+        document.report(path, f"no such file: {root / pattern}")
 
 
 def _install(package: str) -> str:

@@ -26,7 +26,7 @@ WAIT_SECONDS = 150.0
 RECIPE = """
 kind: data
 name: small
-tokenizer: {train: {vocabulary_size: 400}}
+tokenizer: {train: {vocabulary_size: 300}}
 codebook: {codebook_size: 32, frame_size: 16, patch_size: 4, iterations: 4}
 videos:
   ball:

@@ -145,6 +145,20 @@ def test_missing_recipe_files_are_named(tmp_path: Path, reference: str, words: s
     assert load_recipe(path, check_files=False).name == "r"
 
 
+def test_patterns_are_matched_from_the_recipe_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "note-1.txt").write_text("one")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "kind: data\nname: a\ntokenizer: {train: {vocabulary_size: 300}}\n"
+        f"datasets: {{a: {{kind: text, files: ['note-*.txt', '{tmp_path}/*.txt']}}}}\n"
+    )
+    assert load_recipe(recipe).name == "a"
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipe.yaml").name == "a"
+
+
 def test_quickstart_data_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     path = tmp_path / "recipe.yaml"
