@@ -15,7 +15,7 @@ from typing import Any
 
 from ringworld_jobs.document import Document
 from ringworld_jobs.mesh import MeshError, resolve_mesh
-from ringworld_jobs.problem import KeyPath, kind_of, nearest
+from ringworld_jobs.problem import NO_VALUE, KeyPath, kind_of, nearest
 from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
 from ringworld_jobs.spec import JobSpec, StageSpec
 from ringworld_jobs.units import format_tokens
@@ -189,8 +189,7 @@ def _check_sources(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None
     known = sources_of(spec, recipe.spec if recipe else None)
     for index, stage in enumerate(spec.stages):
         path: KeyPath = ("stages", index, "mixture")
-        if checked.sound(path):
-            _check_mixture(checked, stage, path, known)
+        _check_mixture(checked, stage, path, known)
 
 
 def _check_mixture(
@@ -199,7 +198,8 @@ def _check_mixture(
     assert checked.spec is not None
     report = checked.document.report
     no_vision = checked.spec.model.vision.codebook_size == 0 and checked.sound(("model",))
-    for name in stage.mixture:
+    written = checked.document.value(path)
+    for name in written if isinstance(written, dict) else ():
         source = known.get(name)
         if source is None:
             there = f"there are {', '.join(known)}" if known else "the job names none"
@@ -252,6 +252,12 @@ def _check_learning_rate(checked: Checked[JobSpec], stage: StageSpec, here: KeyP
     rate, path = stage.learning_rate, (*here, "learning_rate")
     if not checked.sound(path):
         return
+    if rate.schedule == "constant" and rate.final > 0 and not _overrules(checked.document, path):
+        checked.document.report(
+            (*path, "final"),
+            "a constant schedule keeps its peak and never comes to final; write schedule: cosine, "
+            "or take final out",
+        )
     if rate.schedule == "cosine" and rate.final > rate.peak:
         checked.document.report(
             (*path, "final"),
@@ -263,8 +269,16 @@ def _check_learning_rate(checked: Checked[JobSpec], stage: StageSpec, here: KeyP
     if checked.sound(*length) and rate.warmup_steps > stage.num_steps:
         checked.document.report(
             (*path, "warmup_steps"),
-            f"the stage has only {stage.num_steps} steps; lower warmup_steps or lengthen the stage",
+            f"stage {stage.name} has only {stage.num_steps} step"
+            f"{'s' if stage.num_steps > 1 else ''}; lower warmup_steps or lengthen the stage",
         )
+
+
+def _overrules(document: Document, rate: KeyPath) -> bool:
+    """Whether a stage's own schedule stands over a `final` that `defaults` wrote for a cosine."""
+    own = document.value((*rate, "schedule")) is not NO_VALUE
+    own = own and document.origin((*rate, "schedule"))[0] != "defaults"
+    return own and document.origin((*rate, "final"))[0] == "defaults"
 
 
 def _check_loss(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:

@@ -16,13 +16,41 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ringworld_jobs.problem import NO_VALUE, KeyPath, Problem, format_path, format_value
+from ringworld_jobs.problem import (
+    NO_VALUE,
+    KeyPath,
+    Problem,
+    format_path,
+    format_value,
+    nearest,
+)
 
 MAX_VALUES = 20_000
 """A job spec has hundreds of values; aliases of aliases can make billions of them."""
 
+MAX_NEIGHBOURS = 8
+"""Files of a folder that a message names."""
+
 LONGEST_NUMBER = 300
 """Characters; a longer scalar is text, whatever it looks like."""
+
+# What PyYAML calls the parts of a file, in the words of its reader.
+_TOKENS = {
+    "scalar": "a value",
+    "block end": "the end of the block",
+    "block mapping start": "an indented mapping",
+    "block sequence start": "an indented list",
+    "block entry": "'- '",
+    "stream end": "the end of the file",
+    "document start": "'---'",
+    "document end": "'...'",
+    "alias": "an alias (*name)",
+    "anchor": "an anchor (&name)",
+    "tag": "a tag (!name)",
+    "key": "'key'",
+    "value": "':'",
+}
+_PARSER_WORDS = re.compile(rf"'?<({'|'.join(_TOKENS)})>'?")
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = _TAG + "merge"
@@ -100,7 +128,7 @@ class Document:
         if secret:
             self.secret_paths.add(origin)
         mark = self.mark(origin)
-        shown = "" if secret else format_value(self.value(path))
+        shown = "" if secret or not path else format_value(self.value(path))
         self.problems.append(
             Problem(self.file, mark.line, mark.column, format_path(origin), shown, message, hint)
         )
@@ -162,20 +190,32 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
     found = sorted(
-        other.name for other in path.parent.iterdir() if other.suffix in (".yaml", ".yml")
+        other.name
+        for other in path.parent.iterdir()
+        if other.suffix in (".yaml", ".yml") and not other.name.startswith(".")
     )
-    return f"; {path.parent}/ holds {', '.join(found[:8])}" if found else ""
+    if not found:
+        return ""
+    meant = nearest(path.stem, [Path(name).stem for name in found])
+    if meant:
+        name = next(name for name in found if Path(name).stem == meant)
+        return f"; did you mean {path.parent / name}?"
+    more = f" and {len(found) - MAX_NEIGHBOURS} more" if len(found) > MAX_NEIGHBOURS else ""
+    return f"; {path.parent}/ holds {', '.join(found[:MAX_NEIGHBOURS])}{more}"
 
 
 def _report_syntax(document: Document, error: yaml.MarkedYAMLError) -> None:
     mark = error.problem_mark or error.context_mark
     if mark is not None:
         document.marks[()] = Mark(mark.line + 1, mark.column + 1)
-    message = f"YAML syntax: {error.problem or error.context}"
+    found = str(error.problem or error.context)
+    message = "YAML syntax: " + _PARSER_WORDS.sub(lambda m: _TOKENS[m[1]], found)
     if error.context and error.problem:
         message += f" ({error.context}"
         start = error.context_mark
         message += f", which starts on line {start.line + 1})" if start is not None else ")"
+    if error.context and error.context.startswith("while parsing a flow"):
+        message += "; close its bracket, or put a comma between its parts"
     if "'\\t'" in message:
         message += "; indent with spaces, not tabs"
     elif "mapping values are not allowed" in message:

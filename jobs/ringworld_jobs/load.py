@@ -9,7 +9,7 @@ from typing import Any
 from ringworld_jobs.credentials import refuse_secrets
 from ringworld_jobs.curriculum import check_curriculum, merge_defaults
 from ringworld_jobs.document import Document, read_document
-from ringworld_jobs.files import check_recipe_files, check_sources, check_store
+from ringworld_jobs.files import check_recipe_files, check_sources, check_store, check_tracking
 from ringworld_jobs.problem import JobSpecError, KeyPath, Problem, nearest
 from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
 from ringworld_jobs.spec import JobSpec
@@ -46,6 +46,7 @@ def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
     recipe = _recipe_of(checked, path.parent, check_files, problems)
     check_curriculum(checked, recipe)
     check_store(checked, check_files=check_files)
+    check_tracking(checked)
     if check_files:
         check_sources(checked, path.parent)
     problems = document.problems + problems
@@ -150,7 +151,7 @@ def _recipe_of(
 def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
-    names = [other.name for other in path.parent.glob("*.y*ml")]
+    names = [other.name for other in path.parent.glob("[!.]*.y*ml")]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
     return f"; {path.parent} holds {near[0]}" if near else ""
 

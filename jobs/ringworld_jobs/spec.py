@@ -291,7 +291,7 @@ class StageSpec(Spec):
     @model_validator(mode="after")
     def _length(self) -> StageSpec:
         if (self.steps is None) == (self.tokens is None):
-            given = "both" if self.steps is not None else "neither"
+            given = f"steps {self.steps} and tokens {self.tokens}" if self.steps else "neither"
             raise ValueError(f"give steps or tokens, one of them; {given} given")
         return self
 

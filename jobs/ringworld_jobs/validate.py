@@ -219,13 +219,14 @@ def _report(
             )
         case _:
             expected = describe.expects(model, path)
+            hint = ""
+            if isinstance(value, str):
+                hint = nearest(value, describe.choices_at(model, path))
             got = f", got {kind_of(value)}" if isinstance(value, dict | list) else ""
             document.report(
                 path,
                 f"expected {expected}{got}{_quoting(model, path, value)}",
-                hint=nearest(value, describe.choices_at(model, path))
-                if isinstance(value, str)
-                else "",
+                hint="" if hint == expected else hint,
             )
 
 

@@ -92,7 +92,7 @@ CASES = [
     Case("seed: 1", "zero_stage: 3", 3, "zero_stage", ("belongs in stages[] or defaults",)),
     Case("seed: 1", "peak: 1", 3, "peak", ("belongs in stages[].learning_rate or defaults.lea",)),
     Case("seed: 1", "name: run", 3, "name", ("given twice", "first on line 2")),
-    Case("kind: train", "kind: tran", 1, "kind", ("expected train",), "train"),
+    Case("kind: train", "kind: tran", 1, "kind", ("expected train",)),
     Case("kind: train", "kind: data", 1, "kind", ("data recipe", "`ringworld data build`")),
     Case("name: walk", "name: My Walk", 2, "name", ("a-z, 0-9",), "my-walk"),
     Case("name: walk", "name: 2024", 2, "name", ("a-z", "quotes")),
@@ -136,6 +136,23 @@ CASES = [
         "defaults.learning_rate.final",
         ("falls from peak 0.001",),
     ),
+    Case(
+        "{peak: 1e-3}",
+        "{peak: 1e-3, final: 1e-4}",
+        12,
+        "defaults.learning_rate.final",
+        ("never comes to final", "schedule: cosine"),
+    ),
+    Case(
+        "tokens: 40Ki",
+        "tokens: 40Ki\n  learning_rate: {warmup_steps: 9}",
+        26,
+        "stages[1].learning_rate.warmup_steps",
+        ("stage long has only 5 steps",),
+    ),
+    Case("file://runs", "file:///proc/runs", 8, "checkpoint.store", ("cannot write in /proc",)),
+    Case("mlflow: off", "mlflow: htp://x", 9, "tracking.mlflow", ("no such scheme",), "http://"),
+    Case("mlflow: off", "mlflow: offf", 9, "tracking.mlflow", ("its scheme",), "off"),
     Case("peak: 1e-3", "warmup_steps: 1", 12, "defaults.learning_rate.peak", ("missing", "above")),
     Case("zero_stage: 1", "zero_stage: 4", 13, "defaults.zero_stage", ("0, 1, 2 or 3",)),
     Case("zero_stage: 1", "precision: b16", 13, "defaults.precision", ("fp32 or bf16",), "bf16"),
@@ -250,6 +267,22 @@ def test_every_mistake_is_reported_at_once(folder: Path) -> None:
             "stages[1].name",
         ]
     )
+
+
+def test_a_wrong_share_does_not_hide_the_unknown_names_beside_it(folder: Path) -> None:
+    found = problems_of(folder, VALID.replace("books: 0.2, clips: 0.8", "boks: 1, clips: 0"))
+    assert [(p.path, p.hint) for p in found] == [
+        ("stages[0].mixture.boks", "books"),
+        ("stages[0].mixture.clips", ""),
+    ]
+
+
+def test_a_stage_may_keep_its_rate_where_defaults_have_a_cosine(folder: Path) -> None:
+    text = VALID.replace("{peak: 1e-3}", "{peak: 1e-3, final: 1e-4, schedule: cosine}").replace(
+        "tokens: 40Ki", "tokens: 40Ki\n  learning_rate: {schedule: constant}"
+    )
+    (folder / "walk.yaml").write_text(text)
+    assert load_job(folder / "walk.yaml").stages[1].learning_rate.schedule == "constant"
 
 
 def test_a_mistake_in_defaults_is_reported_once_at_its_own_line(folder: Path) -> None:

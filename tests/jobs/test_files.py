@@ -58,7 +58,11 @@ def test_what_is_not_a_spec_says_why(tmp_path: Path, content: bytes, line: int, 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text(JOB)
-    assert "holds quickstart.yaml" in problem_of(tmp_path / "quickstrat.yaml").message
+    (tmp_path / ".hidden.yaml").write_text(JOB)
+    meant = problem_of(tmp_path / "quickstrat.yaml")
+    assert meant.message == f"no such file; did you mean {tmp_path / 'quickstart.yaml'}?"
+    assert meant.path == meant.value == ""
+    assert problem_of(tmp_path / "x.yaml").message.endswith("/ holds quickstart.yaml")
     assert "does not exist either" in problem_of(tmp_path / "nowhere" / "job.yaml").message
 
 
