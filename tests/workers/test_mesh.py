@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -60,3 +61,24 @@ def test_a_mesh_that_does_not_cover_the_world_is_refused(
 def test_an_uninitialised_world_is_refused() -> None:
     with pytest.raises(RuntimeError, match="init_process_group"):
         build_mesh(1, 1)
+
+
+def wait_for_a_lost_peer(rank: int, world_size: int) -> list[str]:
+    mesh = build_mesh(1, world_size, timeout=timedelta(seconds=1))
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:  # alive, but takes part in nothing
+        store.wait(["given up"], timedelta(seconds=20))
+        return []
+    said = []
+    for group in (mesh.control_group, mesh.world_group):
+        try:
+            dist.all_reduce(torch.zeros(1), group=group)
+        except RuntimeError as error:
+            said.append(str(error))
+    store.set("given up", "yes")
+    return said
+
+
+def test_the_groups_give_up_after_the_meshs_timeout(run_gang: Callable[..., list[Any]]) -> None:
+    found, _ = run_gang(wait_for_a_lost_peer, 2, timeout=30.0)
+    assert len(found) == 2

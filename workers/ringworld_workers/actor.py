@@ -187,7 +187,9 @@ class RingWorker:
             world_size=job.world_size,
             timeout=timeout,
         )
-        self._mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size, job.device)
+        self._mesh = build_mesh(
+            job.sequence_parallel_size, job.data_parallel_size, job.device, timeout
+        )
         self._job = job
         log.info(
             "rank %d of %d (%s) joined on %s, %d threads",

@@ -7,6 +7,7 @@ sequence_parallel_rank``), so that a ring stays inside a node where it can.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,10 @@ class Mesh:
 
 
 def build_mesh(
-    sequence_parallel_size: int, data_parallel_size: int, device: str | torch.device = "cpu"
+    sequence_parallel_size: int,
+    data_parallel_size: int,
+    device: str | torch.device = "cpu",
+    timeout: timedelta | None = None,
 ) -> Mesh:
     """Cut the initialised world into rings. A collective: every rank calls it once.
 
@@ -42,6 +46,8 @@ def build_mesh(
         sequence_parallel_size: ranks of a ring.
         data_parallel_size: number of rings.
         device: where this rank computes; ``cuda`` means the process's current CUDA device.
+        timeout: after which a collective of these groups fails; they do not take that of the
+            initialised world. Empty: torch's own, up to half an hour.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -66,8 +72,9 @@ def build_mesh(
     ]
     columns = [list(column) for column in zip(*rings, strict=True)]
     # Every rank creates every group, in the same order: new_group is a collective of the world.
-    ring_groups = [dist.new_group(ranks) for ranks in rings]
-    column_groups = [dist.new_group(ranks) for ranks in columns]
+    ring_groups = [dist.new_group(ranks, timeout=timeout) for ranks in rings]
+    column_groups = [dist.new_group(ranks, timeout=timeout) for ranks in columns]
+    world = list(range(world_size))
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -77,8 +84,8 @@ def build_mesh(
         data_parallel_size=data_parallel_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_group=column_groups[sequence_parallel_rank],
-        world_group=dist.new_group(list(range(world_size))),
-        control_group=dist.new_group(list(range(world_size)), backend="gloo"),
+        world_group=dist.new_group(world, timeout=timeout),
+        control_group=dist.new_group(world, timeout=timeout, backend="gloo"),
         device=_current_device(device),
     )
 
