@@ -146,3 +146,32 @@ def test_a_ring_under_zero_takes_the_step_of_one_process(
             assert float((data - wanted).abs().max()) <= 1e-6, tensor
             seen[tensor] += data.numel()
     assert seen == {tensor: weight.numel() for tensor, weight in weights.items()}
+
+
+def stack_after(rank: int, world_size: int, num_steps: int) -> int:
+    from deepspeed.runtime.zero import parameter_offload
+
+    mesh = build_mesh(1, world_size)
+    spec = {
+        "name": "a",
+        "context_length": f"{CONTEXT_LENGTH}",
+        "rope_theta": 1e4,
+        "steps": num_steps,
+        "global_batch_tokens": CONTEXT_LENGTH,
+        "mixture": {"a": 1},
+        "learning_rate": {"peak": RATE},
+        "zero_stage": 3,
+    }
+    stage = StageSpec.model_validate(spec)
+    engine = build_engine("deepspeed", make_model("full"), OptimizerSpec(name="sgd"), stage, mesh)
+    ring = ring_of(rows()[0], 1, None)
+    for _ in range(num_steps):
+        sums = engine(rows()[0], ring)
+        engine.backward(combine(sums, global_weight(), (0.5, 0.5), engine.loss_factor))
+        engine.step()
+    engine.close()
+    return len(parameter_offload.FWD_MODULE_STACK)
+
+
+def test_recomputation_leaves_no_modules_behind(run_gang: Callable[..., list[Any]]) -> None:
+    assert run_gang(stack_after, 1, 3) == [1]

@@ -27,6 +27,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|to
 import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
 import deepspeed.ops  # noqa: E402
+import deepspeed.runtime.zero.parameter_offload as parameter_offload  # noqa: E402
 
 from ringworld_workers.checkpoint.layout import OptimizerState  # noqa: E402
 from ringworld_workers.engine.base import (  # noqa: E402
@@ -120,6 +121,9 @@ class DeepSpeedEngine:
         if self._zero_stage == 0:
             return self._replicated_step()
         self._engine.step()
+        # Recomputation stops inside a forward call, so the modules around that point never leave
+        # the stack on which ZeRO-3 notes who is being called: its bottom is the whole model.
+        del parameter_offload.FWD_MODULE_STACK[1:]
         return float(self._engine.get_global_grad_norm())
 
     def _replicated_step(self) -> float:
