@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringworld_workers.data.mixture import (
+    BOOKMARK_ROWS,
+    KEPT_ROWS,
     MIN_PIECE_TOKENS,
     OPEN_ROWS,
     ExampleTooLong,
@@ -31,7 +34,7 @@ class Mixture:
     context_length: int
     seed: int
 
-    def planner(self, epochs: int | None = None) -> RowPlanner:
+    def planner(self, epochs: int | None = None, kept_rows: int = KEPT_ROWS) -> RowPlanner:
         return RowPlanner(
             self.lengths,
             self.splittable,
@@ -39,6 +42,7 @@ class Mixture:
             self.context_length,
             self.seed,
             epochs=epochs,
+            kept_rows=kept_rows,
         )
 
 
@@ -177,13 +181,73 @@ def test_epochs_and_seeds_are_shuffled_anew() -> None:
     assert order(1)[0] != first
 
 
-def test_random_access_far_back_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringworld_workers.data.mixture._KEPT_ROWS", 5)
+def test_random_access_far_back_replays() -> None:
     mixture = clips_and_text(1024, 820)
     plans = list(zip(range(50), mixture.planner().iter_from(0), strict=False))
-    planner = mixture.planner()
+    planner = mixture.planner(kept_rows=5)
     for row in (40, 38, 3, 49, 0):
         assert planner.plan(row) == plans[row][1]
+
+
+@quick
+@given(mixtures(), st.integers(1, 60), st.integers(0, 40))
+def test_a_bookmark_leads_to_the_same_rows(mixture: Mixture, every: int, further: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringworld_workers.data.mixture.BOOKMARK_ROWS", every)
+        straight = mixture.planner()
+        plans = [straight.plan(row) for row in range(101)]
+        assert straight.bookmark(0) is None
+        bookmark = straight.bookmark(60)
+        assert bookmark is not None
+        # No more than a bookmark's distance, and the rows that closed together with its own.
+        assert 60 - every - len(mixture.weights) - 1 <= bookmark["row"] <= 60
+        resumed = mixture.planner()
+        assert resumed.open_at(json.loads(json.dumps(bookmark)))
+        assert resumed.plan(60 + further) == plans[60 + further]
+        # It can be saved at once, by one that has planned nothing since; and gone back from.
+        assert resumed.bookmark(60) is not None
+        assert resumed.plan(0) == plans[0]
+
+
+def test_a_bookmark_of_other_data_is_not_used() -> None:
+    mixture = clips_and_text(1024, 820)
+    planner = mixture.planner()
+    planner.plan(3000)
+    bookmark = planner.bookmark(3000)
+    assert bookmark is not None
+    assert mixture.planner().open_at(bookmark)
+    changed = mixture.lengths | {"text": mixture.lengths["text"] + 1}
+    for other in (
+        replace(mixture, lengths=changed),
+        replace(mixture, weights={"text": 0.2, "clips": 0.8}),
+        replace(mixture, seed=1),
+        replace(mixture, context_length=2048),
+    ):
+        fresh = other.planner()
+        assert not fresh.open_at(bookmark)
+        assert fresh.plan(0) == other.planner().plan(0)
+
+
+def test_a_far_place_is_reached_without_replaying_the_way_there() -> None:
+    mixture = clips_and_text(1024, 820)
+    mixture.lengths["clips"] = np.tile(mixture.lengths["clips"], 100)
+    far = 40_000
+    planner = mixture.planner()
+    expected = planner.plan(far)
+    bookmark = planner.bookmark(far)
+    assert bookmark is not None
+    walked = 0
+
+    def count(*_: object) -> None:
+        nonlocal walked
+        walked += 1
+
+    resumed = mixture.planner()
+    assert resumed.open_at(bookmark)
+    advance = resumed._walk.advance
+    resumed._walk.advance = lambda: (count(), advance())[1]  # type: ignore[method-assign]
+    assert resumed.plan(far) == expected
+    assert walked < 10 * BOOKMARK_ROWS
 
 
 def test_ids_name_source_epoch_index_and_tokens() -> None:

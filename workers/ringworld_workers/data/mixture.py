@@ -1,17 +1,21 @@
 """Which piece of which example goes into which row: the packing plan of one stage.
 
 The plan is a function of the seed, the length indexes, the mixture and the context length alone.
-Every rank computes the same one, at any data_parallel size, and a resumed run finds its place by
-replaying lengths, reading no tokens.
+Every rank computes the same one, at any data_parallel size. A resumed run finds its place by
+replaying lengths, reading no tokens, from a bookmark that its checkpoint holds.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +24,13 @@ MIN_PIECE_TOKENS = 32
 """Text is cut no finer: a shorter piece has almost no context to predict from."""
 OPEN_ROWS = 6
 """Rows kept open at a time. More pack tighter, and let a row wait longer."""
-_KEPT_ROWS = 4096
+KEPT_ROWS = 4096
 """Plans kept for random access; asking for an older row replays from the start."""
+BOOKMARK_ROWS = 1024
+"""A bookmark is made every so many rows: a resume replays few more than that."""
+
+Bookmark = dict[str, Any]
+"""Where a plan stands after some row, as plain JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,7 @@ class RowPlanner:
         seed: int,
         *,
         epochs: int | None = None,
+        kept_rows: int = KEPT_ROWS,
     ) -> None:
         """Check that every example can be placed.
 
@@ -99,6 +109,7 @@ class RowPlanner:
             context_length: tokens of a row.
             seed: of the permutations.
             epochs: passes over each source, after which the plan ends; empty: no end.
+            kept_rows: how far back a row may be asked for without a replay.
 
         Raises:
             ExampleTooLong: an example that may not be cut is longer than a row.
@@ -115,12 +126,15 @@ class RowPlanner:
             if not splittable[name] and lengths[name][longest] > context_length:
                 raise ExampleTooLong(name, longest, int(lengths[name][longest]), context_length)
         self._arguments = (lengths, splittable, weights, context_length, seed, epochs)
-        self._restart()
+        self._kept: deque[RowPlan] = deque(maxlen=kept_rows)
+        self._bookmarks: deque[Bookmark] = deque(maxlen=kept_rows // BOOKMARK_ROWS + 2)
+        self._start_over()
 
-    def _restart(self) -> None:
-        self._rows = _plan_rows(*self._arguments)
+    def _start_over(self) -> None:
+        self._walk = _Walk(*self._arguments)
         self._planned = 0
-        self._kept: deque[RowPlan] = deque(maxlen=_KEPT_ROWS)
+        self._kept.clear()
+        self._bookmarks.clear()
 
     def plan(self, row: int) -> RowPlan:
         """The plan of a row. Going forward is cheap; far back replays from the start.
@@ -131,18 +145,55 @@ class RowPlanner:
         if row < 0:
             raise IndexError(f"row {row} is negative")
         if row < self._planned - len(self._kept):
-            self._restart()
+            self._start_over()
         while self._planned <= row:
-            plan = next(self._rows, None)
-            if plan is None:
+            closed = self._walk.advance()
+            if closed is None:
                 raise IndexError(f"row {row}: the plan ends after {self._planned} rows")
-            self._kept.append(plan)
-            self._planned += 1
+            before = self._planned
+            self._kept.extend(closed)
+            self._planned += len(closed)
+            if self._planned // BOOKMARK_ROWS > before // BOOKMARK_ROWS:
+                place = {"digest": self.digest, "row": self._planned, **self._walk.place()}
+                self._bookmarks.append(place)
         return self._kept[row - self._planned]
 
     def iter_from(self, cursor: int) -> Iterator[RowPlan]:
-        """The plans of rows cursor, cursor + 1, ..., on an iterator of its own."""
-        return islice(_plan_rows(*self._arguments), cursor, None)
+        """The plans of rows cursor, cursor + 1, ... to the last epoch's end."""
+        while True:
+            try:
+                yield self.plan(cursor)
+            except IndexError:
+                return
+            cursor += 1
+
+    def bookmark(self, row: int) -> Bookmark | None:
+        """A place at or before ``row`` to continue from; None: no nearer one than the start."""
+        return next((mark for mark in reversed(self._bookmarks) if mark["row"] <= row), None)
+
+    def open_at(self, bookmark: Bookmark) -> bool:
+        """Continue from a bookmark; the plans of the rows after it are what they always are.
+
+        Returns:
+            False, and nothing is done, if the bookmark is of other data or another mixture.
+        """
+        if bookmark["digest"] != self.digest:
+            return False
+        self._start_over()
+        self._walk.go_to(bookmark)
+        self._planned = int(bookmark["row"])
+        self._bookmarks.append(bookmark)
+        return True
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that the plan is a function of."""
+        lengths, splittable, weights, *numbers = self._arguments
+        digest = hashlib.sha256(json.dumps([sorted(weights.items()), *numbers]).encode())
+        for name in sorted(weights):
+            digest.update(f"{name}:{splittable[name]}:{len(lengths[name])}".encode())
+            digest.update(np.ascontiguousarray(lengths[name], np.int32).data)
+        return digest.hexdigest()
 
 
 @dataclass(slots=True)
@@ -161,9 +212,9 @@ class _Source:
     start: int = 0
     drawn: int = 0
 
-    def permute(self) -> None:
-        """Go on to the next epoch. Sorting raw random words gives the same order on any numpy."""
-        self.epoch += 1
+    def permute(self, epoch: int) -> None:
+        """Begin an epoch. Sorting raw random words gives the same order on any numpy."""
+        self.epoch = epoch
         key = zlib.crc32(self.name.encode())
         entropy = np.random.SeedSequence([self.seed & (2**64 - 1), key, self.epoch])
         words = np.random.PCG64(entropy).random_raw(len(self.lengths))
@@ -184,7 +235,7 @@ class _Source:
             self.start = 0
             self.position += 1
             if self.position == len(self.order):
-                self.permute()
+                self.permute(self.epoch + 1)
         else:
             self.start += tokens
         return piece
@@ -204,48 +255,82 @@ class _OpenRow:
         self.pieces.append(piece)
         self.free -= piece.stop - piece.start
 
+    def plan(self) -> RowPlan:
+        return RowPlan(tuple(self.pieces))
 
-def _plan_rows(
-    lengths: Mapping[str, npt.NDArray[np.int32]],
-    splittable: Mapping[str, bool],
-    weights: Mapping[str, float],
-    context_length: int,
-    seed: int,
-    epochs: int | None,
-) -> Iterator[RowPlan]:
-    # Half a row at most, so that any remainder of a document can be placed.
-    min_piece = max(1, min(MIN_PIECE_TOKENS, context_length // 2))
-    total_weight = sum(weights.values())
-    # Sorted, so that the order in which a spec lists its sources plays no part.
-    sources = [
-        _Source(name, lengths[name], splittable[name], weights[name] / total_weight, seed, epochs)
-        for name in sorted(weights)
-    ]
-    for source in sources:
-        source.permute()
-    smallest = min(
-        min(min_piece, int(s.lengths.min())) if s.splittable else int(s.lengths.min())
-        for s in sources
-    )
-    rows: list[_OpenRow] = []
-    while active := [source for source in sources if not source.exhausted]:
+
+class _Walk:
+    """The plan in the making: where each source stands, and the rows that are still open."""
+
+    def __init__(
+        self,
+        lengths: Mapping[str, npt.NDArray[np.int32]],
+        splittable: Mapping[str, bool],
+        weights: Mapping[str, float],
+        context_length: int,
+        seed: int,
+        epochs: int | None,
+    ) -> None:
+        self._context_length = context_length
+        # Half a row at most, so that any remainder of a document can be placed.
+        self._min_piece = max(1, min(MIN_PIECE_TOKENS, context_length // 2))
+        # An exact sum and a sorted list, so that the order in which a spec lists its sources plays
+        # no part.
+        total = math.fsum(weights.values())
+        self._sources = [
+            _Source(name, lengths[name], splittable[name], weights[name] / total, seed, epochs)
+            for name in sorted(weights)
+        ]
+        for source in self._sources:
+            source.permute(0)
+        self._smallest = min(
+            min(self._min_piece, int(s.lengths.min())) if s.splittable else int(s.lengths.min())
+            for s in self._sources
+        )
+        self._rows: list[_OpenRow] = []
+
+    def advance(self) -> list[RowPlan] | None:
+        """Place one piece; the rows that this closes. None: the last epoch is over."""
+        active = [source for source in self._sources if not source.exhausted]
+        if not active:
+            left, self._rows = self._rows, []
+            return [row.plan() for row in left] or None
         drawn = sum(source.drawn for source in active)
         share = sum(source.share for source in active)
         # max takes the first of equals: ties go by name.
         source = max(active, key=lambda s: s.share / share * drawn - s.drawn)
-        row, tokens = _place(source, rows, context_length, min_piece)
+        closed = []
+        row, tokens = _place(source, self._rows, self._context_length, self._min_piece)
         if row is None:
-            if len(rows) == OPEN_ROWS:
+            if len(self._rows) == OPEN_ROWS:
                 # The oldest: no row waits without end.
-                yield RowPlan(tuple(rows.pop(0).pieces))
-            row = _OpenRow(context_length)
-            rows.append(row)
+                closed.append(self._rows.pop(0).plan())
+            row = _OpenRow(self._context_length)
+            self._rows.append(row)
         row.add(source.take(tokens))
-        if row.free < smallest:
-            rows.remove(row)
-            yield RowPlan(tuple(row.pieces))
-    for row in rows:
-        yield RowPlan(tuple(row.pieces))
+        if row.free < self._smallest:
+            self._rows.remove(row)
+            closed.append(row.plan())
+        return closed
+
+    def place(self) -> Bookmark:
+        """Where the walk stands, as plain JSON."""
+        return {
+            "sources": [[s.epoch, s.position, s.start, s.drawn] for s in self._sources],
+            "open_rows": [[list(astuple(piece)) for piece in row.pieces] for row in self._rows],
+        }
+
+    def go_to(self, place: Bookmark) -> None:
+        """Stand where ``place`` was taken."""
+        for source, (epoch, position, start, drawn) in zip(
+            self._sources, place["sources"], strict=True
+        ):
+            source.permute(epoch)
+            source.position, source.start, source.drawn = position, start, drawn
+        self._rows = [_OpenRow(self._context_length) for _ in place["open_rows"]]
+        for row, pieces in zip(self._rows, place["open_rows"], strict=True):
+            for piece in pieces:
+                row.add(Piece(*piece))
 
 
 def _place(
