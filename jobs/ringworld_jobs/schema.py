@@ -1,8 +1,8 @@
 """JSON schemas for editors and the reference page, generated from the models.
 
 ``python -m ringworld_jobs.schema`` rewrites docs/schema/job.schema.json,
-docs/schema/data.schema.json and docs/job_spec.md; with ``--check`` it only says whether they are
-current.
+docs/schema/data.schema.json, docs/job_spec.md and docs/data_recipe.md; with ``--check`` it only
+says whether they are current.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from ringworld_jobs.describe import spelled_default
 from ringworld_jobs.recipe import RecipeSpec
-from ringworld_jobs.reference import reference_page
+from ringworld_jobs.reference import job_page, recipe_page
 from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -67,7 +67,8 @@ def generated_files() -> dict[str, str]:
     return {
         "docs/schema/job.schema.json": _json(job_schema()),
         "docs/schema/data.schema.json": _json(data_schema()),
-        "docs/job_spec.md": reference_page(),
+        "docs/job_spec.md": job_page(),
+        "docs/data_recipe.md": recipe_page(),
     }
 
 

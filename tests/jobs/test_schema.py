@@ -10,8 +10,9 @@ import jsonschema
 import pytest
 
 from ringworld_jobs.document import read_document
-from ringworld_jobs.load import load_job
-from ringworld_jobs.reference import EXAMPLE, reference_page
+from ringworld_jobs.load import load_job, load_recipe
+from ringworld_jobs.recipe import RecipeSpec
+from ringworld_jobs.reference import EXAMPLE, RECIPE_EXAMPLE, job_page, recipe_page
 from ringworld_jobs.schema import data_schema, job_schema, main
 from ringworld_jobs.spec import StageSpec
 
@@ -61,9 +62,21 @@ def test_the_example_of_the_reference_page_loads(tmp_path: Path) -> None:
         "8k",
         "64k",
     ]
-    page = reference_page()
+    page = job_page()
     assert EXAMPLE in page
     for name in StageSpec.model_fields:
+        assert f"| `{name}` |" in page
+
+
+def test_the_example_of_the_recipe_page_loads(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE_EXAMPLE)
+    assert list(load_recipe(tmp_path / "recipe.yaml", check_files=False).datasets) == [
+        "texts",
+        "clips",
+    ]
+    page = recipe_page()
+    assert RECIPE_EXAMPLE in page
+    for name in RecipeSpec.model_fields:
         assert f"| `{name}` |" in page
 
 
