@@ -17,6 +17,7 @@ from rich.text import Text
 from ringworld_jobs.units import format_tokens
 from ringworld_platform.charts import curve, sparkline
 from ringworld_platform.formatting import duration, loss, quantity
+from ringworld_platform.keys import Keys
 from ringworld_platform.progress import RunProgress
 from ringworld_platform.run_records import Record
 
@@ -87,6 +88,9 @@ class LiveDisplay:
         """Take over the lower end of the terminal."""
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
+        # Ctrl-C would be echoed as ^C into the panel, and leave a piece of it behind.
+        self._keys = Keys()
+        self._keys.__enter__()
         self._live.start()
 
     def update(self, progress: RunProgress) -> None:
@@ -106,6 +110,7 @@ class LiveDisplay:
     def close(self) -> None:
         """See ``Display``."""
         self._live.stop()
+        self._keys.__exit__(None, None, None)
 
 
 def open_display(console: Console) -> Display:
@@ -133,7 +138,8 @@ def step_line(record: Record, progress: RunProgress) -> str:
 def validation_line(record: Record) -> str:
     """A stage's held-out score as one line."""
     parts = [
-        f"{m} {loss(record[f'loss_{m}'])} (frequency {loss(record.get(f'unigram_entropy_{m}'))})"
+        f"{m} {loss(record[f'loss_{m}'])} "
+        f"(guessing by frequency {loss(record.get(f'unigram_entropy_{m}'))})"
         for m in _modalities(record)
     ]
     return f"          stage {record.get('stage')} held out: {', '.join(parts)}"
@@ -147,7 +153,9 @@ def compact_view(progress: RunProgress) -> RenderableType:
         lines.append(_bar(status))
     if progress.steps:
         lines.append(_losses(progress))
-        lines.append(_pace(progress))
+        # A stage that is still starting has no pace of its own.
+        if progress.last("stage_index") == status.get("stage_index"):
+            lines.append(_pace(progress))
     if status.get("workers"):
         lines.append(_workers_line(status))
     return Panel(Group(*lines), border_style="dim", padding=(0, 1))
@@ -176,7 +184,8 @@ def full_view(progress: RunProgress) -> RenderableType:
     recent = [Text(event_line(event), style="dim") for event in list(progress.events)[-6:]]
     if recent:
         parts.append(Panel(Group(*recent), title="events", title_align="left"))
-    parts.append(Text("q leaves; the job goes on", style="dim"))
+    leave = "the run has ended; q leaves" if progress.ended else "q leaves; the job goes on"
+    parts.append(Text(leave, style="dim"))
     return Group(*parts)
 
 
@@ -246,7 +255,8 @@ def workers_table(status: Record) -> Table:
 def _bar(status: Record) -> Table:
     done, total = int(status.get("step") or 0), int(status.get("num_steps") or 1)
     row = Table.grid(padding=(0, 1))
-    left = f"{duration(status.get('eta_seconds'))} left" if status.get("eta_seconds") else ""
+    seconds = status.get("eta_seconds")
+    left = f"about {duration(seconds)} left in all" if seconds else ""
     row.add_row(
         f"step {done}/{total}", ProgressBar(total=total, completed=done, width=36), Text(left)
     )
@@ -275,7 +285,8 @@ def _pace(progress: RunProgress) -> Text:
     wait = last("ring_wait_seconds")
     if wait:
         parts.append(f"ring wait {wait:.2f}s")
-    return Text("  ".join(parts), style="dim")
+    # No-break spaces: a narrow terminal breaks the line between two figures, not inside one.
+    return Text("  ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts), style="dim")
 
 
 def _workers_line(status: Record) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import threading
@@ -18,7 +19,7 @@ class Keys:
 
     def __enter__(self) -> Keys:
         """Stop the terminal from gathering lines and from echoing."""
-        if sys.stdin.isatty():
+        if _in_foreground():
             import termios
             import tty
 
@@ -33,7 +34,7 @@ class Keys:
         trace: TracebackType | None,
     ) -> None:
         """Give the terminal back as it was."""
-        if self._before is not None:
+        if self._before is not None and _in_foreground():
             import termios
 
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
@@ -45,3 +46,11 @@ class Keys:
             return None
         ready, _, _ = select.select([sys.stdin], [], [], timeout_seconds)
         return sys.stdin.read(1) if ready else None
+
+
+def _in_foreground() -> bool:
+    """Whether the terminal is this process's; a job in the background that sets it is stopped."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False  # no terminal, or no standard input at all

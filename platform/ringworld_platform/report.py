@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ringworld_platform.plots import Plot
 
 ENDS = 3
-"""Steps that a first and a last loss are averaged over."""
+"""Steps that a first and a last loss are averaged over; fewer in a very short stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +175,11 @@ def _modality(modality: str, steps: Sequence[Record], validation: Record) -> Mod
     losses = [float(step[name]) for step in steps if name in step]
     if not losses:
         return None
+    ends = max(1, min(ENDS, len(losses) // 2))  # the two ends share no step
     return ModalityResult(
         modality,
-        statistics.fmean(losses[:ENDS]),
-        statistics.fmean(losses[-ENDS:]),
+        statistics.fmean(losses[:ends]),
+        statistics.fmean(losses[-ends:]),
         validation.get(name),
         validation.get(f"unigram_entropy_{modality}"),
     )

@@ -23,6 +23,7 @@ from ringworld_platform.console import err, out
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ringworld_platform.run_records import Record
     from ringworld_platform.run_view import OpenView
 
 FOLLOW_SECONDS = 0.5
@@ -53,7 +54,8 @@ def status(
         if found.get("eta_seconds") and not progress.ended:
             lines.append(f"time left   {duration(found['eta_seconds'])}")
         if found.get("error"):
-            lines.append(f"error       {found['error']}")
+            name = "error" if found.get("state") == "FAILED" else "last error"
+            lines.append(f"{name:<10}  {found['error']}")
         lines.append(f"folder      {found.get('run_folder')}")
         parts: list[RenderableType] = [headline(found), Text(), stages_table(progress), Text()]
         if found.get("workers") and not progress.ended:
@@ -90,7 +92,7 @@ def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json 
                 f"{run.get('stage') or '-'} ({stage_number(run)})",
                 f"{run.get('step')}/{run.get('num_steps')}",
                 loss(run.get("loss")),
-                escape(str(run.get("error") or run.get("reason") or "")),
+                escape(_why(run)),
             )
         out().print(table)
 
@@ -173,6 +175,12 @@ def report(
     console = out()
     console.print(render_terminal(build_report(folder)))
     console.print(f"\nreport: {write_report(folder)}", markup=False)
+
+
+def _why(run: Record) -> str:
+    """Why a run is in its state: what failed it, else its reason; an error it got over is past."""
+    failed = run.get("state") == "FAILED"
+    return str((run.get("error") if failed else None) or run.get("reason") or "")
 
 
 def _say_where(opened: OpenView) -> None:
