@@ -6,6 +6,7 @@ un-expanded. Sums (out, lse, dq, dk, dv) are kept in fp32, or in fp64 where the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ringworld_model.ring.backend import block_kernel, choose_backend
+from ringworld_model.ring.check import agree, check_inputs, describe
 from ringworld_model.ring.comm import Message, Ring, RingStats, Rotation
 from ringworld_model.ring.plan import RingPlan
 from ringworld_model.ring.steps import RingCall, backward_step, forward_step, group_rows
@@ -50,19 +52,27 @@ def ring_attention(
         [B, T, H, D], q's dtype. Padding tokens give 0 and get no gradient.
 
     Raises:
-        ValueError: shapes, dtypes, plans and group do not fit together, or no kernel runs here.
+        ValueError: shapes, dtypes, devices, plans and group do not fit together, or no kernel runs
+            here. Raised on every rank of the group, also where only one rank's inputs are wrong or
+            the ranks' inputs differ, before anything is sent.
     """
-    plans = [plan] * q.shape[0] if isinstance(plan, RingPlan) else list(plan)
-    _check(q, k, v, plans)
-    ring = Ring.over(group, plans[0].ring_size)
-    chosen, _ = choose_backend(q.device.type, str(q.dtype), backend)
-    call = RingCall(
-        ring=ring,
-        kernel=block_kernel(chosen),
-        rows=group_rows(plans),
-        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        stats=RingStats() if stats is None else stats,
-    )
+    stats = RingStats() if stats is None else stats
+    call, problem, terms = None, None, ""
+    try:
+        plans = [plan] * len(q) if isinstance(plan, RingPlan) else list(plan)
+        check_inputs(q, k, v, plans)
+        chosen, _ = choose_backend(q.device.type, str(q.dtype), backend, q.shape[-1])
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        ring = Ring.over(group, plans[0].ring_size)
+        call = RingCall(ring, block_kernel(chosen), group_rows(plans), scale, stats)
+        terms = describe(q, k, plans, chosen, scale)
+    except ValueError as error:
+        problem = str(error)
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in the group; pass each rank the ring it belongs to")
+    began = time.perf_counter()
+    agree(group, q.device, problem, terms)
+    stats.wait_seconds += time.perf_counter() - began
     out: torch.Tensor = _RingAttention.apply(q, k, v, call)
     return out
 
@@ -166,30 +176,3 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plans: Sequence[RingPlan]) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(
-            "q must be [B, T, H, D] and k, v the same [B, T, Hkv, D]; got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} need equal B, T and D, and H must be a "
-            "multiple of Hkv"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
-    if not plans or len(plans) != q.shape[0]:
-        raise ValueError(f"{len(plans)} plans for {q.shape[0]} rows; give one plan a row")
-    if len({(plan.ring_size, plan.local_length) for plan in plans}) != 1:
-        raise ValueError(
-            "the rows' plans differ in ring_size or local_length; plan all rows of a batch with "
-            "the same context_length, ring_size and layout"
-        )
-    if plans[0].local_length != q.shape[1]:
-        raise ValueError(
-            f"q holds {q.shape[1]} tokens a row, but the plan's local_length is "
-            f"{plans[0].local_length}; cut the row by plan.local_indices"
-        )

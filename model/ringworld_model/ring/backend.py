@@ -11,13 +11,16 @@ _KNOWN = ("auto", "cpu", "flash", "triton", "reference")
 _CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def choose_backend(device_type: str, dtype: str, requested: str = "auto") -> tuple[str, str]:
+def choose_backend(
+    device_type: str, dtype: str, requested: str = "auto", head_dim: int | None = None
+) -> tuple[str, str]:
     """Choose the block kernel for a device and dtype.
 
     Args:
         device_type: "cpu" or "cuda".
         dtype: torch's name of the dtype of q, k and v: "float32", "bfloat16", ...
         requested: "auto", or the one backend to use.
+        head_dim: width of a head; None where it is not known yet.
 
     Returns:
         (backend, why it was chosen).
@@ -31,6 +34,7 @@ def choose_backend(device_type: str, dtype: str, requested: str = "auto") -> tup
             f"attention.backend={requested!r} is unknown; choose one of {', '.join(_KNOWN)}"
         )
     if requested == "reference":
+        _check_head_dim("reference", head_dim)
         return "reference", "asked for: dense fp64 blocks, slow and exact, for checks only"
     if requested in ("flash", "triton"):
         raise ValueError(
@@ -47,6 +51,7 @@ def choose_backend(device_type: str, dtype: str, requested: str = "auto") -> tup
         raise ValueError(
             f"attention.backend={requested!r} takes {', '.join(_CPU_DTYPES)} on cpu, not {dtype}"
         )
+    _check_head_dim("cpu", head_dim)
     chosen = "the device is a cpu" if requested == "auto" else "asked for"
     return "cpu", f"{chosen}: torch's flash attention for cpu, {dtype}"
 
@@ -54,3 +59,12 @@ def choose_backend(device_type: str, dtype: str, requested: str = "auto") -> tup
 def block_kernel(backend: str) -> BlockKernel:
     """Return the kernel of a backend that ``choose_backend`` returned."""
     return _KERNELS[backend]
+
+
+def _check_head_dim(backend: str, head_dim: int | None) -> None:
+    widths = _KERNELS[backend].head_dims
+    if head_dim is not None and head_dim not in widths:
+        raise ValueError(
+            f"attention.backend={backend!r} takes a head_dim of {widths[0]} to {widths[-1]}, not "
+            f"{head_dim}; use more heads"
+        )

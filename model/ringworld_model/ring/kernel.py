@@ -14,6 +14,10 @@ class BlockKernel(Protocol):
     least 1; ``diagonal`` needs Q == K and lets query i see keys 0 to i.
     """
 
+    @property
+    def head_dims(self) -> range:
+        """Values of D that the kernel takes."""
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

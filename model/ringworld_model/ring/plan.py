@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,7 @@ class RingPlan:
         ring_size: number of ranks.
         layout: the layout's name, never "auto".
         local_length: tokens that each rank holds, padding included; the same on every rank.
+        digest: 16 hex digits that differ between plans that are not equal.
         pairs: visible pairs, int64 [ring_size, ring_size], by (rank, step). Do not write to it.
     """
 
@@ -39,6 +41,7 @@ class RingPlan:
     ring_size: int
     layout: str
     local_length: int
+    digest: str = field(compare=False, repr=False)
     pairs: torch.Tensor = field(compare=False, repr=False)
     _layout: Layout = field(compare=False, repr=False)
     _work: Work = field(compare=False, repr=False)
@@ -176,6 +179,7 @@ def _least_striped(rows: Sequence[Sequence[int]], ring_size: int) -> int:
 def _plan(lengths: tuple[int, ...], context_length: int, ring_size: int, name: str) -> RingPlan:
     layout = build_layout(name, context_length, ring_size)
     work = count_work(layout, lengths)
+    identity = repr((lengths, context_length, ring_size, name))
     # Integers, so that every machine agrees on the least.
     steps = _by_step(work.pairs + work.wasted + _PAIRS_PER_CALL * work.calls).max(0).values
     return RingPlan(
@@ -184,6 +188,7 @@ def _plan(lengths: tuple[int, ...], context_length: int, ring_size: int, name: s
         ring_size=ring_size,
         layout=name,
         local_length=layout.local_length,
+        digest=hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
         pairs=_by_step(work.pairs),
         _layout=layout,
         _work=work,

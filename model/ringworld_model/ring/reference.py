@@ -42,6 +42,8 @@ def dense_attention(
 class ReferenceKernel:
     """A ``BlockKernel`` in fp64 matrix products, on any device; memory is queries times keys."""
 
+    head_dims = range(1, 1025)
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,129 @@
+"""Checks before the first transfer, so that bad input is an error on every rank, never a hang."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ringworld_model.ring.plan import RingPlan
+
+_MESSAGE_BYTES = 1024
+
+
+def check_inputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plans: Sequence[RingPlan]
+) -> None:
+    """Refuse tensors and plans that do not fit together on this rank.
+
+    Args:
+        q: should be [B, T, H, D], as all in ``ring_attention``.
+        k: should be [B, T, Hkv, D].
+        v: should be [B, T, Hkv, D].
+        plans: one a row.
+
+    Raises:
+        ValueError: what does not fit, with the remedy.
+    """
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q must be [B, T, H, D] and k, v the same [B, T, Hkv, D]; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.numel() == 0 or k.numel() == 0:
+        raise ValueError(
+            f"q {tuple(q.shape)} or k {tuple(k.shape)} is empty; every rank brings at least one "
+            "row, token, head and channel, padding included"
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} need equal B, T and D, and H must be a "
+            "multiple of Hkv"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k, v are on {q.device}, {k.device}, {v.device}; move them to one device"
+        )
+    if not plans or len(plans) != q.shape[0]:
+        raise ValueError(f"{len(plans)} plans for {q.shape[0]} rows; give one plan a row")
+    if len({(plan.ring_size, plan.local_length) for plan in plans}) != 1:
+        raise ValueError(
+            "the rows' plans differ in ring_size or local_length; plan all rows of a batch with "
+            "the same context_length, ring_size and layout"
+        )
+    if plans[0].local_length != q.shape[1]:
+        raise ValueError(
+            f"q holds {q.shape[1]} tokens a row, but the plan's local_length is "
+            f"{plans[0].local_length}; cut the row by plan.local_indices"
+        )
+
+
+def describe(
+    q: torch.Tensor, k: torch.Tensor, plans: Sequence[RingPlan], backend: str, scale: float
+) -> str:
+    """What must be the same on every rank of a ring, in words."""
+    # A rank that skips the backward pass would leave the others waiting in theirs.
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    return (
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype}, backend {backend}, "
+        f"softmax_scale {scale}, {'with' if backward else 'without'} gradients, "
+        f"{plans[0].layout} plans {' '.join(dict.fromkeys(plan.digest for plan in plans))} "
+        f"({zlib.crc32(' '.join(plan.digest for plan in plans).encode()):08x})"
+    )
+
+
+def agree(
+    group: dist.ProcessGroup | None, device: torch.device, problem: str | None, terms: str
+) -> None:
+    """Go on only where every rank of the group found its inputs right, and all found the same.
+
+    One small exchange; a second one, of the words, only where there is an error to tell.
+
+    Args:
+        group: the ring; None: one rank, which agrees with itself.
+        device: where a group that cannot exchange CPU tensors wants them.
+        problem: why this rank's inputs are refused, or None.
+        terms: what this rank is about to do, see ``describe``.
+
+    Raises:
+        ValueError: on every rank alike; names the ranks and their reasons.
+    """
+    if group is None:
+        if problem is not None:
+            raise ValueError(problem)
+        return
+    # gloo exchanges CPU tensors wherever the inputs are.
+    where = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+    words = terms if problem is None else problem
+    mine = torch.tensor([problem is not None, zlib.crc32(words.encode())], device=where)
+    flags = torch.stack(_gathered(mine, group)).tolist()
+    if not any(refused for refused, _ in flags) and all(flag == flags[0] for flag in flags):
+        return
+    text = words.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(where)
+    said = [
+        bytes(part.tolist()).decode(errors="replace").strip() for part in _gathered(mine, group)
+    ]
+    refused = [rank for rank, flag in enumerate(flags) if flag[0]]
+    if len(refused) == len(flags) and len(set(said)) == 1:
+        raise ValueError(said[0])
+    if refused:
+        reasons = "; ".join(f"ring rank {rank}: {said[rank]}" for rank in refused)
+        raise ValueError(
+            f"ring attention refused on {len(refused)} of {len(flags)} ranks: {reasons}"
+        )
+    different = "; ".join(f"ring rank {rank}: {words}" for rank, words in enumerate(said))
+    raise ValueError(
+        "the ranks of the ring call ring_attention with different inputs; give all the same rows, "
+        f"plans, dtype and backend: {different}"
+    )
+
+
+def _gathered(mine: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return parts

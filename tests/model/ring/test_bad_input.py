@@ -1,0 +1,119 @@
+"""Bad input is one clear error on every rank of the ring, before anything is sent, and no hang."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringworld_model.ring import RingStats, plan_ring, ring_attention
+from ringworld_model.ring.backend import choose_backend
+from ringworld_model.ring.reference import dense_attention
+from ringworld_workers.testing import run_distributed
+
+
+def good():
+    return {
+        "q": torch.zeros(1, 64, 4, 8),
+        "k": torch.zeros(1, 64, 2, 8),
+        "v": torch.zeros(1, 64, 2, 8),
+        "plan": plan_ring([90], 128, 2, "zigzag"),
+    }
+
+
+# What each of two ranks changes in the good arguments, and what both must say.
+WRONG = {
+    "both: heads": (2 * [{"q": torch.zeros(1, 64, 3, 8)}], "multiple of Hkv"),
+    "both: group size": (2 * [{"plan": plan_ring([90], 192, 3)}], "the group has 2 ranks"),
+    "both: empty": (
+        2 * [{name: torch.zeros(0, 64, 2, 8) for name in "qkv"}],
+        "is empty; every rank brings at least one row",
+    ),
+    "both: head_dim": (
+        2 * [{name: torch.zeros(1, 64, 1, 2000) for name in "qkv"}],
+        "head_dim of 1 to 1024, not 2000",
+    ),
+    "both: backend": (2 * [{"backend": "triton"}], "'triton' is not in this version"),
+    "both: device": (2 * [{"v": torch.zeros(1, 64, 2, 8, device="meta")}], "cpu, cpu, meta"),
+    "one: rows": ([{"plan": []}, {}], r"refused on 1 of 2 ranks: ring rank 0: 0 plans for 1 rows"),
+    "one: length": ([{}, {"plan": plan_ring([90], 256, 2)}], "ring rank 1: q holds 64 tokens"),
+    "one: group size": ([{}, {"plan": plan_ring([9], 64, 1)}], r"ring rank 1: plan.ring_size=1"),
+    "one: dtype": (
+        [{}, {name: torch.zeros(1, 64, 2, 8).double() for name in "qkv"}],
+        r"different inputs.*rank 0.*float32.*rank 1.*float64",
+    ),
+    "one: documents": (
+        [{}, {"plan": plan_ring([89], 128, 2, "zigzag")}],
+        "different inputs; give all the same rows, plans",
+    ),
+    "one: backward": (
+        [{}, {"q": torch.zeros(1, 64, 4, 8, requires_grad=True)}],
+        "without gradients.*with gradients",
+    ),
+}
+
+
+def every_mistake(rank, world_size):
+    said = {}
+    for name, (changes, _) in WRONG.items():
+        stats = RingStats()
+        try:
+            ring_attention(**(good() | changes[rank]), group=dist.group.WORLD, stats=stats)
+        except ValueError as error:
+            said[name] = str(error), stats.bytes_sent
+    # The group is whole after all of it.
+    out = ring_attention(**good(), group=dist.group.WORLD)
+    lonely = dist.new_group([0])
+    if rank == 1:
+        try:
+            ring_attention(**good(), group=lonely)
+        except ValueError as error:
+            said["stranger"] = str(error), 0
+    return said, tuple(out.shape)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_distributed(every_mistake, 2, timeout=90.0)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_rank_says_the_same_and_sends_nothing(ranks, name):
+    (first, sent), second = (ranks[rank][0][name] for rank in (0, 1))
+    assert (first, sent) == second
+    assert sent == 0
+    with pytest.raises(ValueError, match=WRONG[name][1]):
+        raise ValueError(first)
+
+
+def test_the_ring_works_after_refusals_and_refuses_strangers(ranks):
+    assert ranks[0][1] == ranks[1][1] == (1, 64, 4, 8)
+    assert "not in the group" in ranks[1][0]["stranger"][0]
+
+
+@pytest.mark.parametrize("requested", ["auto", "reference"])
+def test_a_head_no_kernel_takes_is_refused(requested):
+    choose_backend("cpu", "float32", requested, 1024)
+    with pytest.raises(ValueError, match="head_dim of 1 to 1024, not 1025; use more heads"):
+        choose_backend("cpu", "float32", requested, 1025)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda tensor: tensor.movedim(1, -1).contiguous().movedim(-1, 1),
+        lambda tensor: torch.cat((tensor, tensor), -1)[..., ::2].contiguous()[..., :],
+        lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
+        lambda tensor: tensor[:, :, :1].expand(tensor.shape),
+        lambda tensor: tensor[..., :1].expand(tensor.shape),
+        lambda tensor: tensor[:, :1].expand(tensor.shape),
+    ],
+)
+def test_strided_and_broadcast_tensors_are_never_read_wrong(view):
+    torch.manual_seed(3)
+    q, k, v, grad = (view(torch.randn(1, 40, 4, 16, dtype=torch.float64)) for _ in range(4))
+    tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    out = ring_attention(*tensors, plan=plan_ring([30, 10], 40, 1))
+    expected = dense_attention(*tensors, torch.tensor([[1] * 30 + [2] * 10]))
+    assert torch.allclose(out, expected, rtol=0, atol=1e-13)
+    wanted = torch.autograd.grad(expected, tensors, grad)
+    for one, other in zip(torch.autograd.grad(out, tensors, grad), wanted, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
