@@ -53,7 +53,7 @@ class Recorder:
         """Start with an empty outbox."""
         self._lock = threading.Lock()
         self._entries: deque[Entry] = deque()
-        self._last_seq = 0
+        self._last_seq = self._stored_seq = 0
         self._stop = threading.Event()
         self._progress = Progress(since=time.time())
 
@@ -83,6 +83,16 @@ class Recorder:
         """Make ``should_stop`` true from now on."""
         self._stop.set()
 
+    def position(self) -> int:
+        """See ``Reporter.position``."""
+        with self._lock:
+            return self._last_seq
+
+    def stored(self, position: int) -> bool:
+        """See ``Reporter.stored``: the reader has asked for what comes after."""
+        with self._lock:
+            return self._stored_seq >= position
+
     def progress(self) -> Progress:
         """The newest heartbeat."""
         with self._lock:
@@ -94,6 +104,7 @@ class Recorder:
         Asking again with the same number gives the same entries again: a lost reply loses nothing.
         """
         with self._lock:
+            self._stored_seq = max(self._stored_seq, after_seq)
             while self._entries and self._entries[0].seq <= after_seq:
                 self._entries.popleft()
             return list(self._entries)

@@ -21,3 +21,9 @@ class Reporter(Protocol):
 
     def should_stop(self) -> bool:
         """Whether somebody asked this rank to stop at the next step."""
+
+    def position(self) -> int:
+        """Number of the last record that was handed over."""
+
+    def stored(self, position: int) -> bool:
+        """Whether all records up to that one are in the run's logs, which outlive this rank."""
