@@ -107,6 +107,7 @@ class RingWorker:
     def load(self) -> None:
         """Import what the stage needs, on all ranks at once, while the gang is being arranged."""
         self._recorder.phase("import", 0)
+        _spare_imports()
         importlib.import_module("torch.distributed")
         importlib.import_module(self._stage_function.partition(":")[0])
 
@@ -273,6 +274,17 @@ def _named(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
+
+
+def _spare_imports() -> None:
+    """Keep DeepSpeed from loading what no worker uses: half of a gang's start, measured.
+
+    Its autotuner imports MLflow where that is installed, and MLflow has one writer, which is not
+    here. Its Muon optimizer decorates functions with ``torch.compile``, which loads all of
+    inductor; nothing that we train is compiled.
+    """
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # Python: "not installed"
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _log_to(recorder: Recorder) -> None:
