@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -48,8 +49,11 @@ class RunFolder:
         self._lock = threading.Lock()
         self._last_event = 0
 
-    def open(self, spec_yaml: str) -> None:
+    def open(self, spec_yaml: str | None = None) -> None:
         """Create the folder and its spec, and mend what a crash left half-written.
+
+        Args:
+            spec_yaml: the resolved spec, where the folder may lack it; one that is there stays.
 
         Raises:
             RunFolderError: no permission, no space.
@@ -57,8 +61,11 @@ class RunFolder:
         try:
             (self.path / LOGS_FOLDER).mkdir(parents=True, exist_ok=True)
             spec = self.path / SPEC_FILE
-            if not spec.exists():
-                spec.write_text(spec_yaml, encoding="utf-8")
+            if spec_yaml is not None and not spec.exists():
+                # Whole or not at all: a run goes on from this file after every crash.
+                scratch = spec.with_suffix(".yaml.tmp")
+                scratch.write_text(spec_yaml, encoding="utf-8")
+                scratch.replace(spec)
             logs = [f"{LOGS_FOLDER}/{log.name}" for log in (self.path / LOGS_FOLDER).iterdir()]
             for name in (EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, *logs):
                 _cut_torn_line(self.path / name)
@@ -152,9 +159,16 @@ class RunFolder:
             file = self._files.get(name)
             if file is None:
                 file = self._files[name] = (self.path / name).open("ab", buffering=0)
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
+            size = os.fstat(file.fileno()).st_size
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+            except OSError:
+                # A full disk takes a part: what is written next must not be glued to it.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), size)
+                raise
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,9 @@ class RunStates:
             number += 1
             run_id = f"{job}-{number}"
             made = record(run_id, self.root / run_id)
-            if self._store.put_if_absent(f"{run_id}/{STATE_FILE}", _encode(made)):
-                return made
+            with _plain_errors():
+                if self._store.put_if_absent(f"{run_id}/{STATE_FILE}", _encode(made)):
+                    return made
         raise PlatformError(f"no free run id for {job} in {self.root} after {number} tries")
 
     def get(self, run_id: str) -> JobRecord:
@@ -183,11 +185,17 @@ class RunStates:
             changed = change(record)
             changed.updated = time.time()
             try:
-                self._store.put_if_match(f"{run_id}/{STATE_FILE}", _encode(changed), etag)
+                with _plain_errors():
+                    self._store.put_if_match(f"{run_id}/{STATE_FILE}", _encode(changed), etag)
             except Conflict:
                 continue
             return changed
         raise RunConflictError(f"{run_id}: lost {_MAX_RACES} races to write its state; try again")
+
+    def forget(self, run_id: str) -> None:
+        """Remove a run that never came to be, folder and all."""
+        with _plain_errors():
+            self._store.delete_prefix(run_id)
 
     def all(self) -> list[JobRecord]:
         """Every run, oldest first; folders without a readable state are passed over."""
@@ -216,13 +224,14 @@ class RunStates:
             if (folder / STATE_FILE).is_file():
                 try:
                     yield self.get(folder.name)
-                except (PlatformError, StoreError):
+                except PlatformError:
                     continue
 
     def _read(self, run_id: str) -> tuple[JobRecord, str]:
         if not (self.root / run_id / STATE_FILE).is_file():
             raise UnknownRunError(f"no run {run_id!r} in {self.root}")
-        data, etag = self._store.get_with_etag(f"{run_id}/{STATE_FILE}")
+        with _plain_errors():
+            data, etag = self._store.get_with_etag(f"{run_id}/{STATE_FILE}")
         try:
             return JobRecord.model_validate_json(data), etag
         except ValidationError as error:
@@ -234,6 +243,17 @@ class RunStates:
 def next_attempt(record: JobRecord) -> int:
     """Number of the attempt that follows; a run whose first stage never began has none yet."""
     return record.attempt + 1 if record.attempt else 0
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A store's refusal (a full disk, no permission) as an error that commands print as it is."""
+    try:
+        yield
+    except Conflict:
+        raise
+    except StoreError as error:
+        raise PlatformError(str(error)) from error
 
 
 def _encode(record: JobRecord) -> bytes:

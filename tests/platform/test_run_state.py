@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from ringworld_platform.errors import RunConflictError, RunFolderError, UnknownRunError
+from ringworld_platform.errors import (
+    PlatformError,
+    RunConflictError,
+    RunFolderError,
+    UnknownRunError,
+)
 from ringworld_platform.live_run import claim, this_owner
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_state import LEASE_SECONDS, JobRecord, Owner, RunState, RunStates
@@ -158,3 +164,42 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     (folder.path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunFolderError, match="No space left on device; free space"):
         folder.append_metrics([{"kind": "step", "step": 1}])
+
+
+def test_what_a_full_disk_cut_off_spoils_no_later_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "job-1")
+    folder.open("")
+    folder.append_metrics([{"kind": "step", "step": 1}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write takes what fits, then fails
+    try:
+        with pytest.raises(RunFolderError, match="cannot write the run folder"):
+            folder.append_metrics([{"kind": "step", "step": 2, "padding": "x" * 8000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    folder.append_metrics([{"kind": "step", "step": 3}])
+
+    assert [record["step"] for record in folder.metrics().items] == [1, 3]
+
+
+def test_a_spec_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RunFolderError, match="cannot write the run folder"):
+            RunFolder(tmp_path / "job-1").open("name: job\n" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    RunFolder(tmp_path / "job-1").open()
+    assert not (tmp_path / "job-1" / "spec.yaml").exists()
+
+    RunFolder(tmp_path / "job-1").open("name: job\n")
+
+    assert (tmp_path / "job-1" / "spec.yaml").read_text() == "name: job\n"
+
+
+def test_an_unwritable_store_is_an_error_for_people(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(PlatformError, match="a part of the path is a file"):
+        RunStates(tmp_path / "file" / "runs").create("job", record)
