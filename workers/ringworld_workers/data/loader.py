@@ -12,6 +12,7 @@ from typing import Literal
 
 from ringworld_jobs.spec import StageSpec
 from ringworld_model.batch import TrainBatch
+from ringworld_model.config import ModelConfig
 from ringworld_model.packing import WeightMode, pack_row, stack_rows
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.mixture import ExampleTooLong, RowPlan, RowPlanner
@@ -33,20 +34,28 @@ def open_loader(job: StageJob, mesh: Mesh) -> StageLoader:
         data_parallel_rank=mesh.data_parallel_rank,
         data_parallel_size=mesh.data_parallel_size,
     )
-    model = job.model_config
+    check_tables(loader, job.stage.name, job.model_config)
+    return loader
+
+
+def check_tables(loader: StageLoader, stage_name: str, model: ModelConfig) -> None:
+    """Refuse data whose ids are not those of the model's tables.
+
+    Raises:
+        DataError: too small a text table, or another codebook.
+    """
     if loader.tokenizer_size > model.text_vocab_size:
         raise DataError(
-            f"stage {job.stage.name!r}: the data's tokenizer has {loader.tokenizer_size} ids, "
+            f"stage {stage_name!r}: the data's tokenizer has {loader.tokenizer_size} ids, "
             f"model.text_vocab_size={model.text_vocab_size}; raise it, or leave it empty"
         )
     # Not merely enough rows: eof and eov follow the last code.
     if loader.codebook_size not in (0, model.vision_codebook_size):
         raise DataError(
-            f"stage {job.stage.name!r}: the data's codebook has {loader.codebook_size} codes, "
+            f"stage {stage_name!r}: the data's codebook has {loader.codebook_size} codes, "
             f"model.vision.codebook_size={model.vision_codebook_size}; make them equal, or leave "
             f"the model's empty"
         )
-    return loader
 
 
 class StageLoader:
