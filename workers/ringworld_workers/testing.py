@@ -1,4 +1,4 @@
-"""Run one function in several real processes that share a gloo process group, for tests.
+"""Run one function in several real processes that share a gloo process group: tests and parity.
 
 The ranks are spawned, not forked: each has a fresh interpreter and no inherited torch threads.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,7 +58,7 @@ def run_distributed(
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: at least one process is needed")
     target = _locate(fn)
-    with tempfile.TemporaryDirectory(prefix="ringworld-test-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ringworld-ranks-") as folder:
         context = mp.get_context("spawn")
         processes = [
             context.Process(
@@ -63,16 +66,34 @@ def run_distributed(
             )
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
         try:
+            with _interrupts_held():
+                for process in processes:
+                    process.start()
             late = _join(processes, Path(folder), timeout)
         finally:
             for process in processes:
                 if process.is_alive():
                     process.kill()
-                process.join(_GRACE_SECONDS)
+                if process.pid is not None:
+                    process.join(_GRACE_SECONDS)
         return _collect(Path(folder), fn.__qualname__, processes, late, timeout)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes that never see Ctrl-C: the parent ends them, and they print nothing of it.
+
+    A blocked signal stays blocked in the processes that are started meanwhile; the parent gets
+    its own once the block ends.
+    """
+    # Its first start would unblock the signal again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _locate(fn: Callable[..., Any]) -> tuple[str, str | None, str]:
