@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from ringworld_platform.commands import data, look, machines, train
+from ringworld_platform.commands import data, look, machines, parity, train
 from ringworld_platform.console import Guarded, examples
 
 TRAIN, LOOK, MACHINES = "Train", "Look", "Data and machines"
@@ -83,6 +83,14 @@ _add(
     "ringworld validate jobs/quickstart.yaml --resolved   # every default",
     "ringworld validate jobs/lwm-text-7b.yaml --no-files  # plan without the data",
     more=_presets(),
+)
+_add(
+    app,
+    TRAIN,
+    parity.parity,
+    "ringworld parity jobs/quickstart.yaml",
+    "ringworld parity jobs/quickstart.yaml --stage 4k --ring-sizes 2,3 --precision fp64",
+    "ringworld parity jobs/quickstart.yaml --run quickstart   # kept with the run",
 )
 _add(
     app,

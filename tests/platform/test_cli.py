@@ -16,7 +16,7 @@ from ringworld_platform.cli import app
 
 COMMANDS = (
     *("validate", "run", "submit", "stop", "resume", "status", "list", "watch", "logs", "report"),
-    *("doctor", "up", "down", "data"),
+    *("doctor", "up", "down", "data", "parity"),
 )
 
 

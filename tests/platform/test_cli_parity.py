@@ -1,0 +1,138 @@
+"""`ringworld parity` on a small job: table, file, exit codes, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from ringworld_platform.cli import app
+
+RINGWORLD = [sys.executable, "-c", "from ringworld_platform.cli import main; main()"]
+SMALL = ("--ring-sizes", "2", "--layers", "1")
+
+
+def ringworld(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "TERM": "dumb"})
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    for index in range(4):
+        order = np.random.default_rng(index).permutation(30)
+        (folder / f"notes-{index}.txt").write_text(" ".join(f"Note {k} of a ring." for k in order))
+    recipe = {
+        "kind": "data",
+        "name": "notes",
+        "tokenizer": {"train": {"vocabulary_size": 300}},
+        "datasets": {"notes": {"kind": "text", "files": ["notes-*.txt"]}},
+    }
+    spec = {
+        "kind": "train",
+        "name": "small",
+        "model": {"hidden_size": 32, "ffn_size": 48, "num_heads": 2, "num_kv_heads": 1},
+        "data": {"recipe": "recipe.yaml", "cache": str(folder / "cache")},
+        "resources": {"accelerator": "cpu", "workers": {"max": 2}},
+        "defaults": {
+            "learning_rate": {"peak": 1e-3},
+            "mixture": {"notes": 1},
+            "steps": 1,
+            "rope_theta": 1e4,
+            "global_batch_tokens": 640,
+        },
+        "stages": [{"name": "only", "context_length": 640}],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "job.yaml").write_text(yaml.safe_dump(spec))
+    return folder / "job.yaml"
+
+
+def test_a_right_ring_passes_and_is_kept_with_the_run(job: Path, recorded_run: Path) -> None:
+    runs = str(recorded_run.parent)
+    result = ringworld("parity", str(job), *SMALL, "--runs", runs, "--run", recorded_run.name)
+    assert result.exit_code == 0, result.output
+    assert "stage only" in result.stderr and "the first 1 of 2 layers" in result.stderr
+    for text in ("packed", "dense", "at most", "pass", "every ring gives one device's loss"):
+        assert text in result.stdout, result.stdout
+    assert max(map(len, result.stdout.splitlines()[:4])) <= 80
+    kept = json.loads((recorded_run / "parity.json").read_text())
+    assert kept["passed"] and kept["job"] == "small" and kept["stage"] == "only"
+    assert [(r["packing"], r["ring_size"]) for r in kept["rings"]] == [("packed", 2), ("dense", 2)]
+    assert all(0 <= ring["worst_error"] < 1e-5 for ring in kept["rings"])
+
+
+def test_over_tolerance_is_a_failure_in_json_too(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ringworld_workers import parity
+
+    # Judged in this process, so the ranks' own copy does not matter.
+    strict = parity.Tolerance(loss=0, grad_norm=0, gradient=0)
+    monkeypatch.setitem(parity.TOLERANCES, "fp32", strict)
+    output = tmp_path / "found.json"
+    result = ringworld("parity", str(job), *SMALL, "--output", str(output), "--json")
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] is False
+    assert found["rings"][0]["passed"] is False
+    assert json.loads(output.read_text())["rings"] == found["rings"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ring-sizes", "2,x"), "write sizes such as 1,2,4"),
+        (("--ring-sizes", "0"), "write sizes such as 1,2,4"),
+        (("--stage", "second"), "is none of only"),
+        (("--context-length", "4K"), "did you mean 4Ki?"),
+        (("--run", "nowhere", "--runs", "nowhere"), "no run or job 'nowhere'"),
+    ],
+)
+def test_mistakes_are_the_users(job: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = ringworld("parity", str(job), *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_ctrl_c_leaves_no_process(job: Path, tmp_path: Path) -> None:
+    command = [*RINGWORLD, "parity", str(job), "--ring-sizes", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        parent = psutil.Process(process.pid)
+        deadline = time.monotonic() + 90
+        ranks: list[psutil.Process] = []
+        while len(ranks) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, process.poll()
+            started = parent.children()
+            ranks = [child for child in started if "spawn_main" in " ".join(child.cmdline())]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    assert not list(tmp_path.glob("ringworld-ranks-*"))
