@@ -7,7 +7,7 @@ un-expanded. Sums (out, lse, dq, dk, dv) are kept in fp32, or in fp64 where the 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from ringworld_model.ring.backend import block_kernel, choose_backend
 from ringworld_model.ring.check import agree, check_inputs, describe
-from ringworld_model.ring.comm import Message, Ring, RingStats, Rotation
+from ringworld_model.ring.comm import Mail, Message, Ring, RingStats, Rotation
+from ringworld_model.ring.parcel import Load, Pair, add, empty_parcel, is_complete, pack, unpack
 from ringworld_model.ring.plan import RingPlan
 from ringworld_model.ring.steps import RingCall, backward_step, forward_step, group_rows
 
@@ -110,16 +111,8 @@ class _RingAttention(torch.autograd.Function):
         exact = _accumulator(q.dtype)
         total = torch.zeros(q.shape, dtype=exact, device=q.device)
         lse = q.new_full((batch, heads, length), -torch.inf, dtype=exact)
-        ring = call.ring
-        transfer = Rotation(ring, Message.KEYS_VALUES, call.stats)
-        travelling, spare = _travellers(ring, k, v)
-        for step in range(ring.size):
-            if step < ring.size - 1:
-                transfer.start(travelling, spare)
-            keys, values = (k, v) if step == 0 else travelling.unbind(0)
+        for step, keys, values in _visits(call, k, v):
             forward_step(call, step, q, keys, values, total, lse)
-            if step < ring.size - 1:
-                travelling, spare = transfer.finish(), travelling
         out = total.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
@@ -134,40 +127,77 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = _last_dim_contiguous(grad_out)
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        share = torch.zeros((2, *k.shape), dtype=lse.dtype, device=q.device)
-        ring = call.ring
-        if ring.size == 1:
-            backward_step(call, 0, (grad_out, q, k, v, out, lse), dq, share)
-            return dq.to(q.dtype), share[0].to(k.dtype), share[1].to(v.dtype), None
-        transfer = Rotation(ring, Message.KEYS_VALUES, call.stats)
-        homeward = Rotation(ring, Message.GRADIENTS, call.stats)
-        travelling, spare = _travellers(ring, k, v)
-        # The gradients of a block follow one hop behind it, and gather each rank's share: `carried`
-        # is on its way out, `arriving` on its way in, while `share` is computed.
-        carried, arriving = torch.empty_like(share), torch.empty_like(share)
-        for step in range(ring.size):
-            if step < ring.size - 1:
-                transfer.start(travelling, spare)
-            keys, values = (k, v) if step == 0 else travelling.unbind(0)
-            share.zero_()
+        own = torch.zeros((2, *k.shape), dtype=lse.dtype, device=q.device)
+        rank, size = call.ring.rank, call.ring.size
+        travels = [plan.travel(rank) for _, plan in call.rows]
+
+        def loads(way: str, step: int) -> list[Load]:
+            return [
+                Load(rows, getattr(travel, way)[step])
+                for (rows, _), travel in zip(call.rows, travels, strict=True)
+            ]
+
+        onward, mail = (
+            Rotation(call.ring, Message.GRADIENTS, call.stats),
+            Mail(call.ring, call.stats),
+        )
+        arriving = own.new_empty(0)
+        homecoming: list[tuple[torch.Tensor, list[Load]]] = []
+        for step, keys, values in _visits(call, k, v):
+            share = own if step == 0 else torch.zeros_like(own)
             backward_step(call, step, (grad_out, q, keys, values, out, lse), dq, share)
-            if step < ring.size - 1:
-                travelling, spare = transfer.finish(), travelling
             if step == 0:
-                carried.copy_(share)
-            else:
-                carried, arriving = homeward.finish().add_(share), carried
-            homeward.start(carried, arriving)
-        dk, dv = homeward.finish().unbind(0)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+                continue
+            pair = (share[0], share[1])
+            if step > 1:
+                add(onward.finish(), pair, loads("gradients_in", step))
+            if step < size - 1:
+                arriving = empty_parcel(own[0], loads("gradients_in", step + 1))
+                onward.start(pack(pair, loads("gradients_out", step)), arriving)
+            mail.send(pack(pair, loads("home_out", step)), (rank - step) % size)
+            home = loads("home_in", step)
+            homecoming.append((empty_parcel(own[0], home), home))
+            mail.receive(homecoming[-1][0], (rank + step) % size)
+        mail.finish()
+        for parcel, home in homecoming:
+            add(parcel, (own[0], own[1]), home)
+        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None
 
 
-def _travellers(ring: Ring, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V in one message, and the buffer that the next one arrives in; nothing at size 1."""
+def _visits(
+    call: RingCall, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (step, K, V) of each ring step's source, while the next step's are on their way.
+
+    Only rows that this rank's plan names are meaningful after step 0.
+    """
+    ring = call.ring
     if ring.size == 1:
-        return k, v
-    message = torch.stack((k, v))
-    return message, torch.empty_like(message)
+        yield 0, k, v
+        return
+    transfer = Rotation(ring, Message.KEYS_VALUES, call.stats)
+    travels = [(rows, plan.travel(ring.rank)) for rows, plan in call.rows]
+    leave = [
+        [Load(rows, travel.keys_out[step]) for rows, travel in travels] for step in range(ring.size)
+    ]
+    arrive = [
+        [Load(rows, travel.keys_in[step]) for rows, travel in travels] for step in range(ring.size)
+    ]
+    pair: Pair = (k, v)
+    room: Pair | None = None
+    outgoing = pack(pair, leave[0])
+    for step in range(ring.size - 1):
+        incoming = empty_parcel(k, arrive[step + 1])
+        transfer.start(outgoing, incoming)
+        yield step, *pair
+        transfer.finish()
+        if room is None and not is_complete(arrive[step + 1], k.shape[1]):
+            room = (torch.empty_like(k), torch.empty_like(v))
+        pair = unpack(incoming, room or pair, arrive[step + 1])
+        # What goes on unchanged is not copied again.
+        same = leave[step + 1] == arrive[step + 1]
+        outgoing = incoming if same else pack(pair, leave[step + 1])
+    yield ring.size - 1, *pair
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

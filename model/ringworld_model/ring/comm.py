@@ -6,8 +6,10 @@ All of a group's ranks must start the same rotations in the same order, from one
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,7 @@ class Message(IntEnum):
 
     KEYS_VALUES = 1
     GRADIENTS = 2
+    HOME = 3
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ class Rotation:
         """Post the transfer. Neither tensor may be written, nor ``receive`` read, until ``finish``.
 
         Args:
-            send: contiguous, any shape.
-            receive: contiguous, the same shape and dtype, other memory.
+            send: contiguous, any shape; empty where there is nothing to send.
+            receive: contiguous, the shape that the previous rank sends, the same dtype, other
+                memory; empty where that rank sends nothing.
 
         Raises:
             RuntimeError: a transfer is in flight already, or the ring has one rank only.
@@ -110,22 +114,21 @@ class Rotation:
             raise RuntimeError(f"{self._message.name}: start() before finish() of the last")
         if self._ring.size == 1:
             raise RuntimeError(f"{self._message.name}: a ring of one rank has nobody to send to")
-        if send.shape != receive.shape or send.dtype != receive.dtype:
+        if send.dtype != receive.dtype:
             raise ValueError(
-                f"{self._message.name}: send is {send.dtype} {tuple(send.shape)}, "
-                f"receive is {receive.dtype} {tuple(receive.shape)}"
+                f"{self._message.name}: send is {send.dtype}, receive is {receive.dtype}"
             )
         if not (send.is_contiguous() and receive.is_contiguous()):
             raise ValueError(f"{self._message.name}: both tensors must be contiguous")
-        if send.data_ptr() == receive.data_ptr():
+        if send.numel() and send.data_ptr() == receive.data_ptr():
             raise ValueError(f"{self._message.name}: send and receive are the same memory")
         group, tag = self._ring.group, int(self._message)
-        self._works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, send, self._next, group, tag),
-                dist.P2POp(dist.irecv, receive, self._previous, group, tag),
-            ]
-        )
+        transfers = []
+        if send.numel():
+            transfers.append(dist.P2POp(dist.isend, send, self._next, group, tag))
+        if receive.numel():
+            transfers.append(dist.P2POp(dist.irecv, receive, self._previous, group, tag))
+        self._works = dist.batch_isend_irecv(transfers) if transfers else []
         self._in_flight = (send, receive)
         self._stats.bytes_sent += send.numel() * send.element_size()
 
@@ -144,3 +147,40 @@ class Rotation:
         received = self._in_flight[1]
         self._works, self._in_flight = [], None
         return received
+
+
+class Mail:
+    """Sends tensors straight to any rank of the ring, and gathers those that other ranks send."""
+
+    def __init__(self, ring: Ring, stats: RingStats) -> None:
+        """Prepare an empty mail; figures go to ``stats``."""
+        self._group = ring.group
+        self._members = dist.get_process_group_ranks(ring.group) if ring.group else []
+        self._stats = stats
+        self._posted: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Post a contiguous tensor to ring rank ``to``; empty: nothing. Do not write to it."""
+        if tensor.numel():
+            self._post(dist.isend, tensor, to)
+            self._stats.bytes_sent += tensor.numel() * tensor.element_size()
+
+    def receive(self, tensor: torch.Tensor, sender: int) -> None:
+        """Let what ring rank ``sender`` sends arrive in ``tensor``; empty: nothing is expected."""
+        if tensor.numel():
+            self._post(dist.irecv, tensor, sender)
+
+    def finish(self) -> None:
+        """Wait until all that was posted has arrived."""
+        began = time.perf_counter()
+        for work, _ in self._posted:
+            work.wait()
+        self._posted = []
+        self._stats.wait_seconds += time.perf_counter() - began
+
+    def _post(self, operation: Callable[..., Any], tensor: torch.Tensor, peer: int) -> None:
+        transfer = dist.P2POp(
+            operation, tensor, self._members[peer], self._group, int(Message.HOME)
+        )
+        # The tensor is kept with the work: its memory must outlive the transfer.
+        self._posted.extend((work, tensor) for work in dist.batch_isend_irecv([transfer]))

@@ -54,6 +54,25 @@ class Layout:
             blocks = rank + self.ring_size * torch.arange(self.blocks_per_rank)
         return (blocks[:, None] * self.block_tokens + torch.arange(self.block_tokens)).flatten()
 
+    def tokens_before(self, index: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        """Tokens before a row index that a rank holds: int64, the broadcast of both shapes."""
+        tokens, last = self.block_tokens, 2 * self.ring_size - 1
+        if self.name == "zigzag":
+            near = (index - rank * tokens).clamp(0, tokens)
+            return near + (index - (last - rank) * tokens).clamp(0, tokens)
+        cycle = tokens * self.ring_size
+        rounds = index.div(cycle, rounding_mode="floor")
+        return rounds * tokens + (index - rounds * cycle - rank * tokens).clamp(0, tokens)
+
+    def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        """Row index of a rank's local token: int64, the broadcast of both shapes."""
+        turn = local.div(self.block_tokens, rounding_mode="floor")
+        if self.name == "zigzag":
+            block = torch.where(turn > 0, 2 * self.ring_size - 1 - rank, rank)
+        else:
+            block = turn * self.ring_size + rank
+        return block * self.block_tokens + local - turn * self.block_tokens
+
 
 def build_layout(name: str, context_length: int, ring_size: int) -> Layout:
     """Return the layout ``name`` of a row of ``context_length`` tokens over ``ring_size`` ranks.

@@ -11,6 +11,7 @@ import torch
 
 from ringworld_model.ring.layout import LAYOUTS, Layout, build_layout
 from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring.travel import Travel, plan_travel
 from ringworld_model.ring.work import Work, count_work
 
 # Costs that "auto" counts, in visible pairs. A kernel call (forward, backward, merging) takes about
@@ -49,6 +50,7 @@ class RingPlan:
     _rectangles: dict[tuple[int, int], tuple[Rectangle, ...]] = field(
         compare=False, repr=False, default_factory=dict
     )
+    _travels: dict[int, Travel] = field(compare=False, repr=False, default_factory=dict)
 
     def local_indices(self, rank: int) -> torch.Tensor:
         """Row index of each local token of ``rank``.
@@ -75,6 +77,18 @@ class RingPlan:
             source = (rank - step) % self.ring_size
             self._rectangles[key] = tuple(self._work.rectangles(rank, source))
         return self._rectangles[key]
+
+    def travel(self, rank: int) -> Travel:
+        """What ``rank`` sends and receives; K/V that no later rank needs are not sent on.
+
+        Made when first asked for.
+
+        Raises:
+            ValueError: no such rank.
+        """
+        if self._check("rank", rank) not in self._travels:
+            self._travels[rank] = plan_travel(self._layout, self.document_lengths, rank)
+        return self._travels[rank]
 
     @property
     def imbalance(self) -> float:
