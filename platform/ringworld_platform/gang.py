@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,21 +25,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ringworld_platform.capacity import Bundle, capacity
 from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
+from ringworld_platform.outboxes import Hearer, Outboxes
 from ringworld_platform.recovery import Failure, FailureKind
-from ringworld_workers.actor import Drained, Identity, RingWorkerActor, WorkerFailure
-from ringworld_workers.recorder import Entry, Progress
+from ringworld_platform.stall import diagnose
+from ringworld_workers.actor import Identity, RingWorkerActor, WorkerFailure
 from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
 
 NAMESPACE = "ringworld"
-POLL_SECONDS = 0.2
-# Shorter than this, a wait is not worth telling.
-WAITING_SECONDS = 0.5
+ROOM_SECONDS = 0.2
+WATCH_SECONDS = 0.1
+# Shorter than this, a wait is not worth telling: the last gang's resources are just coming back.
+WAITING_SECONDS = 2.0
 GRACE_SECONDS = 0.3
 START_TIMEOUT_SECONDS = 300.0
-PROBE_SECONDS = 0.5
-STACKS_SECONDS = 2.0
+DRAIN_SECONDS = 2.0
 CLOSE_SECONDS = 15.0
 
 
@@ -52,17 +53,11 @@ class GangFailed(Exception):
         self.failure = failure
 
 
-class Listener(Protocol):
+class Listener(Hearer, Protocol):
     """Hears a gang while it works. Exceptions that it raises end the gang's work."""
 
     def waiting(self, reason: str, possible: bool) -> None:
         """The cluster has no room yet; ``possible`` is False if it never will as it is."""
-
-    def entries(self, rank: int, entries: Sequence[Entry]) -> None:
-        """New records of a rank, in order, each once."""
-
-    def progress(self, rank: int, progress: Progress) -> None:
-        """A rank's newest heartbeat."""
 
     def tick(self) -> None:
         """Called several times a second."""
@@ -97,11 +92,7 @@ class Gang:
         self._actors: list[Any] = []
         self._made: list[Any] = []
         self.identities: list[Identity] = []
-        self._seqs = [0] * spec.size
-        self._polls: dict[Any, int] = {}
-        self._poll_due = [0.0] * spec.size
-        self._progress = [Progress()] * spec.size
-        self._progressed = time.monotonic()
+        self._outboxes = Outboxes(listener)
 
     def __enter__(self) -> Gang:
         """Nothing is held yet."""
@@ -126,7 +117,7 @@ class Gang:
         asked = time.monotonic()
         while placement_group_table(self._group).get("state") != "CREATED":
             waited = time.monotonic() - asked
-            time.sleep(min(POLL_SECONDS, 0.01 + waited / 4))
+            time.sleep(min(ROOM_SECONDS, 0.01 + waited / 4))
             self._listener.tick()
             if waited > WAITING_SECONDS:
                 room = capacity(self.spec.bundle)
@@ -168,24 +159,35 @@ class Gang:
         Raises:
             GangFailed: the first failure of any rank.
         """
-        self._progressed = time.monotonic()
+        self._outboxes.reset_clock()
         results = self._watch(
             [actor.run_stage.remote() for actor in self._actors],
             stall_timeout_seconds=stall_timeout_seconds,
         )
-        self._drain_rest(range(self.spec.size), STACKS_SECONDS)
+        self._outboxes.drain(range(self.spec.size), DRAIN_SECONDS)
         return results
 
-    def prepare_data(self, recipe: str, cache: str) -> dict[str, Any]:
+    def prepare_data(self, recipe: str, cache: str, stall_timeout_seconds: float) -> dict[str, Any]:
         """Build a data recipe on this gang's one worker.
+
+        Args:
+            recipe: path of the recipe.
+            cache: folder of prepared data.
+            stall_timeout_seconds: a worker that has told nothing for so long, and does not answer
+                either, is given up. One that answers may work on: some parts of a build are long.
 
         Raises:
             GangFailed: the build raised, or the worker was lost.
         """
         self._spawn()
         self._arrange()
-        (prepared,) = self._watch([self._actors[0].prepare_data.remote(recipe, cache)])
-        self._drain_rest([0], STACKS_SECONDS)
+        self._outboxes.reset_clock()
+        (prepared,) = self._watch(
+            [self._actors[0].prepare_data.remote(recipe, cache)],
+            stall_timeout_seconds=stall_timeout_seconds,
+            may_be_busy=True,
+        )
+        self._outboxes.drain([0], DRAIN_SECONDS)
         return dict(prepared)
 
     def request_stop(self) -> None:
@@ -248,6 +250,7 @@ class Gang:
         order = sorted(range(len(found)), key=lambda i: (found[i].ip, found[i].node, found[i].gpus))
         self._actors = [self._actors[i] for i in order]
         self.identities = [found[i] for i in order]
+        self._outboxes.open(self._actors)
         return order
 
     # --- watching ---
@@ -257,8 +260,15 @@ class Gang:
         calls: Sequence[Any],
         timeout_seconds: float | None = None,
         stall_timeout_seconds: float | None = None,
+        may_be_busy: bool = False,
     ) -> list[Any]:
         """Wait for one reply of each rank, fetching records meanwhile.
+
+        Args:
+            calls: one a rank.
+            timeout_seconds: longest wait for all of them.
+            stall_timeout_seconds: longest time without a heartbeat of any rank.
+            may_be_busy: a rank that answers at all has not stalled.
 
         Returns:
             The replies, in the order of ``calls``.
@@ -268,23 +278,23 @@ class Gang:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while waiting:
             self._listener.tick()
-            self._poll()
-            ready, _ = ray.wait([*waiting, *self._polls], num_returns=1, timeout=POLL_SECONDS / 2)
+            questions = self._outboxes.ask()
+            ready, _ = ray.wait([*waiting, *questions], num_returns=1, timeout=WATCH_SECONDS)
             for ref in ready:
                 rank = waiting.pop(ref, None)
                 if rank is None:
-                    self._take_poll(ref)
+                    self._outboxes.take(ref)
                     continue
                 reply = self._reply(rank, ref)
                 if isinstance(reply, Suspect):
                     self._fail(reply, waiting)
                 replies[rank] = reply
-            if deadline is not None and time.monotonic() > deadline:
+            if waiting and deadline is not None and time.monotonic() > deadline:
                 ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
                 text = f"rank {ranks} of {self.spec.name} not ready after {timeout_seconds:g} s"
                 raise GangFailed(Failure(FailureKind.STALL, text, min(waiting.values())))
             if stall_timeout_seconds is not None:
-                self._refuse_stall(stall_timeout_seconds, set(waiting.values()))
+                self._refuse_stall(stall_timeout_seconds, waiting.values(), may_be_busy)
         return replies
 
     def _reply(self, rank: int, ref: Any) -> Any:
@@ -320,95 +330,19 @@ class Gang:
                     suspects.append(reply)
                     if reply.lost:
                         lost.add(rank)
-        self._drain_rest([r for r in range(self.spec.size) if r not in lost], GRACE_SECONDS)
+        self._outboxes.drain([r for r in range(self.spec.size) if r not in lost], GRACE_SECONDS)
         raise GangFailed(first_cause(suspects))
 
-    def _poll(self) -> None:
-        """Ask the ranks that are due for their records; at most one question a rank is open."""
-        if not self.identities:
+    def _refuse_stall(
+        self, timeout_seconds: float, waiting: Collection[int], may_be_busy: bool
+    ) -> None:
+        if not waiting or time.monotonic() - self._outboxes.progressed < timeout_seconds:
             return
-        now = time.monotonic()
-        asked = set(self._polls.values())
-        for rank, actor in enumerate(self._actors):
-            if rank not in asked and now >= self._poll_due[rank]:
-                self._polls[actor.drain.remote(self._seqs[rank])] = rank
-                self._poll_due[rank] = now + POLL_SECONDS
-
-    def _take_poll(self, ref: Any) -> None:
-        rank = self._polls.pop(ref)
-        try:
-            drained: Drained = ray.get(ref)
-        except RayError:
-            # A lost worker fails its main call too, and that is what is judged.
-            self._poll_due[rank] = time.monotonic() + 1.0
-            return
-        entries = [entry for entry in drained.entries if entry.seq > self._seqs[rank]]
-        if entries:
-            self._seqs[rank] = entries[-1].seq
-            self._listener.entries(rank, entries)
-        if drained.progress.count != self._progress[rank].count:
-            self._progressed = time.monotonic()
-            self._progress[rank] = drained.progress
-            self._listener.progress(rank, drained.progress)
-
-    def _drain_rest(self, ranks: Sequence[int], timeout_seconds: float) -> None:
-        """Fetch what the ranks have said since the last poll."""
-        if not self.identities:
-            return
-        deadline = time.monotonic() + timeout_seconds
-        # An open poll may have been answered before the last records were written: ask anew.
-        open_polls = [ref for ref, rank in self._polls.items() if rank in ranks]
-        while open_polls and (left := deadline - time.monotonic()) > 0:
-            ready, open_polls = ray.wait(open_polls, num_returns=1, timeout=left)
-            for ref in ready:
-                self._take_poll(ref)
-        for rank in ranks:
-            self._polls[self._actors[rank].drain.remote(self._seqs[rank])] = rank
-        refs = [ref for ref, rank in self._polls.items() if rank in ranks]
-        while refs and (left := deadline - time.monotonic()) > 0:
-            ready, refs = ray.wait(refs, num_returns=1, timeout=left)
-            for ref in ready:
-                self._take_poll(ref)
-
-    # --- stalls ---
-
-    def _refuse_stall(self, timeout_seconds: float, waiting: set[int]) -> None:
-        if time.monotonic() - self._progressed < timeout_seconds:
-            return
-        answers = self._ask_all(lambda actor: actor.progress.remote(), PROBE_SECONDS)
-        silent = [rank for rank in sorted(waiting) if rank not in answers]
-        if silent:
-            odd = silent[0]
-            names = ", ".join(f"rank {rank} ({self._where(rank)})" for rank in silent)
-            told = f"{names} does not answer"
-        else:
-            odd = min(waiting, key=lambda r: (answers[r].step, answers[r].count, answers[r].since))
-            progress = answers[odd]
-            told = (
-                f"rank {odd} ({self._where(odd)}) is behind, in {progress.phase} "
-                f"of step {progress.step}"
-            )
-        others = "; ".join(
-            f"rank {rank} is in {p.phase} of step {p.step}"
-            for rank, p in sorted(answers.items())
-            if rank != odd
-        )
-        stacks = self._ask_all(lambda actor: actor.dump_stacks.remote(), STACKS_SECONDS)
-        details = "\n".join(f"===== rank {rank}\n{text}" for rank, text in sorted(stacks.items()))
-        text = f"no progress for {timeout_seconds:g} s: {told}" + (f" ({others})" if others else "")
-        raise GangFailed(Failure(FailureKind.STALL, text, odd, details))
-
-    def _ask_all(self, ask: Callable[[Any], Any], timeout_seconds: float) -> dict[int, Any]:
-        """Answers by rank of those who answer in time."""
-        refs = {ask(actor): rank for rank, actor in enumerate(self._actors)}
-        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_seconds)
-        answers: dict[int, Any] = {}
-        for ref in ready:
-            try:
-                answers[refs[ref]] = ray.get(ref)
-            except RayError:
-                continue
-        return answers
+        places = [self._where(rank) for rank in range(self.spec.size)]
+        failure = diagnose(self._actors, places, waiting, timeout_seconds, may_be_busy=may_be_busy)
+        if failure is not None:
+            raise GangFailed(failure)
+        self._outboxes.reset_clock()
 
 
 def _exists(name: str) -> bool:

@@ -86,6 +86,10 @@ def build(recipe: Path, cache: Path, on_progress: Any) -> Any:
     if recipe.name == "broken.yaml":
         raise ValueError(f"{recipe}: video 7 has no frames; remove it")
     on_progress("text", 1, 2)
+    if recipe.name == "frozen.yaml":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if recipe.name == "long.yaml":
+        time.sleep(3.0)
     return SimpleNamespace(
         dir=cache / "digest",
         datasets={"books": cache / "digest" / "books"},

@@ -1,0 +1,105 @@
+"""Fetching what the ranks of a gang say: their records, in order and each once, and heartbeats."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+
+from ringworld_workers.actor import Drained
+from ringworld_workers.recorder import Entry, Progress
+
+POLL_SECONDS = 0.2
+AFTER_ERROR_SECONDS = 1.0
+
+
+class Hearer(Protocol):
+    """Who is told."""
+
+    def entries(self, rank: int, entries: Sequence[Entry]) -> None:
+        """New records of a rank, in order, each once."""
+
+    def progress(self, rank: int, progress: Progress) -> None:
+        """A rank's newest heartbeat."""
+
+
+class Outboxes:
+    """The ranks' outboxes. At most one question a rank is open at a time.
+
+    Attributes:
+        progressed: when any rank last made progress (monotonic seconds).
+    """
+
+    def __init__(self, hearer: Hearer) -> None:
+        """There are no ranks yet."""
+        self._hearer = hearer
+        self._actors: list[Any] = []
+        self._seqs: list[int] = []
+        self._due: list[float] = []
+        self._progress: list[Progress] = []
+        self._questions: dict[Any, int] = {}
+        self.progressed = time.monotonic()
+
+    def open(self, actors: Sequence[Any]) -> None:
+        """Take the workers, by rank."""
+        self._actors = list(actors)
+        self._seqs = [0] * len(self._actors)
+        self._due = [0.0] * len(self._actors)
+        self._progress = [Progress()] * len(self._actors)
+
+    def reset_clock(self) -> None:
+        """Count a lack of progress from now on."""
+        self.progressed = time.monotonic()
+
+    def ask(self) -> list[Any]:
+        """Ask the ranks that are due; returns the open questions, for ``ray.wait``."""
+        now = time.monotonic()
+        asked = set(self._questions.values())
+        for rank in range(len(self._actors)):
+            if rank not in asked and now >= self._due[rank]:
+                self._ask(rank)
+                self._due[rank] = now + POLL_SECONDS
+        return list(self._questions)
+
+    def take(self, question: Any) -> None:
+        """Take the answer to a question that is ready."""
+        rank = self._questions.pop(question)
+        try:
+            drained: Drained = ray.get(question)
+        except RayError:
+            # A lost worker fails its main call too, and that is what is judged.
+            self._due[rank] = time.monotonic() + AFTER_ERROR_SECONDS
+            return
+        entries = [entry for entry in drained.entries if entry.seq > self._seqs[rank]]
+        if entries:
+            self._hearer.entries(rank, entries)
+            self._seqs[rank] = entries[-1].seq
+            # Asked again at once: a rank may wait to hear that its records are in the log.
+            self._due[rank] = 0.0
+        if drained.progress.count != self._progress[rank].count:
+            self.progressed = time.monotonic()
+            self._progress[rank] = drained.progress
+            self._hearer.progress(rank, drained.progress)
+
+    def drain(self, ranks: Collection[int], timeout_seconds: float) -> None:
+        """Fetch what these ranks have said since the last question."""
+        deadline = time.monotonic() + timeout_seconds
+        # An open question may have been answered before the last records were written: ask anew.
+        self._take_all(ranks, deadline)
+        for rank in ranks:
+            if rank < len(self._actors):
+                self._ask(rank)
+        self._take_all(ranks, deadline)
+
+    def _take_all(self, ranks: Collection[int], deadline: float) -> None:
+        questions = [question for question, rank in self._questions.items() if rank in ranks]
+        while questions and (left := deadline - time.monotonic()) > 0:
+            ready, questions = ray.wait(questions, num_returns=1, timeout=left)
+            for question in ready:
+                self.take(question)
+
+    def _ask(self, rank: int) -> None:
+        self._questions[self._actors[rank].drain.remote(self._seqs[rank])] = rank
