@@ -12,10 +12,12 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.load import load_job
+from ringworld_jobs.problem import JobSpecError
 from ringworld_jobs.resolve import resolved_yaml, spec_digest
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
@@ -59,6 +61,7 @@ class Controller:
         self._lock = threading.RLock()
         self._line = WaitingLine()
         self._runners: dict[Path, JobRunner] = {}
+        self._troubles: dict[str, str] = {}
         self._closing = threading.Event()
         self._roots = self._load_roots()
         self._take_up()
@@ -80,15 +83,21 @@ class Controller:
         with self._lock:
             states = self._states(runs_root)
             for found in states.all():
-                if (found.job, found.spec_digest) == (job.name, digest) and not found.terminal:
-                    self._adopt(states, found)
+                same = (found.job, found.spec_digest) == (job.name, digest)
+                if same and not found.terminal and not self._over(states, found):
+                    self._adopt(states, found, job)
                     return found.run_id
             made = states.create(
                 job.name, lambda run_id, path: self._new(job, digest, run_id, path)
             )
             folder = RunFolder(Path(made.run_folder))
-            folder.open(resolved_yaml(job))
-            folder.append_event("submitted", f"submitted as {made.run_id}")
+            try:
+                folder.open(resolved_yaml(job))
+                folder.append_event("submitted", f"submitted as {made.run_id}")
+            except PlatformError:
+                # The caller hears of it; half a run would only stand in the way.
+                states.forget(made.run_id)
+                raise
             self._launch(made, job, states, folder)
             return made.run_id
 
@@ -113,11 +122,12 @@ class Controller:
             record, states = self._find(name)
             if record.terminal:
                 raise RunConflictError(f"{record.run_id} is {record.state} already")
-            changed = states.update(record.run_id, _ask_to_stop)
             runner = self._runners.get(states.root / record.run_id)
             if runner is not None and runner.active:
+                # First, because the disk may be full, and that is a good reason to stop a run.
                 runner.request_stop()
-            elif changed.abandoned():
+            changed = states.update(record.run_id, _ask_to_stop)
+            if (runner is None or not runner.active) and changed.abandoned():
                 states.update(record.run_id, _stopped)
             return record.run_id
 
@@ -183,25 +193,52 @@ class Controller:
         self._runners[states.root / record.run_id] = runner
         runner.start()
 
-    def _launch_stored(self, states: RunStates, run_id: str, why: str) -> None:
+    def _launch_stored(
+        self, states: RunStates, run_id: str, why: str, known: JobSpec | None = None
+    ) -> None:
         """Claim a run that is in the store, and go on with it.
+
+        Args:
+            states: where it is.
+            run_id: which one.
+            why: for its log of events.
+            known: its spec, if the caller has it.
 
         Raises:
             RunConflictError: another controller that may be alive owns it.
+            PlatformError: its folder or its spec is unusable; with the spec the run has failed.
         """
         record = claim(states, run_id, self._config.controller_id)
         folder = RunFolder(Path(record.run_folder))
-        folder.open("")
-        spec = load_job(folder.path / SPEC_FILE, check_files=False)
+        folder.open(resolved_yaml(known) if known is not None else None)
+        try:
+            spec = load_job(folder.path / SPEC_FILE, check_files=False)
+        except JobSpecError as error:
+            problem = f"its spec cannot be read, submit it again: {error.problems[0]}"
+            states.update(run_id, partial(_failed, problem))
+            raise PlatformError(f"{run_id}: {problem}") from error
         record.workers, record.attempt = [], next_attempt(record)
         folder.append_event("submitted", f"{record.run_id} {why}")
         self._launch(record, spec, states, folder)
 
-    def _adopt(self, states: RunStates, record: JobRecord) -> None:
+    def _adopt(self, states: RunStates, record: JobRecord, known: JobSpec | None = None) -> None:
         """Go on with an unfinished run, if nobody has it in hand."""
         # A run that has ended here may be unable to say so: a full disk. It is left to the user.
         if states.root / record.run_id not in self._runners and self._may_adopt(record):
-            self._launch_stored(states, record.run_id, "continues where its last controller left")
+            why = "continues where its last controller left"
+            self._launch_stored(states, record.run_id, why, known)
+
+    def _over(self, states: RunStates, record: JobRecord) -> bool:
+        """Whether a run is over, or about to be, although its stored state does not say so."""
+        runner = self._runners.get(states.root / record.run_id)
+        if runner is not None and not runner.active and runner.live.record.terminal:
+            # The disk was too full to hear of its end, and may not be now.
+            runner.live.save()
+            return True
+        if record.stop_requested and record.abandoned():
+            # Ended with Ctrl-C twice: going on with it would be to stop at once.
+            states.update(record.run_id, _stopped)
+        return record.stop_requested
 
     def _may_adopt(self, record: JobRecord) -> bool:
         mine = record.owner is not None and record.owner.controller == self._config.controller_id
@@ -219,9 +256,12 @@ class Controller:
                 try:
                     with self._lock:
                         self._adopt(states, record)
-                except Exception:
-                    # One damaged run must not keep the others waiting.
-                    log.exception("cannot take up %s", record.run_id)
+                except Exception as error:
+                    # One damaged run must not keep the others waiting; it is tried again and
+                    # again, and said once.
+                    if self._troubles.get(record.run_id) != str(error):
+                        self._troubles[record.run_id] = str(error)
+                        log.exception("cannot take up %s", record.run_id)
 
     def _adopt_forever(self) -> None:
         while not self._closing.wait(ADOPT_SECONDS):
@@ -283,6 +323,12 @@ def _ask_to_stop(record: JobRecord) -> JobRecord:
 def _stopped(record: JobRecord) -> JobRecord:
     record.state, record.reason, record.owner = RunState.STOPPED, "stopped", None
     record.stop_requested, record.workers = False, []
+    return record
+
+
+def _failed(problem: str, record: JobRecord) -> JobRecord:
+    record.state, record.reason, record.error = RunState.FAILED, problem, problem
+    record.stop_requested, record.workers, record.owner = False, [], None
     return record
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.recovery import Failure, decide
+from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
 from ringworld_platform.tracking import Tracker
 from ringworld_platform.waiting_line import Place, WaitingLine
@@ -33,6 +35,8 @@ from ringworld_workers.stage_job import StageJob
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.2
+# Shorter than LEASE_SECONDS: nobody takes a run over while its last metrics are sent.
+FINISH_SECONDS = 20.0
 # A collective may fail by itself only after the watch has had its chance to name the culprit.
 COLLECTIVE_TIMEOUT_FACTOR = 2.0
 
@@ -127,6 +131,9 @@ class JobRunner:
             self._try(lambda: live.folder.append_log(0, [traceback.format_exc()]))
             self._end(RunState.FAILED, f"controller: {type(error).__name__}: {error}")
         finally:
+            if self._tracker is not None:
+                # A run that goes on elsewhere has a tracker there.
+                self._tracker.abandon()
             self._try(live.folder.close)
 
     def _start_tracker(self) -> None:
@@ -138,16 +145,30 @@ class JobRunner:
         live = self.live
         live.gang_ended()
         error = reason if state is RunState.FAILED else None
-        if self._tracker is not None:
-            self._tracker.finish(state.value)
+        # The tracker's last words may take longer than a silent owner's lease.
+        self._try(live.save)
+        self._finish_tracking(state)
         self._try(lambda: live.set_state(state, reason, error=error, stop_requested=False))
         # The line above fails with the disk; the state in memory must be terminal even so.
         live.set_fields(state=state, reason=reason, error=error)
         self._try(live.save)
 
+    def _finish_tracking(self, state: RunState) -> None:
+        tracker = self._tracker
+        nothing = not self.live.folder.metrics().items
+        if tracker is None or (nothing and tracker.state == "starting"):
+            # To wait for the server would be to wait for nothing.
+            return
+        if tracker.finish(state.value, FINISH_SECONDS):
+            return
+        why = tracker.problem or f"it took more than {FINISH_SECONDS:g} s"
+        text = f"MLflow lacks the end of this run: {why}; a resume sends it from {METRICS_FILE}"
+        self._try(lambda: self.live.event("tracking", text))
+
     def _prepare(self) -> None:
-        recipe = self.spec.data.recipe
-        if recipe is not None and self.live.record.prepared is None:
+        recipe, prepared = self.spec.data.recipe, self.live.record.prepared
+        # The cache may have been cleared since an earlier controller looked.
+        if recipe is not None and (prepared is None or not Path(prepared["dir"]).is_dir()):
             self._until_done(lambda: self._prepare_once(recipe))
 
     def _prepare_once(self, recipe: str) -> None:
@@ -155,7 +176,9 @@ class JobRunner:
         with self._gang("data", 1, bundle) as gang:
             self._acquire(gang)
             self.live.set_state(RunState.RUNNING, f"preparing data of {Path(recipe).name}")
-            prepared = gang.prepare_data(recipe, self.spec.data.cache)
+            prepared = gang.prepare_data(
+                recipe, self.spec.data.cache, self.spec.recovery.stall_timeout
+            )
         names = ", ".join(sorted(prepared["datasets"]))
         how = "found in the cache" if prepared.get("cached") else "built"
         self.live.set_fields(prepared=prepared)
@@ -193,7 +216,10 @@ class JobRunner:
             attempt=next_attempt(live.record),
             error=failure.text,
         )
-        self._stop.wait(decision.delay_seconds)
+        deadline = time.monotonic() + decision.delay_seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._stop.wait(min(TURN_SECONDS, left))
+            self.tick()
 
     def _stage(self) -> None:
         """Run the current stage on a new gang, and move on to the next."""

@@ -115,7 +115,7 @@ class LiveRun:
                 raise OwnershipLost(f"{self.run_id} belongs to another controller now")
             with self._lock:
                 # A stop may be asked for by writing the state alone.
-                self.record.stop_requested |= stored.stop_requested
+                self.record.stop_requested |= stored.stop_requested and not self.record.terminal
                 mine.beat = time.time()
                 self._changed = False
                 return self.record.model_copy(deep=True)

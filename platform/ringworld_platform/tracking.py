@@ -121,6 +121,12 @@ class Tracker:
             self._abandoned.set()
         return self.state == "ended"
 
+    def abandon(self) -> None:
+        """Send nothing more, and move no position on: somebody else does, or nobody."""
+        self._abandoned.set()
+        self._finishing.set()
+        self._wake.set()
+
     # --- the thread ---
 
     def _run(self) -> None:

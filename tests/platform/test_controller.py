@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from ringworld_jobs.resolve import spec_digest
 from ringworld_jobs.spec import JobSpec
-from ringworld_platform.client import Client, runs_root_of
+from ringworld_platform.client import Client, absolute_paths, runs_root_of
 from ringworld_platform.cluster import local_cluster
-from ringworld_platform.errors import RunConflictError, UnknownRunError
+from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.job_runner import RunnerConfig
-from ringworld_platform.run_state import RunStates
+from ringworld_platform.run_state import JobRecord, RunState, RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -205,6 +206,26 @@ def test_a_frozen_worker_is_named(client: Client, tmp_path: Path) -> None:
     assert "all_reduce" in stacks
 
 
+def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
+    client: Client, tmp_path: Path
+) -> None:
+    impatient = {"stall_timeout": "1s", "max_restarts": 0}
+    frozen = client.submit(
+        job(tmp_path, name="frozen-data", recipe="frozen.yaml", **impatient), base=tmp_path
+    )
+    long = client.submit(
+        job(tmp_path, name="long-data", stages=(("1k", 1, 2),), recipe="long.yaml", **impatient),
+        base=tmp_path,
+    )
+
+    first = client.wait(frozen, timeout_seconds=WAIT_SECONDS)
+    second = client.wait(long, timeout_seconds=WAIT_SECONDS)
+
+    assert first["state"] == "FAILED"
+    assert "no progress for 1 s: rank 0 (pid" in first["error"]
+    assert second["state"] == "SUCCEEDED", second
+
+
 def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
     spec = job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.05)
     run_id = client.submit(spec)
@@ -252,6 +273,62 @@ def test_a_killed_controller_goes_on_with_its_jobs(client: Client, tmp_path: Pat
     assert len([s for s in client.list() if s["job"] == "survives"]) == 1
     last = [step for _, step, attempt in steps_of(client, run_id) if attempt == 2]
     assert last == list(range(last[0], 61))
+
+
+def left_behind(spec: JobSpec, store: Path, **fields: Any) -> str:
+    """A run as a controller leaves it that is killed; its spec was not yet written."""
+    digest = spec_digest(absolute_paths(spec, store))
+
+    def record(run_id: str, path: Path) -> JobRecord:
+        about = {"job": spec.name, "run_id": run_id, "run_folder": str(path), "num_stages": 1}
+        return JobRecord(**about, spec_digest=digest, submitted=time.time(), **fields)
+
+    return RunStates(store).create(spec.name, record).run_id
+
+
+def test_a_folder_that_cannot_be_written_leaves_no_half_run(client: Client, tmp_path: Path) -> None:
+    spec = job(tmp_path, name="nowhere", stages=(("1k", 1, 2),))
+    (tmp_path / "nowhere-1").mkdir()
+    (tmp_path / "nowhere-1" / "logs").write_text("a file in the way of the logs")
+
+    with pytest.raises(PlatformError, match="cannot write the run folder .*nowhere-1"):
+        client.submit(spec)
+
+    assert RunStates(tmp_path).all() == []
+    run_id = client.submit(spec)
+    assert client.wait(run_id, timeout_seconds=WAIT_SECONDS)["state"] == "SUCCEEDED"
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    with pytest.raises(PlatformError, match="a part of the path is a file"):
+        client.submit(job(blocked / "runs", name="nowhere"))
+
+
+def test_a_submission_that_was_cut_short_is_made_good_or_ended(
+    client: Client, tmp_path: Path
+) -> None:
+    spec = job(tmp_path, name="cut", stages=(("1k", 1, 2),))
+    run_id = left_behind(spec, tmp_path)
+
+    assert client.submit(spec, base=tmp_path) == run_id, "it is the same job"
+    assert client.wait(run_id, timeout_seconds=WAIT_SECONDS)["state"] == "SUCCEEDED"
+
+    lost = left_behind(job(tmp_path, name="lost"), tmp_path)
+    final = client.wait(lost, timeout_seconds=WAIT_SECONDS)
+    assert final["state"] == "FAILED"
+    assert "its spec cannot be read, submit it again" in final["error"]
+
+
+def test_a_job_that_was_interrupted_twice_can_be_submitted_anew(
+    client: Client, tmp_path: Path
+) -> None:
+    spec = job(tmp_path, name="twice", stages=(("1k", 1, 2),))
+    first = left_behind(spec, tmp_path, state=RunState.STOPPING, stop_requested=True)
+
+    second = client.submit(spec, base=tmp_path)
+
+    assert (first, second) == ("twice-1", "twice-2")
+    assert client.status(first)["state"] == "STOPPED"
+    assert client.wait(second, timeout_seconds=WAIT_SECONDS)["state"] == "SUCCEEDED"
 
 
 def test_nothing_is_left_on_the_cluster(client: Client) -> None:
