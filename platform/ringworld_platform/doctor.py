@@ -245,10 +245,10 @@ def _disk(spec: JobSpec | None) -> Finding:
 
 
 def _cluster(address: str | None) -> Finding:
-    from ringworld_platform import cluster
+    from ringworld_platform import cluster, head
     from ringworld_platform.errors import ClusterError
 
-    running = cluster.find_running()
+    running = head.find_running()
     if address is None and running is None and "RAY_ADDRESS" not in os.environ:
         return Finding("cluster", "none up; `ringworld run` starts its own")
     try:

@@ -102,10 +102,10 @@ def open_view(runs: Path, address: str | None = None) -> Iterator[OpenView]:
     Raises:
         ClusterError: the cluster that was asked for does not answer.
     """
-    from ringworld_platform import cluster
+    from ringworld_platform import cluster, head
 
     asked = address or os.environ.get("RAY_ADDRESS")
-    if asked is None and cluster.find_running() is None:
+    if asked is None and head.find_running() is None:
         yield OpenView(FolderView(runs), live=False, where=str(runs))
         return
     from ringworld_platform.client import Client

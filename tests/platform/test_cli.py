@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from ringworld_platform import cluster
+from ringworld_platform import head
 from ringworld_platform.cli import app
 
 COMMANDS = (
@@ -23,7 +23,7 @@ COMMANDS = (
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on this machine is not the tests' business."""
-    monkeypatch.setattr(cluster, "find_running", lambda: None)
+    monkeypatch.setattr(head, "find_running", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ringworld_platform import cluster
+from ringworld_platform import cluster, head
 from ringworld_platform.errors import ClusterError
 
 TIMEOUT_SECONDS = 100.0
@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_taken_port_is_named(taken_port: int, home: Path) -> None:
     with pytest.raises(ClusterError, match=f"port {taken_port} is taken"):
-        cluster.up(port=taken_port)
+        head.up(port=taken_port)
 
 
 def test_a_silent_address_is_named(free_port: int, home: Path) -> None:
@@ -55,13 +55,20 @@ def test_a_silent_address_is_named(free_port: int, home: Path) -> None:
 
 
 def test_down_without_a_cluster_of_ours_stops_nothing(home: Path) -> None:
-    assert cluster.down() is False
+    assert head.down() is False
     folder = home / ".ringworld"
     folder.mkdir()
     record = {"address": "127.0.0.1:1", "dashboard_url": None, "pid": os.getpid(), "started": 1.0}
     (folder / "cluster.json").write_text(json.dumps(record))
-    assert cluster.find_running() is None, "the process number belongs to somebody else now"
-    assert cluster.down() is False
+    assert head.find_running() is None, "the process number belongs to somebody else now"
+    assert head.down() is False
+
+
+def test_a_head_that_cannot_be_recorded_is_not_left_running(home: Path, free_port: int) -> None:
+    (home / ".ringworld" / "cluster.json").mkdir(parents=True)
+    with pytest.raises(ClusterError, match="cannot write .*the cluster was not started"):
+        head.up(num_cpus=1, port=free_port, dashboard=False)
+    assert not head.answers("127.0.0.1", free_port)
 
 
 def run_python(script: str, home: Path, *, stop_at: str | None = None) -> list[str]:
@@ -118,23 +125,23 @@ def test_up_connect_down(tmp_path: Path, free_port: int) -> None:
     # As on the command line: one process a command.
     start = f"""
         import psutil
-        from ringworld_platform import cluster
-        made = cluster.up(num_cpus=3, port={free_port}, dashboard=False)
+        from ringworld_platform import head
+        made = head.up(num_cpus=3, port={free_port}, dashboard=False)
         print(made.address)
         print(made.pid, *(c.pid for c in psutil.Process(made.pid).children(recursive=True)))
     """
     use = f"""
-        from ringworld_platform import cluster
+        from ringworld_platform import cluster, head
         from ringworld_platform.errors import ClusterError
         try:
-            cluster.up(port={free_port})
+            head.up(port={free_port})
         except ClusterError as error:
             print(error)
         print(cluster.connect().address)
         import ray
         print(ray.cluster_resources()["CPU"])
     """
-    stop = "from ringworld_platform import cluster; print(cluster.down(), cluster.down())"
+    stop = "from ringworld_platform import head; print(head.down(), head.down())"
     try:
         address, pids = run_python(start, tmp_path)
         refusal, connected, cpus = run_python(use, tmp_path)

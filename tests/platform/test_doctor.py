@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ringworld_platform import cluster, doctor
+from ringworld_platform import cluster, doctor, head
 from ringworld_platform.errors import ClusterError
 
 Recording = dict[str, Callable[..., Any]]
@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "find_running", lambda: None)
+    monkeypatch.setattr(head, "find_running", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

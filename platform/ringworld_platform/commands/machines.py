@@ -18,14 +18,14 @@ def up(
     dashboard_port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8265,
 ) -> None:
     """Start a Ray cluster on this machine that outlives this command, for `ringworld submit`."""
-    from ringworld_platform import cluster
+    from ringworld_platform import head
 
-    info = cluster.up(num_cpus=cpus, port=port, dashboard=dashboard, dashboard_port=dashboard_port)
+    info = head.up(num_cpus=cpus, port=port, dashboard=dashboard, dashboard_port=dashboard_port)
     console = out()
     console.print(f"Ray is up at [bold]{info.address}[/bold]")
     if info.dashboard_url:
         console.print(f"dashboard: {info.dashboard_url}")
-        token = cluster.auth_token()
+        token = head.auth_token()
         if token:
             console.print(f"its token: {token}", markup=False)
     console.print(
@@ -37,9 +37,9 @@ def up(
 
 def down() -> None:
     """Stop the cluster that `ringworld up` started, and only that; its runs can be resumed."""
-    from ringworld_platform import cluster
+    from ringworld_platform import head
 
-    stopped = cluster.down()
+    stopped = head.down()
     out().print("Ray is down" if stopped else "no cluster of `ringworld up` is running")
 
 

@@ -119,11 +119,11 @@ def run(
     checkpoint and says how to go on; a second Ctrl-C ends at once.
     """
     from ringworld_jobs.load import load_job
-    from ringworld_platform import cluster
+    from ringworld_platform import cluster, head
     from ringworld_platform.client import Client, runs_root_of
 
     spec = load_job(job)
-    if address is not None or cluster.find_running() is not None:
+    if address is not None or head.find_running() is not None:
         info = cluster.connect(address)
         err().print(f"using the Ray cluster at {info.address}", style="dim")
         client = Client.attach(runs_root_of(spec))
@@ -148,11 +148,11 @@ def resume(
 
     Where a cluster is up, the run continues there, in the background; else here, in the foreground.
     """
-    from ringworld_platform import cluster
+    from ringworld_platform import cluster, head
     from ringworld_platform.client import Client
     from ringworld_platform.run_view import FolderView, find_status
 
-    if address is not None or cluster.find_running() is not None:
+    if address is not None or head.find_running() is not None:
         cluster.connect(address)
         client = Client.attach(runs.absolute())
         run_id = client.resume(str(find_status(client, job)["run_id"]))
