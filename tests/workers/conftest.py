@@ -18,6 +18,7 @@ PRELOADED = [
     "deepspeed.runtime.zero.muon.original_muon",
     "ringworld_workers.checkpoint.writer",
     "ringworld_workers.checkpoint.reader",
+    "ringworld_workers.train_loop",
     "ringworld_workers.testing",
 ]
 

@@ -16,6 +16,7 @@ from ringworld_workers.checkpoint.reader import CheckpointError, load, newest
 from ringworld_workers.checkpoint.store import open_store
 from ringworld_workers.checkpoint.writer import CheckpointWriter
 from ringworld_workers.engine.base import Engine
+from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
 
@@ -29,12 +30,14 @@ class Start:
     step: int
     tokens: int
     key: str | None
+    bookmark: Any = None
+    """Of the row plan, see ``StageLoader.open_at``."""
 
 
 class StageCheckpoints:
     """Restores a stage, and saves it on the spec's schedule. All methods run on every rank.
 
-    ``save``, ``commit_if_uploaded``, ``drain`` and ``finish`` are collectives; ``due`` and
+    ``restore``, ``save`` and ``drain`` are collectives; ``due`` and
     ``uploading`` are local.
     """
 
@@ -54,7 +57,8 @@ class StageCheckpoints:
         """Load the newest committed checkpoint of this stage, else the end of the stage before.
 
         Raises:
-            CheckpointError: the stage before left no final checkpoint, or what is there is damaged.
+            CheckpointError: the stage before left no final checkpoint, what is there is damaged, or
+                it is of a later stage or another batch size.
         """
         ref = self._agree_on(newest(self.store) if self.mesh.rank == 0 else None)
         index = self.job.stage_index
@@ -65,6 +69,11 @@ class StageCheckpoints:
                 f"stage {self.job.stage.name} starts from the end of stage "
                 f"{self.job.spec.stages[index - 1].name}, but {self.store.url} holds no committed "
                 "checkpoint of it"
+            )
+        if ref.stage_index > index:
+            raise CheckpointError(
+                f"{ref.key} is of a later stage than {self.job.stage.name}; continue with that "
+                "stage, or start a new run"
             )
         same_stage = ref.stage_index == index
         inherits = self.job.stage.optimizer_state == "inherit"
@@ -77,10 +86,17 @@ class StageCheckpoints:
                     f"{self.job.stage.name} cannot start from it"
                 )
             return Start(step=0, tokens=state.tokens, key=ref.key)
+        expected = state.step * self.job.stage.rows_per_step
+        if state.cursor != expected:
+            raise CheckpointError(
+                f"{ref.key} continues at row {state.cursor}, but with the stage's "
+                f"{self.job.stage.rows_per_step} rows a step its step {state.step} would continue "
+                f"at row {expected}; give global_batch_tokens and context_length their old values"
+            )
         if state.rng:
             torch.set_rng_state(_decode_rng(state.rng))
         self._last_step = self._steps_done = self._saved_step = state.step
-        return Start(step=state.step, tokens=state.tokens, key=ref.key)
+        return Start(state.step, state.tokens, ref.key, state.bookmark)
 
     def due(self) -> bool:
         """Whether the schedule asks for a checkpoint at this boundary."""
@@ -95,22 +111,24 @@ class StageCheckpoints:
         """Whether this rank's part of a checkpoint is still on its way."""
         return self.writer.uploading()
 
-    def commit_if_uploaded(self) -> dict[str, Any] | None:
-        """Commit the checkpoint in flight; call when no rank is uploading any more."""
-        return self._committed(self.writer.commit()) if self.writer.in_flight else None
-
     def drain(self) -> dict[str, Any] | None:
-        """Wait for the checkpoint in flight, if any, and commit it."""
+        """Commit the checkpoint in flight, if any; waits for its upload.
+
+        Returns:
+            What the writer says of it: see ``CheckpointWriter.commit``.
+        """
         if not self.writer.in_flight:
             return None
-        self.writer.wait()
-        return self._committed(self.writer.commit())
+        committed = self.writer.commit()
+        self.committed_key = committed["key"]
+        return committed
 
     def save(
         self,
         step: int,
         tokens: int,
         *,
+        bookmark: Any = None,
         final: bool = False,
         metrics: dict[str, float] | None = None,
     ) -> dict[str, Any] | None:
@@ -132,28 +150,20 @@ class StageCheckpoints:
             tokens=tokens,
             cursor=step * stage.rows_per_step,
             rng=_encode_rng(torch.get_rng_state()),
-            learning_rate=stage.learning_rate.peak,
+            learning_rate=learning_rate_at(stage.learning_rate, max(0, step - 1), stage.num_steps),
             spec_digest=self.job.spec_digest,
             metrics=dict(metrics or {}),
             final=final,
+            bookmark=bookmark,
         )
         self.writer.snapshot(self.engine, state)
         self._saved_step = self._last_step = step
         self._last_time = time.monotonic()
         return earlier
 
-    def finish(self) -> str | None:
-        """Wait for and commit what is in flight; the key of the newest committed checkpoint."""
-        self.drain()
-        return self.committed_key
-
     def close(self) -> None:
         """Wait for background threads; a checkpoint that is still in flight stays uncommitted."""
         self.writer.close()
-
-    def _committed(self, committed: dict[str, Any]) -> dict[str, Any]:
-        self.committed_key = committed["key"]
-        return committed
 
     def _agree_on(self, ref: CheckpointRef | None) -> CheckpointRef | None:
         """Rank 0 looks; all ranks start from what it saw."""

@@ -64,19 +64,28 @@ def visible_pairs(document_lengths: Sequence[int]) -> int:
     return sum(length * (length + 1) // 2 for length in document_lengths)
 
 
-def training_flops(config: ModelConfig, num_tokens: int, num_pairs: int) -> float:
-    """FLOPs of forward and backward, counting no recomputation.
+def training_flops(
+    config: ModelConfig, document_lengths: Sequence[Sequence[int]], num_targets: Sequence[int]
+) -> float:
+    """FLOPs of forward and backward over packed rows; what is recomputed or padding counts nothing.
 
-    ``6 * P * tokens + 12 * layers * heads * head_dim * pairs``: P counts every weight that
-    multiplies a token once (tables are look-ups and do not; the two heads are counted as one,
-    since a target passes through one of them), and pairs are the visible ones alone, so a packed
-    or causal row is not credited with work that nobody does.
+    ``6 * (P * tokens + hidden * sum_m vocabulary_m * targets_m) + 12 * layers * heads * head_dim *
+    pairs``: P counts the layers' matrices (tables are look-ups), each target passes through the
+    head of its modality, and pairs are those that a causal mask inside each document leaves
+    visible.
+
+    Args:
+        config: the model's shape.
+        document_lengths: tokens of each document of each row.
+        num_targets: targets that carry loss, of text and of vision.
     """
+    num_tokens = sum(map(sum, document_lengths))
+    num_pairs = sum(map(visible_pairs, document_lengths))
     projections = 2 * config.num_heads + 2 * config.num_kv_heads
     attention = config.hidden_size * config.head_dim * projections
     layer = attention + 3 * config.hidden_size * config.ffn_size
-    head = config.hidden_size * max(config.text_vocab_size, config.vision_vocab_size)
-    dense = 6.0 * (config.num_layers * layer + head) * num_tokens
+    heads = config.text_vocab_size * num_targets[0] + config.vision_vocab_size * num_targets[1]
+    dense = 6.0 * (config.num_layers * layer * num_tokens + config.hidden_size * heads)
     return dense + 12.0 * config.num_layers * config.num_heads * config.head_dim * num_pairs
 
 

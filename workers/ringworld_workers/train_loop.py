@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ringworld_model.batch import TrainBatch, cut
+from ringworld_model.batch import TEXT, VISION, TrainBatch, cut
 from ringworld_model.loss import LossSums, combine
 from ringworld_model.ring import RingContext, plan_rows
 from ringworld_model.transformer import WorldModel, init_weights
@@ -32,14 +32,11 @@ from ringworld_workers.metrics import (
     memory_bytes,
     peak_flops,
     training_flops,
-    visible_pairs,
 )
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
-
-TEXT, VISION = 0, 1
 
 
 class TrainingDiverged(RuntimeError):
@@ -52,7 +49,19 @@ class MicroBatch:
 
     local: TrainBatch
     ring: RingContext
-    num_pairs: int
+    weight: torch.Tensor
+    """[2] float64 on the CPU: sum of the cut's loss weights, by target modality."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """A step's sums by modality over the whole global batch; equal on every rank. [2] each."""
+
+    nll: torch.Tensor
+    correct: torch.Tensor
+    num_targets: torch.Tensor
+    grad_norm: float
+    """Global, before clipping."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     try:
         reporter.phase("load", 0)
         start = checkpoints.restore()
+        if start.bookmark is not None and not loader.open_at(start.bookmark):
+            log.warning("%s was saved with other data: its order begins anew", start.key)
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
         if mesh.rank == 0:
             reporter.metrics(
@@ -149,22 +160,25 @@ class StageRun:
             boundary = self._agree(batches)
             stall = self._at_boundary(boundary, step, tokens)
             if boundary.stop:
-                key = self.checkpoints.finish()
-                return {"status": "stopped", "step": step, "checkpoint": key}
+                self._report_commit(self.checkpoints.drain())
+                return self._result("stopped", step)
             learning_rate = learning_rate_at(self.stage.learning_rate, step, self.stage.num_steps)
-            sums, grad_norm = self._step(batches, boundary.weight, learning_rate, step)
+            sums = self._step(batches, boundary.weight, learning_rate, step)
             step += 1
             self.checkpoints.note_step(step)
             tokens += self.stage.rows_per_step * self.stage.context_length
             losses = self._losses(sums, boundary.weight)
-            self._refuse_nonsense(losses, grad_norm, step)
-            if self.mesh.rank == 0:
-                seconds = time.perf_counter() - step_started
-                self._report_step(
-                    step, tokens, seconds, stall, losses, grad_norm, learning_rate, batches
-                )
-            else:
-                self.timer.take()
+            refuse_nonsense({**losses, "grad_norm": sums.grad_norm}, self.stage.name, step)
+            self._report_step(
+                step,
+                batches,
+                sums,
+                seconds=time.perf_counter() - step_started,
+                checkpoint_stall_seconds=stall,
+                **losses,
+                learning_rate=learning_rate,
+                tokens=tokens,
+            )
         return self._end_of_stage(step, tokens)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
@@ -184,9 +198,8 @@ class StageRun:
             group=self.mesh.sequence_parallel_group,
             backend=self.stage.attention.backend,
         )
-        local = cut(rows, plans, self.mesh.sequence_parallel_rank).to(self.mesh.device)
-        pairs = sum(visible_pairs(lengths) for lengths in rows.document_lengths)
-        return MicroBatch(local, ring, pairs)
+        local = cut(rows, plans, self.mesh.sequence_parallel_rank)
+        return MicroBatch(local.to(self.mesh.device), ring, weight_by_modality(local))
 
     def _agree(self, batches: Sequence[MicroBatch]) -> Boundary:
         """One small all-reduce before each step: loss weights, stop, checkpoint, uploads.
@@ -196,7 +209,7 @@ class StageRun:
         """
         vector = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
-            vector[:2] += weight_by_modality(batch.local)
+            vector[:2] += batch.weight
         vector[2] = float(self.reporter.should_stop())
         vector[3] = float(self.mesh.rank == 0 and self.checkpoints.due())
         vector[4] = float(self.checkpoints.uploading())
@@ -212,83 +225,70 @@ class StageRun:
         """Commit a finished upload; take a snapshot if one is due. Returns the stall in seconds."""
         started = time.perf_counter()
         if not boundary.uploads_pending:
-            self._report_commit(self.checkpoints.commit_if_uploaded())
+            self._report_commit(self.checkpoints.drain())
         if boundary.stop or (boundary.checkpoint_due and step > 0):
             self.reporter.phase("checkpoint", step)
-            self._report_commit(self.checkpoints.save(step, tokens))
+            bookmark = self.loader.bookmark(step)
+            self._report_commit(self.checkpoints.save(step, tokens, bookmark=bookmark))
         return time.perf_counter() - started
 
     def _step(
         self, batches: Sequence[MicroBatch], weight: torch.Tensor, learning_rate: float, step: int
-    ) -> tuple[torch.Tensor, float]:
-        """Forward and backward over the micro-batches, then the optimizer step.
-
-        Returns:
-            Sums over this rank's targets, float64 [2, 2]: nll and right guesses by modality; and
-            the global gradient norm before clipping.
-        """
-        totals = torch.zeros(2, 2, dtype=torch.float64)
-        # The engine divides by the accumulation count and averages over the world; each rank's sum
-        # is a part of one global sum, so both are multiplied back (exact at every ZeRO stage).
-        factor = float(self.mesh.world_size * len(batches))
+    ) -> StepSums:
+        """Forward and backward over the micro-batches, then the optimizer step."""
+        totals = torch.zeros(3, 2, dtype=torch.float64)
         self.engine.set_learning_rate(learning_rate)
         for batch in batches:
             self.reporter.phase("forward", step + 1)
             with self.timer.phase("forward"):
                 sums: LossSums = self.engine(batch.local, batch.ring)
-                loss = combine(sums, weight.to(self.mesh.device), self.shares, factor)
+                loss = combine(sums, weight, self.shares, self.engine.loss_factor)
             self.reporter.phase("backward", step + 1)
             with self.timer.phase("backward"):
                 self.engine.backward(loss)
-            totals[0] += sums.nll.detach().double().cpu()
-            totals[1] += sums.correct.detach().double().cpu()
+            parts = (sums.nll.detach(), sums.correct, sums.count)
+            totals += torch.stack([part.double().cpu() for part in parts])
         self.reporter.phase("optimizer", step + 1)
         with self.timer.phase("optimizer"):
             grad_norm = self.engine.step()
-        return totals, grad_norm
+        dist.all_reduce(totals, group=self.mesh.control_group)
+        return StepSums(totals[0], totals[1], totals[2], grad_norm)
 
-    def _losses(self, sums: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
-        """Global losses and accuracies of the step, equal on every rank."""
-        dist.all_reduce(sums, group=self.mesh.control_group)
+    def _losses(self, sums: StepSums, weight: torch.Tensor) -> dict[str, float]:
+        """Loss and accuracy by modality, and the mixed loss that the step descended on."""
         found: dict[str, float] = {}
         total = shares = 0.0
         for modality, name in ((TEXT, "text"), (VISION, "vision")):
             if weight[modality] > 0:
-                found[f"loss_{name}"] = float(sums[0, modality] / weight[modality])
-                found[f"accuracy_{name}"] = float(sums[1, modality] / weight[modality])
+                found[f"loss_{name}"] = float(sums.nll[modality] / weight[modality])
+                found[f"accuracy_{name}"] = float(sums.correct[modality] / weight[modality])
                 total += self.shares[modality] * found[f"loss_{name}"]
                 shares += self.shares[modality]
         found["loss"] = total / shares if shares else 0.0
         return found
 
-    def _refuse_nonsense(self, losses: dict[str, float], grad_norm: float, step: int) -> None:
-        """Stop on every rank at once when a number is not finite: all ranks hold the same ones.
-
-        Raises:
-            TrainingDiverged: says which number, at which step.
-        """
-        for name, value in {**losses, "grad_norm": grad_norm}.items():
-            if not math.isfinite(value):
-                raise TrainingDiverged(
-                    f"{name} is {value} at step {step} of stage {self.stage.name}; the last "
-                    "committed checkpoint is sound: lower the learning rate, then resume from it"
-                )
-
     def _report_step(
         self,
         step: int,
-        tokens: int,
-        seconds: float,
-        stall: float,
-        losses: dict[str, float],
-        grad_norm: float,
-        learning_rate: float,
         batches: Sequence[MicroBatch],
+        sums: StepSums,
+        *,
+        seconds: float,
+        checkpoint_stall_seconds: float,
+        **values: float,
     ) -> None:
+        """Hand over the step's line of the metric log, on rank 0.
+
+        Rates leave out the stall for a checkpoint. Ring times are those of this rank.
+        """
         phases = self.timer.take()
+        if self.mesh.rank != 0:
+            return
+        working = seconds - checkpoint_stall_seconds
+        lengths = self.loader.document_lengths(step - 1)
         step_tokens = self.stage.rows_per_step * self.stage.context_length
-        pairs = sum(batch.num_pairs for batch in batches) * self.mesh.data_parallel_size
-        flops = training_flops(self.job.model_config, step_tokens, pairs) / seconds
+        num_targets = [int(number) for number in sums.num_targets]
+        flops = training_flops(self.job.model_config, lengths, num_targets) / working
         peak = peak_flops(self.mesh.device)
         rows = self.loader.row_range(step - 1)
         plans = [plan for batch in batches for plan in batch.ring.plans]
@@ -296,18 +296,16 @@ class StageRun:
             self.record(
                 "step",
                 step,
-                **losses,
-                grad_norm=grad_norm,
-                learning_rate=learning_rate,
-                tokens=tokens,
-                tokens_per_second=step_tokens / seconds,
+                **values,
+                grad_norm=sums.grad_norm,
+                tokens_per_second=step_tokens / working,
                 step_seconds=seconds,
                 **{f"{name}_seconds": value for name, value in phases.items()},
+                checkpoint_stall_seconds=checkpoint_stall_seconds,
                 ring_wait_seconds=sum(batch.ring.stats.wait_seconds for batch in batches),
                 ring_bytes_sent=sum(batch.ring.stats.bytes_sent for batch in batches),
-                checkpoint_stall_seconds=stall,
                 **memory_bytes(self.mesh.device),
-                padding_share=self.loader.padding_share(step - 1),
+                padding_share=1 - sum(map(sum, lengths)) / step_tokens,
                 plan_imbalance=max(plan.imbalance for plan in plans),
                 model_flops_per_second=flops,
                 **({"mfu": flops / (peak * self.mesh.world_size)} if peak else {}),
@@ -324,22 +322,22 @@ class StageRun:
         """Score the held-out rows, save the stage's last checkpoint, and wait for its commit."""
         self.reporter.phase("validation", step)
         scores = score_held_out(self.engine, self.loader, self.stage, self.mesh, self.prepare)
+        refuse_nonsense(scores, self.stage.name, step)
         if scores and self.mesh.rank == 0:
             self.reporter.metrics(self.record("validation", step, **scores))
         self.reporter.phase("checkpoint", step)
+        bookmark = self.loader.bookmark(step)
+        saved = self.checkpoints.save(step, tokens, bookmark=bookmark, final=True, metrics=scores)
+        self._report_commit(saved)
         self._report_commit(self.checkpoints.drain())
-        self._report_commit(self.checkpoints.save(step, tokens, final=True, metrics=scores))
-        self._report_commit(self.checkpoints.drain())
+        result = self._result("finished", step)
         if self.mesh.rank == 0:
-            self.reporter.metrics(
-                self.record("stage_end", step, checkpoint=self.checkpoints.committed_key)
-            )
+            self.reporter.metrics(self.record("stage_end", step, checkpoint=result["checkpoint"]))
         self.reporter.phase("finished", step)
-        return {
-            "status": "finished",
-            "step": step,
-            "checkpoint": self.checkpoints.committed_key,
-        }
+        return result
+
+    def _result(self, status: str, step: int) -> dict[str, Any]:
+        return {"status": status, "step": step, "checkpoint": self.checkpoints.committed_key}
 
     def record(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """A line of the metric log, with what every line carries."""
@@ -355,8 +353,22 @@ class StageRun:
         }
 
 
+def refuse_nonsense(numbers: Mapping[str, float], stage: str, step: int) -> None:
+    """Stop when a number is not finite; on every rank at once, since all hold the same ones.
+
+    Raises:
+        TrainingDiverged: says which number, at which step.
+    """
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"{name} is {value} at step {step} of stage {stage}; the last committed checkpoint "
+                "is sound: lower the learning rate, then resume from it"
+            )
+
+
 def weight_by_modality(batch: TrainBatch) -> torch.Tensor:
-    """Sum of the loss weights by target modality, float64 [2] on the CPU."""
+    """Sum of the loss weights by target modality, float64 [2]."""
     weights = batch.loss_weights.double()
     vision = batch.target_modality == VISION
-    return torch.stack([weights[~vision].sum(), weights[vision].sum()]).cpu()
+    return torch.stack([weights[~vision].sum(), weights[vision].sum()])

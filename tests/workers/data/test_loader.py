@@ -14,7 +14,9 @@ from ringworld_jobs.spec import StageSpec
 from ringworld_model.batch import TrainBatch
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.loader import StageLoader, open_loader
+from ringworld_workers.data.mixture import KEPT_ROWS
 from ringworld_workers.data.prepare import Prepared, build
+from ringworld_workers.data.shards import Dataset, Split
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
 
@@ -183,3 +185,41 @@ def test_the_models_tables_must_fit_the_data(
     else:
         with pytest.raises(DataError, match=says):
             open_loader(cast(StageJob, job), cast(Mesh, mesh))
+
+
+def test_a_bookmark_of_a_step_leads_there(prepared: Prepared) -> None:
+    first = StageLoader(sources(prepared), make_stage(), 5)
+    far = first.sample_ids(400)
+    bookmark = first.bookmark(400)
+    assert bookmark is not None
+    assert 0 < bookmark["row"] <= first.row_range(400).start
+    resumed = StageLoader(sources(prepared), make_stage(), 5)
+    assert resumed.open_at(bookmark)
+    assert resumed.sample_ids(400) == far
+    assert not StageLoader(sources(prepared), make_stage(), 6).open_at(bookmark)
+
+
+def test_a_step_of_many_rows_is_planned_once(prepared: Prepared) -> None:
+    rows = 2 * KEPT_ROWS
+    loader = StageLoader(sources(prepared), make_stage(global_batch_tokens=128 * rows), 0)
+    ids = loader.sample_ids(0)
+    walk = loader._planner._walk
+    assert len(loader.document_lengths(0)) == rows
+    assert loader.sample_ids(0) == ids
+    assert loader._planner._walk is walk  # else it has started over
+
+
+def test_held_out_examples_that_fit_no_row_stop_the_stage_at_its_start(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Dataset.__init__
+
+    def lengthen(self: Dataset, folder: str, split: Split) -> None:
+        read(self, folder, split)
+        if split == "held_out":
+            self.lengths = self.lengths + 128
+
+    monkeypatch.setattr(Dataset, "__init__", lengthen)
+    StageLoader(sources(prepared), make_stage(), 0)
+    with pytest.raises(DataError, match=r"stage 'short': source 'clips'.*do not fit"):
+        StageLoader(sources(prepared), make_stage(validation_rows=2), 0)

@@ -53,10 +53,13 @@ class TrainState:
     rng: Any
     """State of the random generators, as plain JSON."""
     learning_rate: float
+    """Of the last step done; of the stage's first where none is."""
     spec_digest: str
     metrics: dict[str, float]
     final: bool
     """Whether the stage is finished."""
+    bookmark: Any = None
+    """From where the row plan is continued, as plain JSON; without one it is replayed."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ a run that resumes on fewer sees the same data in the same order.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from ringworld_jobs.spec import StageSpec
@@ -15,10 +15,19 @@ from ringworld_model.batch import TrainBatch
 from ringworld_model.config import ModelConfig
 from ringworld_model.packing import WeightMode, pack_row, stack_rows
 from ringworld_workers.data.files import DataError
-from ringworld_workers.data.mixture import ExampleTooLong, RowPlan, RowPlanner
+from ringworld_workers.data.mixture import (
+    KEPT_ROWS,
+    Bookmark,
+    ExampleTooLong,
+    RowPlan,
+    RowPlanner,
+)
 from ringworld_workers.data.shards import Dataset, Split
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
+
+SourceKind = Literal["text", "vision"]
+KINDS: tuple[SourceKind, ...] = ("text", "vision")
 
 
 def open_loader(job: StageJob, mesh: Mesh) -> StageLoader:
@@ -105,6 +114,8 @@ class StageLoader:
         self._datasets = self._open("train", self._folders)
         self.tokenizer_size, self.codebook_size = _vocabulary(self._datasets)
         self._planner = self._plan(self._datasets, epochs=None)
+        # Opened now: held-out examples that fit no row shall stop a stage at its start.
+        self._held_out = {k: self._open_held_out(k) for k in KINDS} if stage.validation_rows else {}
 
     def row_range(self, step: int) -> range:
         """Global rows of a step (counted from 0), over all rings."""
@@ -121,6 +132,21 @@ class StageLoader:
         packed = [self._pack(self._planner.plan(row), self._datasets, weights) for row in mine]
         return [stack_rows(packed[start : start + size]) for start in range(0, share, size)]
 
+    def bookmark(self, step: int) -> Bookmark | None:
+        """A place from which a new loader reaches this step sooner than from the start."""
+        return self._planner.bookmark(self.row_range(step).start)
+
+    def open_at(self, bookmark: Bookmark) -> bool:
+        """Continue from a bookmark; False, and nothing is done, if the data or mixture changed."""
+        return self._planner.open_at(bookmark)
+
+    def document_lengths(self, step: int) -> list[tuple[int, ...]]:
+        """Tokens of each document in each of the step's rows, of every ring."""
+        return [
+            tuple(piece.stop - piece.start for piece in self._planner.plan(row).pieces)
+            for row in self.row_range(step)
+        ]
+
     def sample_ids(self, step: int) -> list[str]:
         """Ids of the pieces in all of the step's rows, of every ring, in order."""
         return [
@@ -129,11 +155,10 @@ class StageLoader:
 
     def padding_share(self, step: int) -> float:
         """Share of the step's tokens, over all rings, that are padding."""
-        rows = self.row_range(step)
-        tokens = sum(self._planner.plan(row).tokens for row in rows)
-        return 1 - tokens / (len(rows) * self._stage.context_length)
+        lengths = self.document_lengths(step)
+        return 1 - sum(map(sum, lengths)) / (len(lengths) * self._stage.context_length)
 
-    def held_out_rows(self, kind: Literal["text", "vision"], limit: int) -> list[TrainBatch]:
+    def held_out_rows(self, kind: SourceKind, limit: int) -> list[TrainBatch]:
         """Rows of examples that training never sees, the same on every rank and at every call.
 
         Each held-out example occurs once at most. Every target weighs the same, so that the loss
@@ -147,17 +172,21 @@ class StageLoader:
             Batches of one row [1, S]; fewer than ``limit`` where the held-out splits end, none
             where the stage has no such source.
         """
+        held_out = self._held_out[kind] if self._held_out else self._open_held_out(kind)
+        if held_out is None:
+            return []
+        datasets, planner = held_out
+        plans = zip(range(limit), planner.iter_from(0), strict=False)
+        return [self._pack(plan, datasets, "token") for _, plan in plans]
+
+    def _open_held_out(self, kind: SourceKind) -> tuple[dict[str, Dataset], RowPlanner] | None:
         wanted = {
             name: folder
             for name, folder in self._folders.items()
             if _has_vision(self._datasets[name]) == (kind == "vision")
         }
         datasets = {n: d for n, d in self._open("held_out", wanted).items() if len(d)}
-        if not datasets:
-            return []
-        plans: Iterator[RowPlan] = self._plan(datasets, epochs=1).iter_from(0)
-        rows = [plan for plan, _ in zip(plans, range(limit), strict=False)]
-        return [self._pack(plan, datasets, "token") for plan in rows]
+        return (datasets, self._plan(datasets, epochs=1)) if datasets else None
 
     def _open(self, split: Split, folders: Mapping[str, str]) -> dict[str, Dataset]:
         return {name: Dataset(folder, split) for name, folder in folders.items()}
@@ -172,6 +201,7 @@ class StageLoader:
                 context_length,
                 self._seed,
                 epochs=epochs,
+                kept_rows=max(KEPT_ROWS, 2 * self._stage.rows_per_step),
             )
         except ExampleTooLong as error:
             example = datasets[error.source].name(error.index)

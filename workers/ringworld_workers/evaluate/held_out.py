@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ringworld_jobs.spec import StageSpec
 from ringworld_model.batch import TrainBatch
-from ringworld_workers.data.loader import StageLoader
+from ringworld_workers.data.loader import SourceKind, StageLoader
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.mesh import Mesh
-
-SourceKind = Literal["text", "vision"]
 
 SCORES_BY_KIND: dict[SourceKind, tuple[str, str | None]] = {
     "text": ("text", None),
@@ -46,9 +44,9 @@ def score_held_out(
 
     Returns:
         ``loss_text``, ``loss_vision``, ``loss_caption`` (nats per target), ``accuracy_*`` (share of
-        targets ranked first), ``targets_*`` (how many) and ``unigram_entropy_*``: the entropy of those very targets, which is the least loss that
-        any model blind to context can reach on them, even one fitted to them. Empty when the stage
-        scores nothing.
+        targets ranked first), ``targets_*`` (how many) and ``unigram_entropy_*``: the entropy of
+        those very targets, which is the least loss that any model blind to context can reach on
+        them, even one fitted to them. Empty when the stage scores nothing.
     """
     scores: dict[str, float] = {}
     if not stage.validation_rows:

@@ -1,0 +1,396 @@
+"""A stage through the real loop, engine and store: any mesh, any interruption, the same run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ringworld_jobs.spec import JobSpec
+from ringworld_model.batch import TEXT, VISION
+from ringworld_model.config import ModelConfig
+from ringworld_model.ring import RingContext, plan_rows
+from ringworld_model.transformer import WorldModel
+from ringworld_workers import train_loop
+from ringworld_workers.checkpoint.layout import Manifest
+from ringworld_workers.checkpoint.reader import RangeReader, committed, newest, read_manifest
+from ringworld_workers.checkpoint.store import FileStore, StoreError, open_store
+from ringworld_workers.data.loader import StageLoader
+from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
+from ringworld_workers.engine.base import OwnedRange
+from ringworld_workers.learning_rate import learning_rate_at
+from ringworld_workers.mesh import build_mesh
+from ringworld_workers.stage_job import StageJob
+from ringworld_workers.train_loop import run_stage
+
+MODEL = ModelConfig(
+    hidden_size=32,
+    ffn_size=48,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    text_vocab_size=50,
+    vision_codebook_size=16,
+)
+CONTEXT_LENGTH = 96
+ROWS_PER_STEP = 4
+NUM_STEPS = 6
+Gang = Callable[..., list[Any]]
+Outcome = dict[str, Any]
+
+
+class Collector:
+    """A reporter that keeps everything, and asks to stop once ``stop_after`` steps are done."""
+
+    def __init__(self, stop_after: int | None) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._stop_after, self._step = stop_after, 0
+
+    def phase(self, name: str, step: int) -> None:
+        self._step = step
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        json.dumps(record)
+        self.records.append(record)
+
+    def event(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def position(self) -> int:
+        return len(self.records)
+
+    def stored(self, position: int) -> bool:
+        return position <= len(self.records)
+
+    def should_stop(self) -> bool:
+        return self._stop_after is not None and self._step > self._stop_after
+
+
+def write_source(folder: Path, examples: list[tuple[Any, Any]], splittable: bool) -> str:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(len(examples))
+    num_vision = 0
+    for split, chosen in (("train", examples[5:]), ("held_out", examples[:5])):
+        with ShardWriter(folder, split) as shard:  # type: ignore[arg-type]
+            for tokens, modality in chosen:
+                loss = (generator.random(len(tokens)) < 0.9).astype(np.uint8)
+                shard.add(tokens, modality, loss, "made up")
+                num_vision += int(modality.sum())
+    meta = {
+        "format": FORMAT_VERSION,
+        "splittable": splittable,
+        "tokenizer": {"size": MODEL.text_vocab_size, "digest": "t"},
+        "codebook": {"size": MODEL.vision_codebook_size, "digest": "c"},
+        "splits": {"train": {"vision_tokens": num_vision}},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sources")
+    generator = np.random.default_rng(0)
+    documents, clips = [], []
+    for length in generator.integers(20, 250, 25):
+        ids = generator.integers(0, MODEL.text_vocab_size, length).astype(np.int32)
+        documents.append((ids, np.full(length, TEXT, np.uint8)))
+    for length in generator.integers(30, 60, 25):
+        ids = generator.integers(0, MODEL.vision_codebook_size, length).astype(np.int32)
+        modality = (np.arange(length) >= 8).astype(np.uint8) * VISION
+        clips.append((ids, modality))
+    return {
+        "documents": write_source(folder / "documents", documents, splittable=True),
+        "clips": write_source(folder / "clips", clips, splittable=False),
+    }
+
+
+@pytest.fixture
+def job(sources: dict[str, str], tmp_path: Path) -> Callable[..., StageJob]:
+    """Makes jobs of this test's store."""
+
+    def make(
+        *,
+        sequence_parallel: int = 1,
+        data_parallel: int = 1,
+        store: str = "store",
+        stage_index: int = 0,
+        attempt: int = 1,
+        every: str = "2 steps",
+        **stage: Any,
+    ) -> StageJob:
+        first = {
+            "name": "first",
+            "context_length": str(CONTEXT_LENGTH),
+            "rope_theta": 1e4,
+            "steps": NUM_STEPS,
+            "global_batch_tokens": CONTEXT_LENGTH * ROWS_PER_STEP,
+            "mixture": {"documents": 0.5, "clips": 0.5},
+            "learning_rate": {"peak": 3e-3, "schedule": "cosine", "warmup_steps": 2},
+            "validation_rows": 3,
+        } | stage
+        second = first | {"name": "second", "steps": 2, "optimizer_state": "inherit"}
+        spec = {
+            "kind": "train",
+            "name": "small",
+            "data": {},
+            "optimizer": {"eps": 1e-6},
+            "checkpoint": {"every": every, "keep": 9},
+            "stages": [first, second],
+        }
+        return StageJob(
+            run_id="small-1",
+            spec=JobSpec.model_validate(spec),
+            stage_index=stage_index,
+            attempt=attempt,
+            world_size=sequence_parallel * data_parallel,
+            sequence_parallel_size=sequence_parallel,
+            data_parallel_size=data_parallel,
+            device="cpu",
+            data_dir="",
+            sources=sources,
+            model_config=MODEL,
+            checkpoint_url=f"file://{tmp_path}/{store}",
+            spec_digest="d",
+        )
+
+    return make
+
+
+def train(rank: int, world_size: int, job: StageJob, stop_after: int | None) -> Outcome:
+    mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size)
+    # One rank alone asks to stop, the last.
+    reporter = Collector(stop_after if rank == world_size - 1 else None)
+    try:
+        result = run_stage(job, mesh, reporter)
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    return {"result": result, "records": reporter.records}
+
+
+@pytest.fixture
+def run(run_gang: Gang) -> Callable[..., Outcome]:
+    def run(job: StageJob, stop_after: int | None = None, fails: bool = False) -> Outcome:
+        outcomes = run_gang(train, job.world_size, job, stop_after)
+        results = [outcome["result"] for outcome in outcomes]
+        assert ("error" in results[0]) == fails, results[0]
+        assert all(result == results[0] for result in results)
+        assert all(outcome["records"] == [] for outcome in outcomes[1:])
+        return {"result": results[0], "records": outcomes[0]["records"]}
+
+    return run
+
+
+def steps(outcome: Outcome) -> list[dict[str, Any]]:
+    return [record for record in outcome["records"] if record["kind"] == "step"]
+
+
+def only(outcome: Outcome, kind: str) -> dict[str, Any]:
+    (found,) = (record for record in outcome["records"] if record["kind"] == kind)
+    return dict(found)
+
+
+def manifest_of(job: StageJob) -> Manifest:
+    store = open_store(job.checkpoint_url)
+    ref = newest(store)
+    assert ref is not None
+    return read_manifest(store, ref)
+
+
+def state_of(job: StageJob) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole weights and moments of the newest checkpoint."""
+    manifest = manifest_of(job)
+    reader = RangeReader(open_store(job.checkpoint_url), manifest)
+    state = {}
+    for name, shape in manifest.tensors.items():
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            data = torch.empty(int(np.prod(shape)))
+            reader.read_into(OwnedRange(name, kind, shape, 0, data))
+            state[name, kind] = data.view(shape)
+    return state
+
+
+LOSSES = ("loss", "loss_text", "loss_vision", "accuracy_text", "accuracy_vision", "grad_norm")
+
+
+def assert_same_run(found: Outcome, expected: Outcome, first_step: int = 0) -> None:
+    pairs = list(zip(steps(found), steps(expected)[first_step:], strict=True))
+    assert pairs
+    for one, other in pairs:
+        assert one["step"] == other["step"]
+        assert one["rows"] == other["rows"]
+        assert one["sample_ids"] == other["sample_ids"]
+        assert one["tokens"] == other["tokens"]
+        assert one["learning_rate"] == other["learning_rate"]
+        for name in LOSSES:
+            assert one[name] == pytest.approx(other[name], abs=1e-6), (one["step"], name)
+    for name, value in only(expected, "validation").items():
+        if name.startswith(("loss", "accuracy", "targets", "unigram")):
+            assert only(found, "validation")[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_any_mesh_and_any_micro_batch_train_alike(
+    job: Callable[..., StageJob], run: Callable[..., Outcome]
+) -> None:
+    alone = run(job(store="alone"))
+    assert [record["step"] for record in steps(alone)] == list(range(1, NUM_STEPS + 1))
+    assert_same_run(run(job(store="rings", data_parallel=2)), alone)
+    assert_same_run(run(job(store="ring", sequence_parallel=2, micro_batch_size=2)), alone)
+    assert_same_run(run(job(store="at-once", micro_batch_size=4, zero_stage=3)), alone)
+
+    assert alone["result"] == {
+        "status": "finished",
+        "step": NUM_STEPS,
+        "checkpoint": f"00-first/step-{NUM_STEPS:08d}",
+    }
+    saved = [record["step"] for record in alone["records"] if record["kind"] == "checkpoint"]
+    assert saved == [2, 4, 6]
+    rates = [record["learning_rate"] for record in steps(alone)]
+    spec = job().stage.learning_rate
+    assert rates == [learning_rate_at(spec, step, NUM_STEPS) for step in range(NUM_STEPS)]
+    tokens = CONTEXT_LENGTH * ROWS_PER_STEP
+    for record in steps(alone):
+        assert record["tokens"] == record["step"] * tokens
+        working = record["step_seconds"] - record["checkpoint_stall_seconds"]
+        assert record["tokens_per_second"] == pytest.approx(tokens / working)
+    # Costs are those of the whole batch, whatever this rank holds of it.
+    state = manifest_of(job(store="alone")).state
+    assert (state.step, state.cursor, state.final) == (NUM_STEPS, NUM_STEPS * ROWS_PER_STEP, True)
+    assert state.learning_rate == rates[-1] == spec.final
+    assert state.tokens == NUM_STEPS * tokens
+    assert state.metrics["loss_text"] == only(alone, "validation")["loss_text"]
+
+    check_held_out_score(job(store="alone"), only(alone, "validation"))
+
+
+def check_held_out_score(job: StageJob, found: dict[str, Any]) -> None:
+    """Score the same rows with a bare model, one after the other."""
+    model = WorldModel(MODEL, rope_theta=job.stage.rope_theta)
+    weights = {name: data for (name, kind), data in state_of(job).items() if kind == "param"}
+    model.load_state_dict(weights)
+    loader = StageLoader(job.sources, job.stage, job.spec.seed)
+    for kind, names in (("text", ("text", None)), ("vision", ("caption", "vision"))):
+        rows = loader.held_out_rows(kind, 3)  # type: ignore[arg-type]
+        nll, count = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for row in rows:
+            plans = plan_rows(row.document_lengths, CONTEXT_LENGTH, 1)
+            with torch.no_grad():
+                sums = model(row, RingContext(plans, None))
+            nll += sums.nll
+            count += sums.count
+        for modality, name in enumerate(names):
+            if name:
+                assert count[modality] > 0
+                assert found[f"targets_{name}"] == count[modality]
+                expected = float(nll[modality] / count[modality])
+                assert found[f"loss_{name}"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_that_stops_goes_on_as_if_it_had_not(
+    job: Callable[..., StageJob], run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    rings = {"data_parallel": 2, "zero_stage": 2}
+    whole = run(job(store="whole", **rings))
+    stopped = run(job(**rings), stop_after=3)
+    assert stopped["result"] == {
+        "status": "stopped",
+        "step": 3,
+        "checkpoint": "00-first/step-00000003",
+    }
+    # Also the one that the stop itself asked for.
+    saved = [record["step"] for record in stopped["records"] if record["kind"] == "checkpoint"]
+    assert saved == [2, 3]
+    shutil.copytree(tmp_path / "store", tmp_path / "other")
+
+    same_mesh = run(job(attempt=2, **rings))
+    assert only(same_mesh, "stage_start")["resumed_from"] == "00-first/step-00000003"
+    assert_same_run(same_mesh, whole, first_step=3)
+    expected = state_of(job(store="whole"))
+    for name, data in state_of(job()).items():
+        assert torch.equal(data, expected[name]), name
+
+    other_mesh = run(job(store="other", attempt=2, sequence_parallel=2, zero_stage=3))
+    assert_same_run(other_mesh, whole, first_step=3)
+    for name, data in state_of(job(store="other")).items():
+        torch.testing.assert_close(data, expected[name], rtol=0, atol=1e-6, msg=str(name))
+
+    # The next stage starts from either, with the moments, on yet other meshes.
+    second = run(job(store="other", stage_index=1))
+    start = only(second, "stage_start")
+    assert start["resumed_from"] == f"00-first/step-{NUM_STEPS:08d}"
+    assert start["step"] == 0
+    assert_same_run(run(job(store="whole", stage_index=1, sequence_parallel=2)), second)
+    assert steps(second)[-1]["tokens"] == (NUM_STEPS + 2) * ROWS_PER_STEP * CONTEXT_LENGTH
+    assert steps(second)[-1]["global_step"] == NUM_STEPS + 2
+    assert manifest_of(job(store="other")).optimizer.step == NUM_STEPS + 2
+
+    # What cannot be gone on from is refused by every rank.
+    later = run(job(store="other", stage_index=0), fails=True)["result"]["error"]
+    assert "01-second/step-00000002 is of a later stage than first" in later
+    batch = 2 * CONTEXT_LENGTH * ROWS_PER_STEP
+    changed = job(store="whole", stage_index=1, global_batch_tokens=batch)
+    larger = run(changed, fails=True)["result"]["error"]
+    assert "01-second/step-00000002 continues at row 8, but" in larger
+
+
+def test_a_stage_of_one_modality_has_one_loss(
+    job: Callable[..., StageJob], run: Callable[..., Outcome]
+) -> None:
+    changes = {"mixture": {"documents": 1}, "zero_stage": 3, "steps": 2, "validation_rows": 0}
+    memory = {"activation_checkpointing": "attention_saved"}
+    found = run(job(sequence_parallel=2, memory=memory, **changes))
+    assert [record["loss"] == record["loss_text"] for record in steps(found)] == [True, True]
+    assert all("loss_vision" not in record for record in steps(found))
+    assert not [record for record in found["records"] if record["kind"] == "validation"]
+
+
+def test_a_loss_that_is_no_number_stops_every_rank(
+    job: Callable[..., StageJob], run: Callable[..., Outcome]
+) -> None:
+    rate = {"peak": 1e30}
+    found = run(job(data_parallel=2, learning_rate=rate), fails=True)
+    assert re.match(r"TrainingDiverged: \w+ is (inf|nan) at step 2 of", found["result"]["error"])
+    assert committed(open_store(job().checkpoint_url)) == []
+
+
+def train_to_a_broken_score(rank: int, world_size: int, job: StageJob) -> Outcome:
+    train_loop.score_held_out = lambda *_: {"loss_text": float("nan")}
+    return train(rank, world_size, job, None)
+
+
+def test_a_stage_whose_score_is_no_number_is_not_saved(
+    job: Callable[..., StageJob], run_gang: Gang
+) -> None:
+    (found,) = run_gang(train_to_a_broken_score, 1, job(steps=1))
+    error = found["result"]["error"]
+    assert error.startswith("TrainingDiverged: loss_text is nan at step 1 of stage first")
+    assert committed(open_store(job().checkpoint_url)) == []
+
+
+def train_with_a_full_disk(rank: int, world_size: int, job: StageJob, full_rank: int) -> Outcome:
+    put = FileStore.put
+
+    def refuse(self: FileStore, key: str, chunks: Any) -> None:
+        raise StoreError("put", key, "the disk is full")
+
+    FileStore.put = refuse if rank == full_rank else put  # type: ignore[method-assign]
+    return train(rank, world_size, job, None)
+
+
+def test_a_failed_upload_stops_every_rank_and_names_the_one(
+    job: Callable[..., StageJob], run_gang: Gang
+) -> None:
+    outcomes = run_gang(train_with_a_full_disk, 2, job(sequence_parallel=2), 1)
+    for outcome in outcomes:
+        error = outcome["result"]["error"]
+        assert error.startswith("CheckpointError: checkpoint 00-first/step-00000002")
+        assert "rank 1: put 00-first/step-00000002/rank-00001" in error
+        assert "the disk is full" in error
+    assert committed(open_store(job().checkpoint_url)) == []
