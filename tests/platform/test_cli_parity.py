@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from ringworld_platform.cli import app
 
 RINGWORLD = [sys.executable, "-c", "from ringworld_platform.cli import main; main()"]
+WORDS = "ring world token frame clip drum lamp guitar nation union state law people year".split()
 SMALL = ("--ring-sizes", "2", "--layers", "1")
 
 
@@ -30,8 +31,8 @@ def ringworld(*arguments: str) -> Result:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     for index in range(4):
-        order = np.random.default_rng(index).permutation(30)
-        (folder / f"notes-{index}.txt").write_text(" ".join(f"Note {k} of a ring." for k in order))
+        words = np.random.default_rng(index).choice(WORDS, 150)
+        (folder / f"notes-{index}.txt").write_text(" ".join(words))
     recipe = {
         "kind": "data",
         "name": "notes",
@@ -77,11 +78,27 @@ def test_over_tolerance_is_a_failure_in_json_too(
 ) -> None:
     from ringworld_workers import parity
 
-    # Judged in this process, so the ranks' own copy does not matter.
-    strict = parity.Tolerance(loss=0, grad_norm=0, gradient=0)
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", strict)
+    def off_by_a_percent(case: parity.ParityCase) -> parity.ParityReport:
+        ring = parity.RingParity(
+            "packed",
+            2,
+            "zigzag",
+            "cpu",
+            loss=1.0,
+            grad_norm=1.0,
+            loss_difference=0.0,
+            grad_norm_difference=0.0,
+            gradient_errors={"norm.weight": 0.0, "layers.0.attention.k_proj.weight": 0.01},
+        )
+        return parity.ParityReport(case, [ring], 1.0)
+
+    monkeypatch.setattr(parity, "run_parity", off_by_a_percent)
+    result = ringworld("parity", str(job), "--output", str(tmp_path / "shown.json"))
+    assert result.exit_code == 1, result.output
+    assert "FAIL" in result.stdout and "layers.0.attention.k_proj" in result.stdout
+    assert "1 of 1 comparisons are over the tolerance" in result.stdout
     output = tmp_path / "found.json"
-    result = ringworld("parity", str(job), *SMALL, "--output", str(output), "--json")
+    result = ringworld("parity", str(job), "--output", str(output), "--json")
     assert result.exit_code == 1, result.output
     found = json.loads(result.stdout)
     assert found["passed"] is False
