@@ -38,6 +38,9 @@ from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
 
+# A reader of records that is gone ends this process; one that hangs must not hold up a checkpoint.
+STORED_SECONDS = 5.0
+
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is no longer a number."""
@@ -73,6 +76,7 @@ class Boundary:
     stop: bool
     checkpoint_due: bool
     uploads_pending: bool
+    """A rank's upload, or the log's copy of what the checkpoint's steps have reported."""
 
 
 def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
@@ -147,6 +151,7 @@ class StageRun:
         self.reporter, self.loader, self.engine = reporter, loader, engine
         self.checkpoints = checkpoints
         self.timer = StepTimer(mesh.device)
+        self._saved_position = 0
         self.shares = (self.stage.loss.text, self.stage.loss.vision)
         self.first_step_of_stage = sum(s.num_steps for s in job.spec.stages[: job.stage_index])
 
@@ -160,6 +165,7 @@ class StageRun:
             boundary = self._agree(batches)
             stall = self._at_boundary(boundary, step, tokens)
             if boundary.stop:
+                self._await_stored()
                 self._report_commit(self.checkpoints.drain())
                 return self._result("stopped", step)
             learning_rate = learning_rate_at(self.stage.learning_rate, step, self.stage.num_steps)
@@ -212,7 +218,9 @@ class StageRun:
             vector[:2] += batch.weight
         vector[2] = float(self.reporter.should_stop())
         vector[3] = float(self.mesh.rank == 0 and self.checkpoints.due())
-        vector[4] = float(self.checkpoints.uploading())
+        vector[4] = float(
+            self.checkpoints.uploading() or not self.reporter.stored(self._saved_position)
+        )
         dist.all_reduce(vector, group=self.mesh.control_group)
         return Boundary(
             weight=vector[:2].clone(),
@@ -229,7 +237,9 @@ class StageRun:
         if boundary.stop or (boundary.checkpoint_due and step > 0):
             self.reporter.phase("checkpoint", step)
             bookmark = self.loader.bookmark(step)
+            self._await_stored()
             self._report_commit(self.checkpoints.save(step, tokens, bookmark=bookmark))
+            self._saved_position = self.reporter.position()
         return time.perf_counter() - started
 
     def _step(
@@ -314,6 +324,19 @@ class StageRun:
             )
         )
 
+    def _await_stored(self) -> None:
+        """Wait until the records of what the checkpoint holds are in the run's logs.
+
+        Steps that are committed are never done again, so what they reported would be lost for
+        good, if this worker or the reader died between the commit and the next reading.
+        """
+        deadline = time.monotonic() + STORED_SECONDS
+        while not self.reporter.stored(self._saved_position):
+            if time.monotonic() > deadline:
+                log.warning("nobody has read the records for %g s", STORED_SECONDS)
+                return
+            time.sleep(0.005)
+
     def _report_commit(self, committed: dict[str, Any] | None) -> None:
         if committed is not None and self.mesh.rank == 0:
             self.reporter.metrics(self.record("checkpoint", **committed))
@@ -327,6 +350,8 @@ class StageRun:
             self.reporter.metrics(self.record("validation", step, **scores))
         self.reporter.phase("checkpoint", step)
         bookmark = self.loader.bookmark(step)
+        self._saved_position = self.reporter.position()
+        self._await_stored()
         saved = self.checkpoints.save(step, tokens, bookmark=bookmark, final=True, metrics=scores)
         self._report_commit(saved)
         self._report_commit(self.checkpoints.drain())
