@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from ringworld_platform import head
@@ -207,3 +208,18 @@ def test_a_closed_pipe_is_quiet(in_runs: Path) -> None:
 
 def test_version() -> None:
     assert ringworld("--version").stdout.startswith("ringworld ")
+
+
+def test_a_report_that_cannot_be_written_hides_not_how_the_run_ended(
+    recorded_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ringworld_platform.commands.train import _exit
+
+    (recorded_run / "report.html").mkdir()
+    failed = {"run_id": "quickstart-1", "run_folder": recorded_run, "state": "FAILED"}
+
+    with pytest.raises(typer.Exit) as ended:
+        _exit({**failed, "error": "the disk is full"})
+
+    assert ended.value.exit_code == 1
+    assert "quickstart-1 failed: the disk is full" in capsys.readouterr().err

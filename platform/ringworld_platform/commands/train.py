@@ -255,7 +255,11 @@ def _exit(status: Record) -> None:
 
         console.print()
         console.print(render_terminal(build_report(folder)))
-        console.print(f"\nreport: {write_report(folder)}", markup=False)
+        try:
+            console.print(f"\nreport: {write_report(folder)}", markup=False)
+        except OSError as error:
+            # The disk may be what has ended the run: that must still be said below.
+            err().print(f"no report.html: {error.strerror or error}", style="red", markup=False)
     state = status["state"]
     if state == RunState.SUCCEEDED:
         return
