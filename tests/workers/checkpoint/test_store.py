@@ -16,6 +16,7 @@ import pytest
 
 from ringworld_workers.checkpoint.store import (
     Conflict,
+    FileStore,
     NotFound,
     Store,
     StoreError,
@@ -268,3 +269,22 @@ def test_the_store_needs_no_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert said.stdout.strip() == "False"
+
+
+def test_the_folders_of_a_new_object_survive_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    FileStore(tmp_path / "runs").put("00-a/step-1/rank-0.bin", [b"abc"])
+    wanted = [tmp_path, tmp_path / "runs", tmp_path / "runs/00-a", tmp_path / "runs/00-a/step-1"]
+    assert set(wanted) <= set(synced)
+    synced.clear()
+    FileStore(tmp_path / "runs").put("00-a/step-1/rank-1.bin", [b"abc"])
+    assert wanted[0] not in synced

@@ -324,13 +324,21 @@ class FileStore:
 def _create(path: Path) -> int:
     """Open a new file for writing, with its folders; a clean-up may take those away meanwhile."""
     for attempt in range(5):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            _make_folder(path.parent)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileNotFoundError:
             if attempt == 4:
                 raise
     raise AssertionError("unreachable")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it; each survives a power cut as the files in it do."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _sync_folder(place.parent)
 
 
 def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
