@@ -382,11 +382,22 @@ def test_a_damaged_manifest_is_named(
         load(store, saved, make_engine(mesh), mesh, with_optimizer=True)
 
 
+def test_a_changed_value_of_a_manifest_is_noticed(
+    store: FileStore, mesh: Mesh, saved: CheckpointRef
+) -> None:
+    key = f"{saved.key}/manifest.json"
+    content = json.loads(store.get(key))
+    content["state"]["cursor"] += 1
+    store.put(key, [json.dumps(content).encode()])
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged .*checksum is wrong"):
+        load(store, saved, make_engine(mesh), mesh, with_optimizer=True)
+
+
 def test_another_version_is_refused(store: FileStore, mesh: Mesh, saved: CheckpointRef) -> None:
     key = f"{saved.key}/manifest.json"
     content = json.loads(store.get(key))
-    store.put(key, [json.dumps({**content, "version": 2}).encode()])
-    with pytest.raises(CheckpointError, match="version 2 .* reads ringworld-checkpoint version 1"):
+    store.put(key, [json.dumps({**content, "version": 1}).encode()])
+    with pytest.raises(CheckpointError, match="version 1 .* reads ringworld-checkpoint version 2"):
         load(store, saved, make_engine(mesh), mesh, with_optimizer=True)
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMAT = "ringworld-checkpoint"
-VERSION = 1
+VERSION = 2
 CHUNK_BYTES = 4 * 1024 * 1024
 """Each range has a checksum for every so many bytes, so that a part of it can be read verified."""
 MANIFEST = "manifest.json"
@@ -142,7 +142,7 @@ class Manifest:
             "optimizer": asdict(self.optimizer),
             "state": asdict(self.state),
         }
-        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+        return _canonical({**content, "sha256": _digest(content)})
 
     @staticmethod
     def from_json(data: bytes, key: str) -> Manifest:
@@ -163,6 +163,8 @@ class Manifest:
                     f"{key} is {found[0]} version {found[1]} in chunks of {found[2]}; this program "
                     f"reads {FORMAT} version {VERSION} in chunks of {CHUNK_BYTES}"
                 )
+            if content.pop("sha256") != _digest(content):
+                raise ValueError("its checksum is wrong")
             optimizer = content["optimizer"]
             return Manifest(
                 run_id=content["run_id"],
@@ -184,6 +186,15 @@ class Manifest:
                 f"{key} is damaged ({type(error).__name__}: {error}); resume from an "
                 "older checkpoint"
             ) from error
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of a manifest's values, whatever their spacing and order."""
+    return hashlib.sha256(_canonical(content)).hexdigest()
 
 
 def object_to_json(stored: StoredObject) -> dict[str, Any]:
