@@ -90,8 +90,8 @@ def connect(address: str | None = None) -> ClusterInfo:
     """Connect to a cluster that runs.
 
     Args:
-        address: ``HOST:PORT`` of its head; default: the one that ``up`` started, else what
-            RAY_ADDRESS or Ray itself knows of.
+        address: ``HOST:PORT`` of its head, or ``auto`` for the one that ``ray start`` made here;
+            default: the one that ``up`` started, else what RAY_ADDRESS says.
 
     Raises:
         ClusterError: there is none, or it does not answer.
@@ -101,21 +101,22 @@ def connect(address: str | None = None) -> ClusterInfo:
     if ray.is_initialized():
         raise ClusterError("this process is connected to a Ray cluster already")
     running = find_running() if address is None else None
-    target = address or (running.address if running else "auto")
+    target = address or (running.address if running else os.environ.get("RAY_ADDRESS"))
+    if target == "auto":
+        target = _started_by_ray()
+    if target is None:
+        raise ClusterError(
+            "no Ray cluster runs here; start one with `ringworld up` or name one: --address"
+        )
     _quiet_ray()
-    if target != "auto":
-        _check_answers(target)
-        _offer_token()
+    _check_answers(target)
+    _offer_token()
     try:
         context = ray.init(
             address=target, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         ray.shutdown()
-        if target == "auto":
-            raise ClusterError(
-                "no Ray cluster runs here; start one with `ringworld up` or name one: --address"
-            ) from error
         raise ClusterError(f"no Ray cluster answers at {target}: {_first_line(error)}") from error
     url = context.dashboard_url
     known = running or ClusterInfo(ray.get_runtime_context().gcs_address, None)
@@ -127,6 +128,16 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+def _started_by_ray() -> str | None:
+    """Where Ray believes a cluster of this machine to be; it may be gone.
+
+    ``ray.init("auto")`` would try a dead one for ten minutes.
+    """
+    from ray._private import services
+
+    return services.canonicalize_bootstrap_address("auto")
 
 
 def _quiet_ray() -> None:

@@ -54,6 +54,18 @@ def test_a_silent_address_is_named(free_port: int, home: Path) -> None:
         cluster.connect("somewhere")
 
 
+def test_without_a_cluster_it_is_said_at_once(
+    free_port: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own search would try a cluster that it remembers, dead or somebody else's."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match="start one with `ringworld up`"):
+        cluster.connect()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port}")
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at 127.0.0.1:{free_port}"):
+        cluster.connect()
+
+
 def test_down_without_a_cluster_of_ours_stops_nothing(home: Path) -> None:
     assert head.down() is False
     folder = home / ".ringworld"
