@@ -101,3 +101,27 @@ def test_reference_runs_anywhere_when_asked_for():
 def test_impossible_backends_are_refused_with_a_remedy(device, dtype, requested, message):
     with pytest.raises(ValueError, match=message):
         choose_backend(device, dtype, requested)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "diagonal"), [(1024, 1024, True), (2100, 2100, True), (1100, 1700, False)]
+)
+def test_large_bf16_gradients_are_closer_than_the_op_itself(queries, keys, diagonal):
+    q, k, v = block(queries, keys, 2, 1, 32, torch.bfloat16)
+    grad_out = torch.randn(2, queries, 2, 32).bfloat16().transpose(1, 2)
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    exact = [tensor.double() for tensor in (grad_out, q, k, v)]
+    out, lse = forward(*exact[1:], 0.0, diagonal)
+    wanted = backward(*exact, out, lse, 0.0, diagonal)
+    out, lse = forward(q, k, v, 0.0, diagonal)
+    alone = backward(grad_out, q, k, v, out, lse, 0.0, diagonal)
+    kernel = block_kernel("cpu")
+    out, lse = kernel.forward(q, k, v, diagonal, 32**-0.5)
+    # The lse of a longer row is a strided slice.
+    lse = torch.cat((lse, lse), -1)[..., :queries]
+    got = kernel.backward(grad_out, q, k, v, out.to(q.dtype), lse, diagonal, 32**-0.5)
+    for one, other, truth in zip(got, alone, wanted, strict=True):
+        assert one.dtype == torch.float32
+        error = (one.to(q.dtype).double() - truth).norm()
+        assert error <= (other.double() - truth).norm()
