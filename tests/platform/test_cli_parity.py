@@ -95,7 +95,7 @@ def test_over_tolerance_is_a_failure_in_json_too(
     monkeypatch.setattr(parity, "run_parity", off_by_a_percent)
     result = ringworld("parity", str(job), "--output", str(tmp_path / "shown.json"))
     assert result.exit_code == 1, result.output
-    assert "FAIL" in result.stdout and "layers.0.attention.k_proj" in result.stdout
+    assert "FAIL" in result.stdout and "layers.0.attention" in result.stdout
     assert "1 of 1 comparisons are over the tolerance" in result.stdout
     output = tmp_path / "found.json"
     result = ringworld("parity", str(job), "--output", str(output), "--json")
@@ -104,6 +104,20 @@ def test_over_tolerance_is_a_failure_in_json_too(
     assert found["passed"] is False
     assert found["rings"][0]["passed"] is False
     assert json.loads(output.read_text())["rings"] == found["rings"]
+
+
+def test_a_rank_that_fails_is_shown(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringworld_workers import parity
+    from ringworld_workers.testing import DistributedError
+
+    def broken(case: parity.ParityCase) -> parity.ParityReport:
+        raise DistributedError("rank 1 raised:\nMemoryError")
+
+    monkeypatch.setattr(parity, "run_parity", broken)
+    result = ringworld("parity", str(job))
+    assert result.exit_code == 1
+    assert "error: rank 1 raised:\nMemoryError" in result.stderr
+    assert "internal error" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -253,22 +253,14 @@ def build_case(
     )
 
 
-def run_parity(
-    case: ParityCase, on_rank: Callable[..., list[RingParity]] | None = None
-) -> ParityReport:
+def run_parity(case: ParityCase) -> ParityReport:
     """Start as many processes as the largest ring has ranks, and compare. Ends them all, always.
-
-    Args:
-        case: what to check.
-        on_rank: what each rank calls with (rank, world size, case); ``compare_rank`` where None.
 
     Raises:
         DistributedError: a rank failed, with its traceback.
     """
     began = time.monotonic()
-    found = run_distributed(
-        on_rank or compare_rank, case.ring_sizes[-1], case, timeout=RANKS_TIMEOUT_SECONDS
-    )
+    found = run_distributed(compare_rank, case.ring_sizes[-1], case, timeout=RANKS_TIMEOUT_SECONDS)
     return ParityReport(case, found[0], time.monotonic() - began)
 
 
