@@ -50,8 +50,8 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     # It must stop early, at the last tensor that the backward pass wants: a call that ran to its
-    # end would pass the hook with which ZeRO-3 releases the last module's parameters, whose gradients
-    # are being made at that moment.
+    # end would pass the hook with which ZeRO-3 releases the last module's parameters, whose
+    # gradients are being made at that moment.
     return checkpoint(
         function,
         *args,
