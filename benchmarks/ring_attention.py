@@ -1,0 +1,478 @@
+"""Ring attention on 2 CPU ranks, one thread each, against no communication at all and peers.
+
+Forward and backward of causal attention, 8 heads of 64, one row. "ideal" splits the heads over the
+ranks, so that nothing travels: one kernel call a document, in the inputs' dtype. All methods run in
+the same processes, in an order that rotates; figures are the least over the repetitions, of CPU
+seconds (both ranks, all threads), wall seconds (slower rank) and peak memory above the inputs.
+
+    python benchmarks/ring_attention.py --lengths 8192 16384 --repetitions 3
+
+Peers run where they can be imported, dense rows only:
+    pip install --no-deps --target PEERS ring-flash-attn==0.1.8 yunchang==0.6.4
+    python benchmarks/ring_attention.py --peers PEERS
+Both call flash-attn; here its two functions are served by torch's CPU kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import random
+import resource
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ringworld_model.ring import RingStats, plan_ring, ring_attention
+
+HEADS, WIDTH, RANKS = 8, 64, 2
+SCALE = WIDTH**-0.5
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Method = Callable[[], Any]
+
+
+def documents_of(kind: str, length: int) -> list[int]:
+    """One document, short ones of about 910 tokens, or a long tail of about 6,000."""
+    if kind == "dense":
+        return [length]
+    rng = random.Random(1)
+    if kind == "packed":
+        num = max(1, round(length * 72 / 65536))
+        cuts = sorted(rng.sample(range(1, length), num - 1))
+    else:
+        num = max(1, round(length * 11 / 65536))
+        weights = [rng.paretovariate(1.0) for _ in range(num)]
+        sums = [sum(weights[: at + 1]) for at in range(num - 1)]
+        cuts = [max(at + 1, int(length * part / sum(weights))) for at, part in enumerate(sums)]
+    return [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+
+
+def ideal(inputs: Inputs, documents: list[int], rank: int) -> Method:
+    """Whole rows of half the heads: one kernel call a document."""
+    mine = slice(rank * HEADS // RANKS, (rank + 1) * HEADS // RANKS)
+    q, k, v, grad = (tensor[:, :, mine].clone().transpose(1, 2) for tensor in inputs)
+
+    def run() -> Any:
+        wholes = [torch.empty_like(tensor) for tensor in (q, q, k, v)]
+        start = 0
+        results = []
+        for length in documents:
+            part = (slice(None), slice(None), slice(start, start + length))
+            out, lse = FORWARD(q[part], k[part], v[part], 0.0, True)
+            wholes[0][part] = out
+            results.append((part, out, lse))
+            start += length
+        for part, out, lse in results:
+            gradients = BACKWARD(grad[part], q[part], k[part], v[part], out, lse, 0.0, True)
+            for whole, gradient in zip(wholes[1:], gradients, strict=True):
+                whole[part] = gradient
+        return wholes
+
+    return run
+
+
+def zigzag_cut(inputs: Inputs, rank: int) -> list[torch.Tensor]:
+    """This rank's tokens as every dense peer wants them, ours too."""
+    chunks = [tensor.chunk(2 * RANKS, 1) for tensor in inputs]
+    return [torch.cat((of[rank], of[2 * RANKS - 1 - rank]), 1) for of in chunks]
+
+
+def ours(inputs: Inputs, documents: list[int], rank: int, stats: RingStats) -> Method:
+    """``ring_attention`` with the layout that auto chooses."""
+    length = inputs[0].shape[1]
+    plan = plan_ring(documents, length, RANKS)
+    indices = plan.local_indices(rank)
+    cut = []
+    for tensor in inputs:
+        room = tensor.new_zeros(1, RANKS * plan.local_length, HEADS, WIDTH)
+        room[:, :length] = tensor
+        cut.append(room[:, indices].clone())
+    grad = cut.pop()
+
+    def run() -> Any:
+        tensors = [tensor.detach().requires_grad_() for tensor in cut]
+        out = ring_attention(*tensors, plan=plan, group=dist.group.WORLD, stats=stats)
+        return out, torch.autograd.grad(out, tensors, grad)
+
+    return run
+
+
+def torch_ring(inputs: Inputs, rank: int) -> Method:
+    """torch's own context-parallel ring, through its inner functions with the CPU kernel."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as cp
+
+    cp._cp_options.enable_load_balance = True
+    cp._cp_options.rotate_method = cp._RotateMethod.ALL_TO_ALL
+    q, k, v, grad = (tensor.transpose(1, 2).contiguous() for tensor in zigzag_cut(inputs, rank))
+
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
+    ) -> Any:
+        return FORWARD(query, key, value, 0.0, is_causal)
+
+    def backward(**of: Any) -> Any:
+        names = ("grad_out", "query", "key", "value", "out", "logsumexp")
+        return BACKWARD(*(of[name] for name in names), 0.0, of["is_causal"])
+
+    def run() -> Any:
+        world = dist.group.WORLD
+        out, lse = cp._templated_ring_attention(world, 2, forward, q, k, v, is_causal=True)[:2]
+        out = out.to(q.dtype)
+        return cp._templated_ring_attention_backward(
+            world, 2, backward, grad, "grad_out", q, k, v, out, lse, is_causal=True
+        )
+
+    return run
+
+
+def serve_flash_attn() -> None:
+    """Let ``import flash_attn`` find torch's CPU kernel, in this process."""
+
+    def _flash_attn_forward(
+        q: Any,
+        k: Any,
+        v: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: float = SCALE,
+        causal: bool = True,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        return_softmax: bool = False,
+    ) -> Any:
+        heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+        out, lse = FORWARD(*heads_first, 0.0, causal, scale=softmax_scale)
+        return out.transpose(1, 2), lse, None, None
+
+    def _flash_attn_backward(
+        dout: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        softmax_lse: Any,
+        dq: Any,
+        dk: Any,
+        dv: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: float = SCALE,
+        causal: bool = True,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        rng_state: Any = None,
+    ) -> None:
+        tensors = [tensor.transpose(1, 2) for tensor in (dout, q, k, v, out)]
+        shares = BACKWARD(*tensors, softmax_lse, 0.0, causal, scale=softmax_scale)
+        for target, share in zip((dq, dk, dv), shares, strict=True):
+            target.copy_(share.transpose(1, 2))
+
+    package = types.ModuleType("flash_attn")
+    interface: Any = types.ModuleType("flash_attn.flash_attn_interface")
+    package.__version__ = "2.8.0"  # type: ignore[attr-defined]
+    interface._flash_attn_forward = _flash_attn_forward
+    interface._flash_attn_backward = _flash_attn_backward
+    interface._flash_attn_varlen_forward = interface._flash_attn_varlen_backward = None
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        setattr(package, name, None)
+        setattr(interface, name, None)
+    package.flash_attn_interface = interface  # type: ignore[attr-defined]
+    package.__path__ = []
+    sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})
+
+
+def peer(function: Callable[..., Any], inputs: Inputs, rank: int) -> Method:
+    """A zigzag ring of a peer: q, k, v [B, T, H, D] in, out."""
+    *cut, grad = zigzag_cut(inputs, rank)
+    extra = {"attn_type": None} if "attn_type" in inspect.signature(function).parameters else {}
+    if extra:
+        from yunchang.kernels import AttnType
+
+        extra["attn_type"] = AttnType.FA
+
+    def run() -> Any:
+        tensors = [tensor.detach().requires_grad_() for tensor in cut]
+        out = function(*tensors, causal=True, group=dist.group.WORLD, **extra)
+        return out, torch.autograd.grad(out, tensors, grad)
+
+    return run
+
+
+def find_peers() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Peers that can be imported, and why the others cannot."""
+    found: dict[str, Callable[..., Any]] = {}
+    missing: dict[str, str] = {}
+    serve_flash_attn()
+    for package in ("ring_flash_attn.zigzag_ring_flash_attn", "yunchang.ring"):
+        package, _, module = package.partition(".")
+        try:
+            if package == "ring_flash_attn":
+                # Its __init__ wants transformers, which the attention itself does not.
+                spec = importlib.util.find_spec(package)
+                if spec is None:
+                    raise ImportError("not installed")
+                sys.modules[package] = importlib.util.module_from_spec(spec)
+            loaded = importlib.import_module(f"{package}.{module}")
+            found[package] = loaded.zigzag_ring_flash_attn_func
+        except Exception as error:
+            missing[package] = f"{type(error).__name__}: {error}"
+    return found, missing
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def memory(field: str) -> int:
+    """Bytes of a field of this process's status, such as VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def measure(method: Method, trim: bool) -> dict[str, float]:
+    """One run: CPU and wall seconds, and peak bytes above what was there before.
+
+    The peak is true only with ``trim``, else memory that an earlier method freed hides it; the
+    seconds are true only without, for a training step finds its memory where the last left it.
+    """
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, began, spent = memory("VmRSS"), time.perf_counter(), cpu_seconds()
+    result = method()
+    figures = {"cpu": cpu_seconds() - spent, "wall": time.perf_counter() - began}
+    if trim:
+        figures = {"peak": float(memory("VmHWM") - before)}
+    del result
+    return figures
+
+
+def run_rank(rank: int, store: str, options: argparse.Namespace) -> None:
+    """All cases on one rank; rank 0 writes what both measured."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, RANKS),
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(minutes=30),
+    )
+    sys.path.extend(options.peers)
+    peers, missing = find_peers()
+    rows: list[dict[str, Any]] = []
+    for length in options.lengths:
+        for dtype in options.dtypes:
+            for kind in options.kinds:
+                rows += run_case(rank, length, dtype, kind, options.repetitions, peers, missing)
+    if rank == 0:
+        Path(store + ".json").write_text(json.dumps({"rows": rows, "missing": missing}))
+    dist.destroy_process_group()
+
+
+def run_case(
+    rank: int,
+    length: int,
+    dtype: str,
+    kind: str,
+    repetitions: int,
+    peers: dict[str, Callable[..., Any]],
+    missing: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Every method on one row, in rotated order."""
+    torch.manual_seed(0)
+    shape = (1, length, HEADS, WIDTH)
+    drawn = [torch.randn(shape).to(getattr(torch, dtype)) for _ in range(4)]
+    inputs = (drawn[0], drawn[1], drawn[2], drawn[3])
+    documents = documents_of(kind, length)
+    stats = RingStats()
+    methods = {
+        "ideal": ideal(inputs, documents, rank),
+        "ringworld": ours(inputs, documents, rank, stats),
+    }
+    if kind == "dense":
+        methods["torch context_parallel"] = torch_ring(inputs, rank)
+        methods |= {name: peer(function, inputs, rank) for name, function in peers.items()}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+    peaks: dict[str, float] = {}
+    for repetition in range(repetitions + 1):  # the first warms up, and gives the peak
+        names = list(methods)
+        names = names[repetition % len(names) :] + names[: repetition % len(names)]
+        for name in names:
+            if name not in methods:
+                continue
+            stats.reset()
+            try:
+                one = measure(methods[name], trim=repetition == 0)
+            except Exception as error:
+                # Both ranks run the same code on the same shapes, so both fail.
+                missing[name] = f"{dtype} {kind}: {type(error).__name__}: {error}"[:300]
+                del methods[name]
+                continue
+            if name == "ringworld":
+                one |= {"exposed_wait": stats.wait_seconds, "sent": float(stats.bytes_sent)}
+            if repetition == 0:
+                peaks[name] = one["peak"]
+            else:
+                figures[name].append(one)
+    gathered: list[Any] = [None] * RANKS
+    dist.all_gather_object(gathered, (figures, peaks))
+    rows = []
+    for name, ones in figures.items():
+        if not ones:
+            continue
+        both = [part[0][name] for part in gathered]
+        row: dict[str, Any] = {"tokens": length, "dtype": dtype, "kind": kind, "method": name}
+        row["cpu"] = min(sum(ranks[at]["cpu"] for ranks in both) for at in range(len(ones)))
+        row["wall"] = min(max(ranks[at]["wall"] for ranks in both) for at in range(len(ones)))
+        row["peak"] = max(part[1][name] for part in gathered)
+        if name == "ringworld":
+            row["exposed_wait"] = min(
+                max(ranks[at]["exposed_wait"] for ranks in both) for at in range(len(ones))
+            )
+            row["sent"] = max(ranks[0]["sent"] for ranks in both)
+        rows.append(row)
+        if rank == 0:
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def visited_area(documents: list[int], size: int, layout: str) -> float:
+    """Area of the 128 x 128 tiles that hold a visible pair over the visible pairs."""
+    plan = plan_ring(documents, sum(documents), size, layout)
+    area = 0
+    for rank in range(size):
+        for step in range(size):
+            tiles: set[tuple[int, int]] = set()
+            for q0, q1, k0, k1, diagonal in plan.rectangles(rank, step):
+                for row in range(q0 // 128, (q1 - 1) // 128 + 1):
+                    last = min(q1, (row + 1) * 128) - 1
+                    end = min(k1, k0 + last - q0 + 1) if diagonal else k1
+                    tiles.update((row, col) for col in range(k0 // 128, (end - 1) // 128 + 1))
+            area += len(tiles) * 128 * 128
+    return area / int(plan.pairs.sum())
+
+
+def balance_table() -> list[dict[str, Any]]:
+    """Counted, not timed: balance and tile area of packed 64Ki rows."""
+    rows = []
+    for kind, name in (("packed", "72 short"), ("tail", "11 long-tail")):
+        documents = documents_of(kind, 65536)
+        for size in (4, 8):
+            plan = plan_ring(documents, 65536, size)
+            rows.append(
+                {
+                    "documents": name,
+                    "ring": size,
+                    "layout": plan.layout,
+                    "balance": plan.imbalance,
+                    "area": visited_area(documents, size, plan.layout),
+                }
+            )
+    return rows
+
+
+def write(out: Path, result: dict[str, Any]) -> None:
+    """Write the figures as JSON and as tables."""
+    lines = [f"# Ring attention, {result['date']}", ""]
+    lines += [f"{result['machine']}. Load average before and after: {result['load']}.", ""]
+    lines += [
+        "Forward + backward, 8 heads x 64, causal, 2 ranks, one thread each. CPU: both ranks;",
+        "wall: the slower rank; peak: memory above the inputs, a rank. Least of "
+        f"{result['repetitions']} repetitions.",
+        "",
+        "| tokens | dtype | row | method | CPU s | x ideal | wall s | peak MiB |",
+        "| ---: | --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    base: dict[tuple[Any, ...], float] = {}
+    for row in result["rows"]:
+        case = (row["tokens"], row["dtype"], row["kind"])
+        base.setdefault(case, row["cpu"])
+        lines.append(
+            f"| {row['tokens']} | {row['dtype']} | {row['kind']} | {row['method']} "
+            f"| {row['cpu']:.2f} | {row['cpu'] / base[case]:.3f} | {row['wall']:.2f} "
+            f"| {row['peak'] / 2**20:.0f} |"
+        )
+    lines += ["", "Exposed wait (slower rank) and bytes sent (a rank, most), ringworld:", ""]
+    lines += [
+        f"- {row['tokens']} {row['dtype']} {row['kind']}: {row['exposed_wait']:.3f} s of "
+        f"{row['wall']:.2f} s; {row['sent'] / 2**20:.1f} MiB"
+        for row in result["rows"]
+        if "sent" in row
+    ]
+    if result["missing"]:
+        lines += ["", "Not run: " + "; ".join(f"{k} ({v})" for k, v in result["missing"].items())]
+    lines += [
+        "",
+        "Plan, 64Ki tokens, counted: slowest rank a step over the mean; tile area over pairs.",
+        "",
+        "| documents | ring | layout | balance | area |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['documents']} | {row['ring']} | {row['layout']} | {row['balance']:.3f} "
+        f"| {row['area']:.3f} |"
+        for row in result["balance"]
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """Measure, then write a dated table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 16384])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--kinds", nargs="+", default=["dense", "packed"])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=[], help="folders with the peers")
+    parser.add_argument("--out", type=Path, help="path without a suffix")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    result: dict[str, Any] = {"rows": [], "missing": {}}
+    if options.lengths:
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder, "store"))
+            mp.spawn(run_rank, (store, options), RANKS)
+            result = json.loads(Path(store + ".json").read_text())
+    result |= {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "load": f"{load:.1f}, {os.getloadavg()[0]:.1f}",
+        "repetitions": options.repetitions,
+        "balance": balance_table(),
+    }
+    default = Path(__file__).parent / "results" / f"ring_attention-{result['date']}"
+    write(options.out or default, result)
+
+
+if __name__ == "__main__":
+    main()
