@@ -214,7 +214,11 @@ def render_terminal(report: Report) -> RenderableType:
     for stage in report.stages:
         for row in _terminal_rows(stage):
             table.add_row(*row)
-    return Group(title, table, *(Text(sentence) for sentence in verdicts(report)))
+    saved = [stage.checkpoint for stage in report.stages if stage.checkpoint]
+    lines = verdicts(report)
+    if saved:
+        lines.append(f"Checkpoints: {', '.join(saved)}.")
+    return Group(title, table, *(Text(line) for line in lines))
 
 
 def _terminal_rows(stage: StageResult) -> list[list[str]]:

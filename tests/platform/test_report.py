@@ -108,6 +108,8 @@ def test_the_terminal_table_fits_80_columns(recorded_run: Path) -> None:
     text = console.export_text()
     assert "…" not in text
     assert "8Ki" in text and "held out" in text and "8k (2 attempts)" in text
+    last = build_report(recorded_run).stages[-1].checkpoint
+    assert last and f"{last}." in text.replace("\n", "")
 
 
 def test_running_mean_is_centred_and_skips_gaps() -> None:
