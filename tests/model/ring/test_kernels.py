@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ringworld_model.ring import plan_ring
 from ringworld_model.ring.backend import block_kernel, choose_backend
 from ringworld_model.ring.reference import dense_attention
 
@@ -103,25 +104,49 @@ def test_impossible_backends_are_refused_with_a_remedy(device, dtype, requested,
         choose_backend(device, dtype, requested)
 
 
+def whole_bf16(length, seed):
+    """grad_out, q, k, v in bf16; fp64 gradients of causal attention; those of one bf16 call."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(1, heads, length, 32, generator=generator) for heads in (2, 2, 1, 1)]
+    inputs = [tensor.bfloat16() for tensor in drawn]
+    results = []
+    for grad_out, q, k, v in ([tensor.double() for tensor in inputs], inputs):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        results.append(backward(grad_out, q, k, v, out, lse, 0.0, True))
+    return inputs, results[0], results[1]
+
+
 @pytest.mark.parametrize(
-    ("queries", "keys", "diagonal"), [(1024, 1024, True), (2100, 2100, True), (1100, 1700, False)]
+    ("length", "ring_size", "layout"),
+    [
+        (1024, 1, "zigzag"),
+        (2600, 1, "zigzag"),
+        (2048, 2, "zigzag"),
+        (4096, 2, "zigzag"),
+        (4700, 2, "block_cyclic"),
+        (4096, 4, "contiguous"),
+    ],
 )
-def test_large_bf16_gradients_are_closer_than_the_op_itself(queries, keys, diagonal):
-    q, k, v = block(queries, keys, 2, 1, 32, torch.bfloat16)
-    grad_out = torch.randn(2, queries, 2, 32).bfloat16().transpose(1, 2)
-    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    exact = [tensor.double() for tensor in (grad_out, q, k, v)]
-    out, lse = forward(*exact[1:], 0.0, diagonal)
-    wanted = backward(*exact, out, lse, 0.0, diagonal)
-    out, lse = forward(q, k, v, 0.0, diagonal)
-    alone = backward(grad_out, q, k, v, out, lse, 0.0, diagonal)
-    kernel = block_kernel("cpu")
-    out, lse = kernel.forward(q, k, v, diagonal, 32**-0.5)
-    # The lse of a longer row is a strided slice.
-    lse = torch.cat((lse, lse), -1)[..., :queries]
-    got = kernel.backward(grad_out, q, k, v, out.to(q.dtype), lse, diagonal, 32**-0.5)
-    for one, other, truth in zip(got, alone, wanted, strict=True):
-        assert one.dtype == torch.float32
-        error = (one.to(q.dtype).double() - truth).norm()
-        assert error <= (other.double() - truth).norm()
+def test_large_bf16_gradients_are_closer_than_one_full_call(length, ring_size, layout):
+    (grad_out, q, k, v), wanted, one_call = whole_bf16(length, seed=0)
+    kernel, scale = block_kernel("cpu"), 32**-0.5
+    out, lse = kernel.forward(q, k, v, True, scale)
+    out = out.to(q.dtype)
+    plan = plan_ring([length], length, ring_size, layout)
+    sums = [torch.zeros(tensor.shape) for tensor in (q, k, v)]
+    for rank in range(ring_size):
+        for step in range(ring_size):
+            of_q = plan.local_indices(rank)
+            of_k = plan.local_indices((rank - step) % ring_size)
+            for q0, q1, k0, k1, diagonal in plan.rectangles(rank, step):
+                rows, cols = (..., of_q[q0:q1], slice(None)), (..., of_k[k0:k1], slice(None))
+                # A strided slice of lse, as the ring passes it.
+                some = torch.stack((lse, lse), -1)[..., of_q[q0:q1], 0]
+                parts = grad_out[rows], q[rows], k[cols], v[cols], out[rows], some
+                shares = kernel.backward(*parts, diagonal, scale)
+                for total, where, share in zip(sums, (rows, cols, cols), shares, strict=True):
+                    total[where] += share
+    for got, full, truth in zip(sums, one_call, wanted, strict=True):
+        error = (got.to(q.dtype).double() - truth).norm()
+        assert error <= (full.double() - truth).norm()
