@@ -208,7 +208,9 @@ class Tracker:
                 database = Path(uri.removeprefix("sqlite:///"))
                 location = (database.parent.absolute() / "mlflow-artifacts").as_uri()
             try:
-                return client.create_experiment(name, artifact_location=location)
+                # The kind has MLflow's page open on training runs, not on its pages for agents.
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return client.create_experiment(name, artifact_location=location, tags=tags)
             except MlflowException:
                 found = client.get_experiment_by_name(name)  # somebody else was faster
                 if found is None:
