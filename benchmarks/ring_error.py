@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from ringworld_model.ring import plan_ring, ring_attention
-from ringworld_model.ring.backend import block_kernel
+from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.merge import merge_
 from ringworld_model.ring.plan import RingPlan
 from ringworld_model.ring.reference import ReferenceKernel
@@ -38,7 +38,7 @@ CURVES = [("bf16", sums) for sums in SUMS] + [("fp32", "fp32"), ("fp32", "bf16")
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
 LAYOUTS = {"dense": "zigzag", "packed": "block_cyclic"}
 
-KERNEL = block_kernel("cpu")
+KERNEL = CpuKernel()
 
 Tensors = tuple[torch.Tensor, ...]
 

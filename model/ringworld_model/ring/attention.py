@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from ringworld_model.ring.backend import block_kernel, choose_backend
+from ringworld_model.ring.backend import choose_backend, ring_kernel
 from ringworld_model.ring.check import agree, check_inputs, describe
 from ringworld_model.ring.comm import Mail, Message, Ring, RingStats, Rotation
+from ringworld_model.ring.kernel import RingKernel, RowGroup, accumulator, group_rows
 from ringworld_model.ring.parcel import Load, Pair, add, empty_parcel, is_complete, pack, unpack
 from ringworld_model.ring.plan import RingPlan
-from ringworld_model.ring.steps import RingCall, backward_step, forward_step, group_rows
 
 
 def ring_attention(
@@ -65,7 +65,7 @@ def ring_attention(
         chosen, _ = choose_backend(q.device.type, str(q.dtype), backend, q.shape[-1])
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         ring = Ring.over(group, plans[0].ring_size)
-        call = RingCall(ring, block_kernel(chosen), group_rows(plans), scale, stats)
+        call = _Call(ring, ring_kernel(chosen), group_rows(plans), scale, stats)
         terms = describe(q, k, plans, chosen, scale)
     except ValueError as error:
         problem = str(error)
@@ -101,19 +101,29 @@ class RingContext:
         )
 
 
+class _Call(NamedTuple):
+    """What forward and backward share."""
+
+    ring: Ring
+    kernel: RingKernel
+    rows: list[RowGroup]
+    scale: float
+    stats: RingStats
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RingCall
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call
     ) -> torch.Tensor:
         q, k, v = (_last_dim_contiguous(tensor) for tensor in (q, k, v))
-        batch, length, heads, _ = q.shape
-        exact = _accumulator(q.dtype)
-        total = torch.zeros(q.shape, dtype=exact, device=q.device)
-        lse = q.new_full((batch, heads, length), -torch.inf, dtype=exact)
+        with call.stats.computing():
+            own = call.kernel.forward(call.ring.rank, call.rows, q, call.scale)
         for step, keys, values in _visits(call, k, v):
-            forward_step(call, step, q, keys, values, total, lse)
-        out = total.to(q.dtype)
+            with call.stats.computing():
+                own.step(step, keys, values)
+        with call.stats.computing():
+            out, lse = own.finish()
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         return out
@@ -123,11 +133,14 @@ class _RingAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        call: RingCall = ctx.call
+        call: _Call = ctx.call
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = _last_dim_contiguous(grad_out)
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        own = torch.zeros((2, *k.shape), dtype=lse.dtype, device=q.device)
+        with call.stats.computing():
+            mine = call.kernel.backward(
+                call.ring.rank, call.rows, grad_out, q, out, lse, call.scale
+            )
+        own = torch.zeros((2, *k.shape), dtype=accumulator(k.dtype), device=q.device)
         rank, size = call.ring.rank, call.ring.size
         travels = [plan.travel(rank) for _, plan in call.rows]
 
@@ -145,7 +158,8 @@ class _RingAttention(torch.autograd.Function):
         homecoming: list[tuple[torch.Tensor, list[Load]]] = []
         for step, keys, values in _visits(call, k, v):
             share = own if step == 0 else torch.zeros_like(own)
-            backward_step(call, step, (grad_out, q, keys, values, out, lse), dq, share)
+            with call.stats.computing():
+                mine.step(step, keys, values, share[0], share[1])
             if step == 0:
                 continue
             pair = (share[0], share[1])
@@ -161,11 +175,13 @@ class _RingAttention(torch.autograd.Function):
         mail.finish()
         for parcel, home in homecoming:
             add(parcel, (own[0], own[1]), home)
-        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None
+        with call.stats.computing():
+            dq = mine.finish()
+        return dq, own[0].to(k.dtype), own[1].to(v.dtype), None
 
 
 def _visits(
-    call: RingCall, k: torch.Tensor, v: torch.Tensor
+    call: _Call, k: torch.Tensor, v: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield (step, K, V) of each ring step's source, while the next step's are on their way.
 
@@ -198,10 +214,6 @@ def _visits(
         same = leave[step + 1] == arrive[step + 1]
         outgoing = incoming if same else pack(pair, leave[step + 1])
     yield ring.size - 1, *pair
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:

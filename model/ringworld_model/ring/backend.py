@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from ringworld_model.ring.block_cpu import CpuKernel
-from ringworld_model.ring.kernel import BlockKernel
+from ringworld_model.ring.kernel import RingKernel
+from ringworld_model.ring.rectangles import RectangleKernel
 from ringworld_model.ring.reference import ReferenceKernel
 
-_KERNELS: dict[str, BlockKernel] = {"cpu": CpuKernel(), "reference": ReferenceKernel()}
+_KERNELS = {
+    "cpu": RectangleKernel(CpuKernel()),
+    "reference": RectangleKernel(ReferenceKernel()),
+}
 _KNOWN = ("auto", "cpu", "flash", "triton", "reference")
 _CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -56,7 +60,7 @@ def choose_backend(
     return "cpu", f"{chosen}: torch's flash attention for cpu, {dtype}"
 
 
-def block_kernel(backend: str) -> BlockKernel:
+def ring_kernel(backend: str) -> RingKernel:
     """Return the kernel of a backend that ``choose_backend`` returned."""
     return _KERNELS[backend]
 

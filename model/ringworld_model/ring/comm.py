@@ -6,7 +6,8 @@ All of a group's ranks must start the same rotations in the same order, from one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -30,6 +31,13 @@ class RingStats:
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     bytes_sent: int = 0
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Add the time inside to ``compute_seconds``."""
+        began = time.perf_counter()
+        yield
+        self.compute_seconds += time.perf_counter() - began
 
     def reset(self) -> None:
         """Set every figure to zero."""

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from ringworld_model.ring import plan_ring
-from ringworld_model.ring.backend import block_kernel, choose_backend
-from ringworld_model.ring.reference import dense_attention
+from ringworld_model.ring.backend import choose_backend
+from ringworld_model.ring.block_cpu import CpuKernel
+from ringworld_model.ring.reference import ReferenceKernel, dense_attention
 
 
 def block(queries, keys, heads, kv_heads, width, dtype=torch.float64):
@@ -17,7 +18,7 @@ def block(queries, keys, heads, kv_heads, width, dtype=torch.float64):
     return normal(queries, heads), normal(keys, kv_heads), normal(keys, kv_heads)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=["cpu", "reference"])
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "kv_heads", "width", "diagonal"),
     [
@@ -27,9 +28,9 @@ def block(queries, keys, heads, kv_heads, width, dtype=torch.float64):
         (3, 300, 8, 2, 32, False),
     ],
 )
-def test_kernels_match_autograd(name, queries, keys, heads, kv_heads, width, diagonal):
+def test_kernels_match_autograd(kernel, queries, keys, heads, kv_heads, width, diagonal):
     q, k, v = block(queries, keys, heads, kv_heads, width)
-    kernel, scale = block_kernel(name), 0.3
+    scale = 0.3
     out, lse = kernel.forward(q, k, v, diagonal, scale)
     grad_out = torch.randn(out.shape, dtype=torch.float64).transpose(1, 2).contiguous()
     got = kernel.backward(grad_out.transpose(1, 2), q, k, v, out, lse, diagonal, scale)
@@ -59,7 +60,7 @@ def test_the_oracle_masks_by_segment():
 
 
 def test_the_cpu_kernel_refuses_what_its_op_gets_wrong():
-    kernel = block_kernel("cpu")
+    kernel = CpuKernel()
     q, k, v = block(4, 6, 2, 2, 8)
     with pytest.raises(ValueError, match="needs queries and keys, got 0 and 6"):
         kernel.forward(q[:, :, :0], k, v, False, 1.0)
@@ -130,7 +131,7 @@ def whole_bf16(length, seed):
 )
 def test_large_bf16_gradients_are_closer_than_one_full_call(length, ring_size, layout):
     (grad_out, q, k, v), wanted, one_call = whole_bf16(length, seed=0)
-    kernel, scale = block_kernel("cpu"), 32**-0.5
+    kernel, scale = CpuKernel(), 32**-0.5
     out, lse = kernel.forward(q, k, v, True, scale)
     out = out.to(q.dtype)
     plan = plan_ring([length], length, ring_size, layout)

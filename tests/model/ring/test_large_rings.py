@@ -1,60 +1,17 @@
-"""Rings larger than the machine, and one document's influence on another, in one process.
-
-The ranks' steps run one after another; only the transfers are left out.
-"""
+"""Rings larger than the machine, and one document's influence on another, in one process."""
 
 import random
 
 import pytest
 import torch
 
-from ringworld_model.ring import RingStats, plan_ring
-from ringworld_model.ring.backend import block_kernel
-from ringworld_model.ring.comm import Ring
+from ringworld_model.ring import plan_ring
+from ringworld_model.ring.backend import ring_kernel
 from ringworld_model.ring.layout import LAYOUTS
 from ringworld_model.ring.reference import dense_attention
-from ringworld_model.ring.steps import RingCall, backward_step, forward_step, group_rows
+from ringworld_model.ring.simulation import simulate
 
-
-def simulate(plan, q, k, v, grad_out):
-    """out, dq, dk, dv of whole rows [B, S, heads, D], as the ring computes them."""
-    padded = plan.ring_size * plan.local_length
-
-    def cut(whole, rank):
-        room = whole.new_zeros(whole.shape[0], padded, *whole.shape[2:])
-        room[:, : whole.shape[1]] = whole
-        return room[:, plan.local_indices(rank)]
-
-    def place(whole, rank, local):
-        indices = plan.local_indices(rank)
-        real = indices < plan.context_length
-        whole[:, indices[real]] += local[:, real]
-
-    results = [torch.zeros_like(tensor) for tensor in (q, q, k, v)]
-    for rank in range(plan.ring_size):
-        call = RingCall(
-            Ring(rank, plan.ring_size, None),
-            block_kernel("cpu"),
-            group_rows([plan] * q.shape[0]),
-            q.shape[-1] ** -0.5,
-            RingStats(),
-        )
-        local_q, local_grad = cut(q, rank), cut(grad_out, rank)
-        out, dq = torch.zeros_like(local_q), torch.zeros_like(local_q)
-        lse = q.new_full((q.shape[0], q.shape[2], plan.local_length), -torch.inf)
-        sources = [(rank - step) % plan.ring_size for step in range(plan.ring_size)]
-        for step, source in enumerate(sources):
-            forward_step(call, step, local_q, cut(k, source), cut(v, source), out, lse)
-        for step, source in enumerate(sources):
-            keys, values = cut(k, source), cut(v, source)
-            dkv = torch.zeros(2, *keys.shape, dtype=q.dtype)
-            saved = (local_grad, local_q, keys, values, out, lse)
-            backward_step(call, step, saved, dq, dkv)
-            place(results[2], source, dkv[0])
-            place(results[3], source, dkv[1])
-        place(results[0], rank, out)
-        place(results[1], rank, dq)
-    return results
+CPU = ring_kernel("cpu")
 
 
 def inputs(length, heads, kv_heads, width, dtype, seed=0):
@@ -80,7 +37,7 @@ def segments(lengths, context_length):
 def test_a_large_ring_matches_the_oracle(layout, ring_size, lengths, context_length):
     q, k, v, grad_out = inputs(context_length, 2, 1, 32, torch.float64, seed=ring_size)
     plan = plan_ring(lengths, context_length, ring_size, layout)
-    got = simulate(plan, q, k, v, grad_out)
+    got = simulate(plan, q, k, v, grad_out, CPU)
     for tensor in (q, k, v):
         tensor.requires_grad_()
     out = dense_attention(q, k, v, segments(lengths, context_length))
@@ -98,13 +55,13 @@ def test_a_document_changes_no_bit_of_another(layout, changed):
     context_length = sum(lengths) + 10
     plan = plan_ring(lengths, context_length, 4, layout)
     tensors = inputs(context_length, 4, 2, 32, torch.float32)
-    before = simulate(plan, *tensors)
+    before = simulate(plan, *tensors, CPU)
     start = sum(lengths[:changed])
     part = slice(start, start + lengths[changed])
     for tensor in tensors:
         # Values that would show anywhere, were they only multiplied by zero.
         tensor[:, part] = torch.nan
-    after = simulate(plan, *tensors)
+    after = simulate(plan, *tensors, CPU)
     for one, other in zip(before, after, strict=True):
         assert other[:, part].isnan().all()
         assert torch.equal(one[:, :start], other[:, :start])
