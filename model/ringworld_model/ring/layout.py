@@ -8,6 +8,7 @@ indices are padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
@@ -35,7 +36,7 @@ class Layout:
     blocks_per_rank: int
 
     @property
-    def local_length(self) -> int:
+    def length(self) -> int:
         """Tokens that each rank holds, padding included."""
         return self.block_tokens * self.blocks_per_rank
 
@@ -47,7 +48,7 @@ class Layout:
         return ranks.repeat(self.blocks_per_rank)
 
     def local_indices(self, rank: int) -> torch.Tensor:
-        """Row index of each token that ``rank`` holds: int64 [local_length], ascending."""
+        """Row index of each token that ``rank`` holds: int64 [length], ascending."""
         if self.name == "zigzag":
             blocks = torch.tensor([rank, 2 * self.ring_size - 1 - rank])
         else:
@@ -74,26 +75,34 @@ class Layout:
         return block * self.block_tokens + local - turn * self.block_tokens
 
 
-def build_layout(name: str, context_length: int, ring_size: int) -> Layout:
+def build_layout(name: str, context_length: int, ring_size: int, multiple: int = 1) -> Layout:
     """Return the layout ``name`` of a row of ``context_length`` tokens over ``ring_size`` ranks.
 
     Args:
         name: one of ``LAYOUTS``.
         context_length: tokens of the whole row, any length from 1.
         ring_size: number of ranks, from 1.
+        multiple: each rank's tokens are padded to a multiple of it, from 1.
 
     Raises:
         ValueError: no such layout.
     """
     if name == "contiguous":
-        return Layout(name, ring_size, -(-context_length // ring_size), 1)
+        return Layout(name, ring_size, _padded(context_length, ring_size, multiple), 1)
     if name == "zigzag":
-        return Layout(name, ring_size, -(-context_length // (2 * ring_size)), 2)
+        of_a_block = multiple // gcd(multiple, 2)
+        return Layout(name, ring_size, _padded(context_length, 2 * ring_size, of_a_block), 2)
     if name == "block_cyclic":
-        per_round = BLOCK_CYCLIC_TOKENS * ring_size
-        return Layout(name, ring_size, BLOCK_CYCLIC_TOKENS, -(-context_length // per_round))
+        tokens = BLOCK_CYCLIC_TOKENS
+        blocks = _padded(context_length, tokens * ring_size, multiple // gcd(multiple, tokens))
+        return Layout(name, ring_size, tokens, blocks)
     if name == "striped":
-        return Layout(name, ring_size, 1, -(-context_length // ring_size))
+        return Layout(name, ring_size, 1, _padded(context_length, ring_size, multiple))
     raise ValueError(
         f"attention.layout={name!r} is unknown; choose auto or one of {', '.join(LAYOUTS)}"
     )
+
+
+def _padded(whole: int, parts: int, multiple: int) -> int:
+    """What each of ``parts`` equal parts of ``whole`` holds, in multiples."""
+    return -(-whole // (parts * multiple)) * multiple

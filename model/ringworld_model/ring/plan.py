@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -24,22 +25,32 @@ _PAIRS_PER_TOKEN = 4096
 class RingPlan:
     """Who holds which tokens of one row, and who computes what when. See ``plan_ring``.
 
-    At ring step s, rank r works on the keys and values of rank (r - s) mod ring_size. Two plans
-    are equal when they are for the same documents, lengths, ring and layout.
+    The row is cut over ring_size places of heads_size ranks each. The ranks of a place hold the
+    neighbouring parts of its tokens; for attention they exchange them, so that each works on all
+    ring_length tokens of the place with 1 / heads_size of the heads. So ``local_length`` and
+    ``local_indices`` are about ranks, 0 to ring_size * heads_size - 1, and rank r is at place
+    r // heads_size; all else (``ring_length``, ``rectangles``, ``travel``, ``pairs``) is about
+    places. With heads_size 1 there is no difference.
+
+    At ring step s, place p works on the keys and values of place (p - s) mod ring_size. Two plans
+    are equal when they are for the same documents, lengths, sizes and layout.
 
     Attributes:
         document_lengths: tokens of each document; they follow one another from index 0.
         context_length: tokens of the whole row.
-        ring_size: number of ranks.
+        ring_size: number of places.
+        heads_size: ranks of a place.
         layout: the layout's name, never "auto".
         local_length: tokens that each rank holds, padding included; the same on every rank.
         digest: 16 hex digits that differ between plans that are not equal.
-        pairs: visible pairs, int64 [ring_size, ring_size], by (rank, step). Do not write to it.
+        pairs: visible pairs, int64 [ring_size, ring_size], by (place, step). Do not write to it.
+        cache: room for tables that kernels derive from the plan, under keys of their own.
     """
 
     document_lengths: tuple[int, ...]
     context_length: int
     ring_size: int
+    heads_size: int
     layout: str
     local_length: int
     digest: str = field(compare=False, repr=False)
@@ -51,9 +62,15 @@ class RingPlan:
         compare=False, repr=False, default_factory=dict
     )
     _travels: dict[int, Travel] = field(compare=False, repr=False, default_factory=dict)
+    cache: dict[Any, Any] = field(compare=False, repr=False, default_factory=dict)
+
+    @property
+    def ring_length(self) -> int:
+        """Tokens that the ranks of a place hold together: local_length * heads_size."""
+        return self.local_length * self.heads_size
 
     def local_indices(self, rank: int) -> torch.Tensor:
-        """Row index of each local token of ``rank``.
+        """Row index of each local token of ``rank``, 0 to ring_size * heads_size - 1.
 
         Returns:
             int64 [local_length], ascending. Indices from ``context_length`` on are padding; so
@@ -62,7 +79,17 @@ class RingPlan:
         Raises:
             ValueError: no such rank.
         """
-        return self._layout.local_indices(self._check("rank", rank))
+        ranks = self.ring_size * self.heads_size
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank={rank} is outside the ring of {ranks}")
+        place, part = divmod(rank, self.heads_size)
+        return self._layout.local_indices(place)[
+            part * self.local_length : (part + 1) * self.local_length
+        ]
+
+    def explain(self) -> str:
+        """One sentence: which layout was taken, and why."""
+        return f"{self.layout}"
 
     def rectangles(self, rank: int, step: int) -> tuple[Rectangle, ...]:
         """What ``rank`` computes at ring step ``step``: each visible pair in exactly one of them.
@@ -113,7 +140,13 @@ class RingPlan:
 
 
 def plan_ring(
-    document_lengths: Sequence[int], context_length: int, ring_size: int, layout: str = "auto"
+    document_lengths: Sequence[int],
+    context_length: int,
+    ring_size: int,
+    layout: str = "auto",
+    *,
+    heads_size: int = 1,
+    backend: str = "auto",
 ) -> RingPlan:
     """Plan attention over one row: causal within each document, nothing across documents.
 
@@ -123,14 +156,23 @@ def plan_ring(
         document_lengths: tokens of each document of the row, in order, each at least 1. Their sum
             may be less than context_length: the rest of the row is padding.
         context_length: tokens of the whole row, any number from 1.
-        ring_size: number of ranks, any number from 1.
+        ring_size: number of places in the ring, any number from 1.
         layout: "block_cyclic", "contiguous", "zigzag", "striped", or "auto" for the one whose
             counted cost (slowest rank of each step, masked waste, calls, padding) is least.
+        heads_size: ranks of each place, that share its heads; any number from 1.
+        backend: the backend whose cost "auto" counts; nothing else depends on it.
 
     Raises:
         ValueError: an impossible length or size, or an unknown layout.
     """
-    return plan_rows([document_lengths], context_length, ring_size, layout)[0]
+    return plan_rows(
+        [document_lengths],
+        context_length,
+        ring_size,
+        layout,
+        heads_size=heads_size,
+        backend=backend,
+    )[0]
 
 
 def plan_rows(
@@ -138,6 +180,9 @@ def plan_rows(
     context_length: int,
     ring_size: int,
     layout: str = "auto",
+    *,
+    heads_size: int = 1,
+    backend: str = "auto",
 ) -> list[RingPlan]:
     """Plan the rows of one batch: as ``plan_ring`` does, with one layout for all rows.
 
@@ -146,15 +191,18 @@ def plan_rows(
     Args:
         document_lengths: of each row, see ``plan_ring``.
         context_length: tokens of each whole row.
-        ring_size: number of ranks.
+        ring_size: number of places.
         layout: see ``plan_ring``.
+        heads_size: ranks of each place.
+        backend: see ``plan_ring``.
 
     Raises:
         ValueError: see ``plan_ring``.
     """
-    if context_length < 1 or ring_size < 1:
+    if context_length < 1 or ring_size < 1 or heads_size < 1:
         raise ValueError(
-            f"context_length={context_length} and ring_size={ring_size} must be at least 1"
+            f"context_length={context_length}, ring_size={ring_size} and heads_size={heads_size} "
+            "must be at least 1"
         )
     rows = [tuple(int(length) for length in lengths) for lengths in document_lengths]
     for row, lengths in enumerate(rows):
@@ -173,7 +221,7 @@ def plan_rows(
     for name in LAYOUTS if layout == "auto" else (layout,):
         if best and name == "striped" and least < _least_striped(rows, ring_size):
             continue
-        plans = [_plan(row, context_length, ring_size, name) for row in rows]
+        plans = [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
         cost = sum(plan._cost for plan in plans)
         if not best or cost < least:
             best, least = plans, cost
@@ -190,23 +238,26 @@ def _least_striped(rows: Sequence[Sequence[int]], ring_size: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _plan(lengths: tuple[int, ...], context_length: int, ring_size: int, name: str) -> RingPlan:
-    layout = build_layout(name, context_length, ring_size)
+def _plan(
+    lengths: tuple[int, ...], context_length: int, ring_size: int, heads_size: int, name: str
+) -> RingPlan:
+    layout = build_layout(name, context_length, ring_size, heads_size)
     work = count_work(layout, lengths)
-    identity = repr((lengths, context_length, ring_size, name))
+    identity = repr((lengths, context_length, ring_size, heads_size, name))
     # Integers, so that every machine agrees on the least.
     steps = _by_step(work.pairs + work.wasted + _PAIRS_PER_CALL * work.calls).max(0).values
     return RingPlan(
         document_lengths=lengths,
         context_length=context_length,
         ring_size=ring_size,
+        heads_size=heads_size,
         layout=name,
-        local_length=layout.local_length,
+        local_length=layout.length // heads_size,
         digest=hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
         pairs=_by_step(work.pairs),
         _layout=layout,
         _work=work,
-        _cost=int(steps.sum()) + _PAIRS_PER_TOKEN * layout.local_length,
+        _cost=int(steps.sum()) + _PAIRS_PER_TOKEN * layout.length,
     )
 
 
