@@ -8,6 +8,7 @@ from the plan alone.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -54,53 +55,61 @@ def plan_travel(layout: Layout, document_lengths: tuple[int, ...], rank: int) ->
     lengths = torch.tensor(document_lengths, dtype=torch.int64)
     ends = lengths.cumsum(0)
     starts = ends - lengths
+    # A document inside one block stays at home.
+    block = layout.block_tokens
+    spread = (starts // block < (ends - 1) // block).nonzero()[:, 0]
+    starts, ends = starts[spread], ends[spread]
+    if size == 1 or len(starts) == 0:
+        return Travel(*(((),) * size,) * 6)
     every = torch.arange(size)
-    # [D, R]: one past the last token of each document that each rank holds; the document's start
-    # where it holds none. The keys that a rank sees of a document are those before this index.
-    held = layout.tokens_before(ends[:, None], every)
-    last = torch.where(
-        held > layout.tokens_before(starts[:, None], every),
-        layout.row_index((held - 1).clamp(min=0), every) + 1,
-        starts[:, None],
+    last, holds = _last_tokens(layout, starts, ends)  # [R, D]
+    # All tables by (step, document). What a rank needs of a document ends at its last token, and
+    # what several need at the furthest of theirs.
+    source = (rank - every) % size
+    ahead = last[(rank + every) % size]  # of this rank, the next one, and so on
+    needed = ahead.cummax(0).values.flip(0)  # by this rank and those after it
+    near = ahead[1:].cummax(0).values
+    later = torch.cat((near.flip(0), starts[None]))  # by those after it only
+    none = starts.expand(2, -1)
+    before = last[(rank - every[1:]) % size].cummax(0).values  # by those that had the keys before
+    arrived = torch.minimum(torch.cat((none, before[:-1])), needed)
+    present = torch.maximum(arrived, last[rank])
+    onward = torch.minimum(present, later)
+    # The same of this rank's own keys, as they are at rank + step.
+    rest = ahead.flip(0).cummax(0).values.flip(0)
+    away = torch.maximum(torch.minimum(torch.cat((none, near[:-1])), rest), ahead)
+    onto = torch.cat((rest[1:], starts[None]))
+    begin = starts.expand(size, -1)
+    low = torch.stack((begin, begin, begin, begin, onward, torch.minimum(away, onto)))
+    high = torch.stack((needed, later, arrived, onward, present, away))
+    owner = torch.stack((source,) * 5 + (torch.full_like(source, rank),))  # [6, R]
+    moves = (low < high) & holds[owner]
+    # At step 0 the rank's own keys leave, and nothing else happens.
+    moves[torch.tensor([0, 2, 3, 4, 5]), 0] = False
+    way, step, _ = at = moves.nonzero(as_tuple=True)
+    whose = owner[way, step]
+    spans = _spans(
+        way * size + step,
+        layout.tokens_before(low[at], whose),
+        layout.tokens_before(high[at], whose),
+        6 * size,
     )
-    # Column j: the furthest of j + 1 ranks: from this one onward, from the next one onward, and
-    # from the one before this backward.
-    onward = last[:, (rank + every) % size].cummax(1).values
-    beyond = last[:, (rank + 1 + every) % size].cummax(1).values
-    before = last[:, (rank - 1 - every) % size].cummax(1).values
-    # Column j: the furthest of the ranks `rank + j` to `rank + R - 1`.
-    rest = last[:, (rank + every) % size].flip(1).cummax(1).values.flip(1)
+    return Travel(*(tuple(spans[first : first + size]) for first in range(0, 6 * size, size)))
 
-    def spans(source: int, low: torch.Tensor, high: torch.Tensor) -> Spans:
-        of = torch.tensor(source)
-        return _spans(layout.tokens_before(low, of), layout.tokens_before(high, of))
 
-    table: list[tuple[Spans, ...]] = [((),) * 6]
-    if size > 1:
-        # Step 0: the rank's own keys leave; nothing has come.
-        table = [((), spans(rank, starts, beyond[:, size - 2]), (), (), (), ())]
-    for step in range(1, size):
-        source = (rank - step) % size
-        ranks_left = size - 1 - step
-        needed = onward[:, ranks_left]
-        later = beyond[:, ranks_left - 1] if ranks_left else starts
-        arrived = torch.minimum(before[:, step - 2], needed) if step > 1 else starts
-        present = torch.maximum(arrived, last[:, rank])
-        # The same of this rank's own keys, as they are at rank + step.
-        away = torch.minimum(beyond[:, step - 2], rest[:, step]) if step > 1 else starts
-        away = torch.maximum(away, last[:, (rank + step) % size])
-        onto = rest[:, step + 1] if ranks_left else starts
-        table.append(
-            (
-                spans(source, starts, needed),
-                spans(source, starts, later),
-                spans(source, starts, arrived),
-                spans(source, starts, torch.minimum(present, later)),
-                spans(source, torch.minimum(present, later), present),
-                spans(rank, torch.minimum(away, onto), away),
-            )
-        )
-    return Travel(*zip(*table, strict=True))
+def _last_tokens(
+    layout: Layout, starts: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each rank's part of each document ends.
+
+    Returns:
+        int64 [R, D]: row index after the rank's last token of the document, its start where the
+            rank holds none of it; bool [R, D]: whether it holds any.
+    """
+    every = torch.arange(layout.ring_size)[:, None]
+    held = layout.tokens_before(ends, every)
+    holds = held > layout.tokens_before(starts, every)
+    return torch.where(holds, layout.row_index((held - 1).clamp(min=0), every) + 1, starts), holds
 
 
 def count_rows(spans: Spans) -> int:
@@ -108,12 +117,15 @@ def count_rows(spans: Spans) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def _spans(starts: torch.Tensor, stops: torch.Tensor) -> Spans:
-    """Merge the ranges that touch and drop the empty ones."""
+def _spans(
+    keys: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, num_keys: int
+) -> list[Spans]:
+    """Spans of each key, where ``keys`` ascend: touching ranges merged, empty ones dropped."""
     real = starts < stops
-    starts, stops = starts[real], stops[real]
-    if len(starts) == 0:
-        return ()
-    apart = torch.ones(len(starts) + 1, dtype=torch.bool)
-    apart[1:-1] = starts[1:] != stops[:-1]
-    return tuple(zip(starts[apart[:-1]].tolist(), stops[apart[1:]].tolist(), strict=True))
+    keys, starts, stops = keys[real], starts[real], stops[real]
+    apart = torch.ones(len(keys) + 1, dtype=torch.bool)
+    apart[1:-1] = (keys[1:] != keys[:-1]) | (starts[1:] != stops[:-1])
+    first, last = apart[:-1], apart[1:]
+    ranges = zip(starts[first].tolist(), stops[last].tolist(), strict=True)
+    counts = torch.bincount(keys[first], minlength=num_keys).tolist()
+    return [tuple(islice(ranges, count)) for count in counts]
