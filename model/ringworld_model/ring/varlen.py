@@ -1,0 +1,167 @@
+"""Variable-length calls: the rectangles of one ring step in as few flash calls as they allow.
+
+A variable-length flash call attends many sequences at once, each to its own keys: all of them in
+full, or all causal. Here a sequence is a rectangle. Rectangles share a call where they are of one
+kind and no query row and no key row is in two of them, so that each row of out, lse, dq, dk and dv
+has one writer.
+
+B rows, T local tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from ringworld_model.ring.plan import RingPlan
+from ringworld_model.ring.rectangle import Rectangle
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of one call begin and end, as flash ops want it."""
+
+    cu_queries: torch.Tensor
+    """int32 [sequences + 1] on the device: first query row of each, and the total."""
+    cu_keys: torch.Tensor
+    """int32 [sequences + 1] on the device, likewise."""
+    max_queries: int
+    max_keys: int
+    causal: bool
+    """Query i of a sequence sees its keys 0 to i; such a sequence has as many queries as keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Local tokens that a call reads and writes: one range, else a list of indices.
+
+    Attributes:
+        start: first token.
+        stop: past the last token.
+        index: int64 [tokens] on the device where they are not all of [start, stop).
+    """
+
+    start: int
+    stop: int
+    index: torch.Tensor | None
+
+    def of(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """These tokens of a tensor whose dim ``dim`` is T: a view where they are one range."""
+        if self.index is None:
+            return tensor.narrow(dim, self.start, self.stop - self.start)
+        return tensor.index_select(dim, self.index)
+
+    def packed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These tokens of [B, T, heads, D], row after row: [B * tokens, heads, D]."""
+        return self.of(tensor).flatten(0, 1)
+
+    def add_(self, tensor: torch.Tensor, packed: torch.Tensor) -> None:
+        """Add [B * tokens, heads, D] to these tokens of [B, T, heads, D], in place."""
+        values = packed.unflatten(0, (len(tensor), -1))
+        if self.index is None:
+            self.of(tensor).add_(values)
+        else:
+            # No token is in the list twice, so the order of the sums is no question.
+            tensor.index_add_(1, self.index, values.to(tensor.dtype))
+
+
+class VarlenCall(NamedTuple):
+    """One call: which tokens, and how they fall into sequences."""
+
+    queries: Tokens
+    keys: Tokens
+    sequences: Sequences
+
+
+def varlen_calls(
+    plan: RingPlan, rank: int, step: int, num_rows: int, device: torch.device
+) -> list[VarlenCall]:
+    """Return the calls of one ring step for neighbouring rows of one plan; cached on the plan.
+
+    Args:
+        plan: of the rows.
+        rank: this rank's place in the ring.
+        step: ring step.
+        num_rows: rows of the batch that share the plan; they share the calls too.
+        device: where the calls run.
+    """
+    key = ("varlen", rank, step, num_rows, device)
+    if key not in plan.cache:
+        plan.cache[key] = [
+            _call(group, num_rows, device)
+            for group in group_rectangles(plan.rectangles(rank, step))
+        ]
+    calls: list[VarlenCall] = plan.cache[key]
+    return calls
+
+
+def group_rectangles(rectangles: Iterable[Rectangle]) -> list[list[Rectangle]]:
+    """Group the rectangles of one ring step into calls, each group ordered by its queries.
+
+    Each goes into the first group that takes it. Documents do not meet, so there are as many groups
+    as the most divided document needs.
+    """
+    groups: list[_Group] = []
+    for rectangle in rectangles:
+        if not any(group.take(rectangle) for group in groups):
+            groups.append(_Group(rectangle))
+    return [group.rectangles for group in groups]
+
+
+class _Group:
+    def __init__(self, rectangle: Rectangle) -> None:
+        self.rectangles = [rectangle]
+        self._by_key = [(rectangle.k0, rectangle.k1)]
+
+    def take(self, new: Rectangle) -> bool:
+        if new.diagonal != self.rectangles[0].diagonal:
+            return False
+        by_key, keys = self._by_key, (new.k0, new.k1)
+        key_at = bisect_left(by_key, keys)
+        at = bisect_left(self.rectangles, new)
+        before, after = self.rectangles[at - 1 : at], self.rectangles[at : at + 1]
+        if (
+            (before and before[0].q1 > new.q0)
+            or (after and after[0].q0 < new.q1)
+            or (key_at > 0 and by_key[key_at - 1][1] > new.k0)
+            or (key_at < len(by_key) and by_key[key_at][0] < new.k1)
+        ):
+            return False
+        self.rectangles.insert(at, new)
+        by_key.insert(key_at, keys)
+        return True
+
+
+def _call(group: Sequence[Rectangle], num_rows: int, device: torch.device) -> VarlenCall:
+    queries = [(rectangle.q0, rectangle.q1) for rectangle in group]
+    keys = [(rectangle.k0, rectangle.k1) for rectangle in group]
+    return VarlenCall(
+        _tokens(queries, device),
+        _tokens(keys, device),
+        Sequences(
+            _cumulative(queries, num_rows, device),
+            _cumulative(keys, num_rows, device),
+            max(stop - start for start, stop in queries),
+            max(stop - start for start, stop in keys),
+            group[0].diagonal,
+        ),
+    )
+
+
+def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tokens:
+    start, stop = ranges[0][0], ranges[-1][1]
+    if all(one[1] == other[0] for one, other in zip(ranges, ranges[1:], strict=False)):
+        return Tokens(start, stop, None)
+    index = torch.cat([torch.arange(*one) for one in ranges])
+    return Tokens(start, stop, index.to(device))
+
+
+def _cumulative(
+    ranges: Sequence[tuple[int, int]], num_rows: int, device: torch.device
+) -> torch.Tensor:
+    lengths = [stop - start for start, stop in ranges] * num_rows
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device)
