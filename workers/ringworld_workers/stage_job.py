@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ringworld_jobs.spec import JobSpec, StageSpec
 from ringworld_model.config import ModelConfig
@@ -28,6 +29,7 @@ class StageJob:
         model_config: the model's shape, table sizes filled in from the data.
         checkpoint_url: where the run's checkpoints lie: ``file:///abs/runs/quickstart-1/checkpoints``.
         spec_digest: digest of the resolved spec; checkpoints carry it.
+        proved: the run has proof already that this stage's ring is right on this mesh.
     """
 
     run_id: str
@@ -43,6 +45,7 @@ class StageJob:
     model_config: ModelConfig
     checkpoint_url: str
     spec_digest: str
+    proved: bool = False
 
     @property
     def stage(self) -> StageSpec:
@@ -53,3 +56,23 @@ class StageJob:
     def group_name(self) -> str:
         """Name of this gang's rendezvous: unlike for any two attempts."""
         return f"{self.run_id}/{self.stage.name}/attempt-{self.attempt}"
+
+    def record(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """A line of the metric log, with what every line carries.
+
+        Args:
+            kind: what sort of line, such as ``step``.
+            step: steps of the stage that are done.
+            **values: what it says.
+        """
+        done = sum(stage.num_steps for stage in self.spec.stages[: self.stage_index])
+        return {
+            "kind": kind,
+            "stage": self.stage.name,
+            "stage_index": self.stage_index,
+            "step": step,
+            "global_step": done + step,
+            "attempt": self.attempt,
+            "time": time.time(),
+            **values,
+        }

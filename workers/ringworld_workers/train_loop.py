@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ringworld_model.batch import TEXT, VISION, TrainBatch, cut
+from ringworld_model.batch import TEXT, VISION, TrainBatch
 from ringworld_model.loss import LossSums, combine
-from ringworld_model.ring import RingContext, plan_rows
 from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.data.loader import StageLoader, open_loader
@@ -33,7 +32,10 @@ from ringworld_workers.metrics import (
     peak_flops,
     training_flops,
 )
+from ringworld_workers.micro_batch import MicroBatch, prepare_micro_batch
+from ringworld_workers.parity.preflight import prove_ring
 from ringworld_workers.reporter import Reporter
+from ringworld_workers.ring_figures import ring_figures, ring_record
 from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
@@ -47,16 +49,6 @@ class TrainingDiverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch as a rank computes it: its cut of the rows, and the ring's plan for them."""
-
-    local: TrainBatch
-    ring: RingContext
-    weight: torch.Tensor
-    """[2] float64 on the CPU: sum of the cut's loss weights, by target modality."""
-
-
-@dataclass(frozen=True)
 class StepSums:
     """A step's sums by modality over the whole global batch; equal on every rank. [2] each."""
 
@@ -65,6 +57,8 @@ class StepSums:
     num_targets: torch.Tensor
     grad_norm: float
     """Global, before clipping."""
+    ring: torch.Tensor
+    """[world_size, 3] by rank, see ``ring_figures``."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
         ``{"status": "finished" | "stopped", "step": steps done, "checkpoint": key}``.
 
     Raises:
+        ParityFailed: the stage asks for parity, and its ring does not compute what one rank does.
         TrainingDiverged: loss or gradient is not finite; the state is not saved.
         CheckpointError: the checkpoint to start from is damaged or absent.
         StoreError: the store failed for good.
@@ -100,6 +95,9 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     reporter.phase("setup", 0)
     started = time.monotonic()
     loader = open_loader(job, mesh)
+    if stage.preflight is not None and not job.proved:
+        # Before the engine: what the proof needs is free again when the whole model is built.
+        prove_ring(job, mesh, reporter, loader, stage.preflight)
     model = WorldModel(
         job.model_config,
         rope_theta=stage.rope_theta,
@@ -153,7 +151,6 @@ class StageRun:
         self.timer = StepTimer(mesh.device)
         self._saved_position = 0
         self.shares = (self.stage.loss.text, self.stage.loss.vision)
-        self.first_step_of_stage = sum(s.num_steps for s in job.spec.stages[: job.stage_index])
 
     def train(self, step: int, tokens: int) -> dict[str, Any]:
         """Run the steps from ``step`` on; ``tokens`` is what the job has consumed so far."""
@@ -193,19 +190,7 @@ class StageRun:
 
     def prepare(self, rows: TrainBatch) -> MicroBatch:
         """Plan the ring for whole rows [B, S] and cut out this rank's tokens [B, T]."""
-        plans = plan_rows(
-            rows.document_lengths,
-            context_length=self.stage.context_length,
-            ring_size=self.mesh.sequence_parallel_size,
-            layout=self.stage.attention.layout,
-        )
-        ring = RingContext(
-            plans=plans,
-            group=self.mesh.sequence_parallel_group,
-            backend=self.stage.attention.backend,
-        )
-        local = cut(rows, plans, self.mesh.sequence_parallel_rank)
-        return MicroBatch(local.to(self.mesh.device), ring, weight_by_modality(local))
+        return prepare_micro_batch(rows, self.stage, self.mesh)
 
     def _agree(self, batches: Sequence[MicroBatch]) -> Boundary:
         """One small all-reduce before each step: loss weights, stop, checkpoint, uploads.
@@ -261,8 +246,25 @@ class StageRun:
         self.reporter.phase("optimizer", step + 1)
         with self.timer.phase("optimizer"):
             grad_norm = self.engine.step()
-        dist.all_reduce(totals, group=self.mesh.control_group)
-        return StepSums(totals[0], totals[1], totals[2], grad_norm)
+        ring = ring_figures(
+            (batch.ring.stats for batch in batches), self.mesh.rank, self.mesh.world_size
+        )
+        self._log_ring(step + 1, ring[self.mesh.rank])
+        together = torch.cat([totals.flatten(), ring.flatten()])
+        dist.all_reduce(together, group=self.mesh.control_group)
+        nll, correct, num_targets = together[:6].view(3, 2)
+        return StepSums(nll, correct, num_targets, grad_norm, together[6:].view_as(ring))
+
+    def _log_ring(self, step: int, figures: torch.Tensor) -> None:
+        """This rank's own figures, in its own log."""
+        compute, wait, sent = figures.tolist()
+        log.info(
+            "step %d: ring compute %.3f s, exposed wait %.3f s, %.1f MiB sent",
+            step,
+            compute,
+            wait,
+            sent / 2**20,
+        )
 
     def _losses(self, sums: StepSums, weight: torch.Tensor) -> dict[str, float]:
         """Loss and accuracy by modality, and the mixed loss that the step descended on."""
@@ -289,7 +291,7 @@ class StageRun:
     ) -> None:
         """Hand over the step's line of the metric log, on rank 0.
 
-        Rates leave out the stall for a checkpoint. Ring times are those of this rank.
+        Rates leave out the stall for a checkpoint. Phases and memory are those of this rank.
         """
         phases = self.timer.take()
         if self.mesh.rank != 0:
@@ -312,8 +314,7 @@ class StageRun:
                 step_seconds=seconds,
                 **{f"{name}_seconds": value for name, value in phases.items()},
                 checkpoint_stall_seconds=checkpoint_stall_seconds,
-                ring_wait_seconds=sum(batch.ring.stats.wait_seconds for batch in batches),
-                ring_bytes_sent=sum(batch.ring.stats.bytes_sent for batch in batches),
+                **ring_record(sums.ring),
                 **memory_bytes(self.mesh.device),
                 padding_share=1 - sum(map(sum, lengths)) / step_tokens,
                 plan_imbalance=max(plan.imbalance for plan in plans),
@@ -366,16 +367,7 @@ class StageRun:
 
     def record(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """A line of the metric log, with what every line carries."""
-        return {
-            "kind": kind,
-            "stage": self.stage.name,
-            "stage_index": self.job.stage_index,
-            "step": step,
-            "global_step": self.first_step_of_stage + step,
-            "attempt": self.job.attempt,
-            "time": time.time(),
-            **values,
-        }
+        return self.job.record(kind, step, **values)
 
 
 def refuse_nonsense(numbers: Mapping[str, float], stage: str, step: int) -> None:
@@ -390,10 +382,3 @@ def refuse_nonsense(numbers: Mapping[str, float], stage: str, step: int) -> None
                 f"{name} is {value} at step {step} of stage {stage}; the last committed checkpoint "
                 "is sound: lower the learning rate, then resume from it"
             )
-
-
-def weight_by_modality(batch: TrainBatch) -> torch.Tensor:
-    """Sum of the loss weights by target modality, float64 [2]."""
-    weights = batch.loss_weights.double()
-    vision = batch.target_modality == VISION
-    return torch.stack([weights[~vision].sum(), weights[vision].sum()])

@@ -13,7 +13,8 @@ from ringworld_platform.console import FAILED, err, out
 
 if TYPE_CHECKING:
     from ringworld_jobs.spec import JobSpec
-    from ringworld_workers.parity import ParityCase, ParityReport, Precision
+    from ringworld_workers.parity.case import ParityCase, Precision
+    from ringworld_workers.parity.report import ParityReport
 
 PARITY_FILE = "parity.json"
 
@@ -111,8 +112,9 @@ def _measure(
 ) -> ParityReport:
     from ringworld_platform.errors import PlatformError
     from ringworld_workers.data.files import DataError
-    from ringworld_workers.parity import build_case, run_parity
-    from ringworld_workers.parity_rows import open_data
+    from ringworld_workers.parity.case import build_case
+    from ringworld_workers.parity.compare import run_parity
+    from ringworld_workers.parity.rows import open_data
     from ringworld_workers.testing import DistributedError
 
     console = err()
