@@ -1,0 +1,297 @@
+"""Triton kernels of the backward pass: one ring step of one row group, added to what there is.
+
+The weights are made again from the whole row's lse. dK and dV go by tiles of keys, dQ by tiles of
+queries; each element is written by one program, so that the same inputs give the same bits.
+
+With P the weights and dO the gradient of out: dV = P^T dO, dP = dO V^T, dS = P * (dP - delta) with
+delta = rowsum(dO * out), dQ = scale dS K, dK = scale dS^T Q (arXiv 2205.14135, appendix B.4).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ringworld_model.ring.triton_tiles import (
+    LOG2E,
+    clean,
+    place_program,
+    read_row,
+    read_tile,
+    write_tile,
+)
+
+
+@triton.jit
+def sum_delta(
+    grad_out: tl.tensor,
+    out: tl.tensor,
+    delta: tl.tensor,
+    length: tl.tensor,
+    heads: tl.tensor,
+    grad_b: tl.tensor,
+    grad_t: tl.tensor,
+    grad_h: tl.tensor,
+    out_b: tl.tensor,
+    out_t: tl.tensor,
+    out_h: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Write delta fp32 [B, H, T], the sum over D of grad_out * out, both [B, T, H, D]."""
+    row, head = tl.program_id(0) * TILE, tl.cast(tl.program_id(1), tl.int64)
+    batch, head_q = head // heads, head % heads
+    grad_base = grad_out + batch * grad_b + head_q * grad_h
+    out_base = out + batch * out_b + head_q * out_h
+    grad = read_tile(grad_base, row, grad_t, 0, length, D, BLOCK_D, TILE, True, UPCAST)
+    result = read_tile(out_base, row, out_t, 0, length, D, BLOCK_D, TILE, True, UPCAST)
+    total = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
+    rows = row + tl.arange(0, TILE)
+    tl.store(delta + head * length + rows, total, mask=rows < length)
+
+
+@triton.jit
+def attend_backward_keys(
+    grad_out: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    query_index: tl.tensor,
+    query_first: tl.tensor,
+    key_index: tl.tensor,
+    key_first: tl.tensor,
+    visits: tl.tensor,
+    masked: tl.tensor,
+    scale: tl.tensor,
+    visit_count: tl.tensor,
+    length: tl.tensor,
+    all_heads: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    heads_at_once: tl.tensor,
+    grad_b: tl.tensor,
+    grad_t: tl.tensor,
+    grad_h: tl.tensor,
+    q_b: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    k_b: tl.tensor,
+    k_t: tl.tensor,
+    k_h: tl.tensor,
+    v_b: tl.tensor,
+    v_t: tl.tensor,
+    v_h: tl.tensor,
+    dk_b: tl.tensor,
+    dk_t: tl.tensor,
+    dk_h: tl.tensor,
+    dv_b: tl.tensor,
+    dv_t: tl.tensor,
+    dv_h: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Add to dk and dv, fp32 [B, T, Hkv, D].
+
+    A program takes one tile of keys of one key head, and all query heads of that one. All products
+    are transposed, keys first, so that weights are never moved. ``heads`` counts key heads.
+    """
+    at, head = place_program(visit_count, all_heads, heads_at_once)
+    visit = visits + at * 8
+    tile = tl.load(visit)
+    full_begin, full_end = tl.load(visit + 1), tl.load(visit + 2)
+    low, high = tl.load(visit + 3), tl.load(visit + 4)
+    begin, mixed, end = tl.load(visit + 5), tl.load(visit + 6), tl.load(visit + 7)
+    row = tl.multiple_of(tile * TILE_K, TILE_K)
+    batch, head_k = tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
+    k_base = k + batch * k_b + head_k * k_h
+    v_base = v + batch * v_b + head_k * v_h
+    k_tile = read_tile(k_base, row, k_t, 0, length, D, BLOCK_D, TILE_K, True, UPCAST)
+    v_tile = read_tile(v_base, row, v_t, 0, length, D, BLOCK_D, TILE_K, True, UPCAST)
+    scale_log2 = scale * LOG2E
+    dk_tile = tl.zeros([TILE_K, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([TILE_K, BLOCK_D], tl.float32)
+
+    for member in tl.range(0, group):
+        head_q = head_k * group + member
+        q_base = q + batch * q_b + head_q * q_h
+        grad_base = grad_out + batch * grad_b + head_q * grad_h
+        sums = ((batch * heads) * group + head_q) * length
+        lse_base, delta_base = lse + sums, delta + sums
+
+        for query in tl.range(full_begin * TILE_Q, full_end * TILE_Q, TILE_Q):
+            query = tl.multiple_of(query, TILE_Q)
+            q_tile = read_tile(q_base, query, q_t, 0, 0, D, BLOCK_D, TILE_Q, False, UPCAST)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            row_lse = read_row(lse_base, query, 0, 0, 0.0, TILE_Q, False) * LOG2E
+            weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
+            g_tile = read_tile(grad_base, query, grad_t, 0, 0, D, BLOCK_D, TILE_Q, False, UPCAST)
+            dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
+            dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+            row_delta = read_row(delta_base, query, 0, 0, 0.0, TILE_Q, False)
+            dscores = weights * (dweights - row_delta[None, :])
+            dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+
+        keys = read_row(key_index, row, 0, length, -1, TILE_K, True)
+        for place in tl.range(begin, mixed):
+            query = tl.multiple_of(tl.load(masked + place) * TILE_Q, TILE_Q)
+            q_tile = read_tile(q_base, query, q_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST)
+            g_tile = read_tile(
+                grad_base, query, grad_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST
+            )
+            index = read_row(query_index, query, low, high, 0, TILE_Q, True)
+            first = read_row(query_first, query, low, high, 2147483647, TILE_Q, True)
+            visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= index[None, :])
+            row_lse = read_row(lse_base, query, low, high, 0.0, TILE_Q, True) * LOG2E
+            row_delta = read_row(delta_base, query, low, high, 0.0, TILE_Q, True)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            weights = tl.where(visible, tl.exp2(scores * scale_log2 - row_lse[None, :]), 0.0)
+            dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
+            dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+            dscores = tl.where(visible, weights * (dweights - row_delta[None, :]), 0.0)
+            dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+        for place in tl.range(mixed, end):
+            query = tl.multiple_of(tl.load(masked + place) * TILE_Q, TILE_Q)
+            q_tile = read_tile(q_base, query, q_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST)
+            g_tile = read_tile(
+                grad_base, query, grad_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST
+            )
+            q_tile, q_bad = clean(q_tile)
+            g_tile, g_bad = clean(g_tile)
+            index = read_row(query_index, query, low, high, 0, TILE_Q, True)
+            first = read_row(query_first, query, low, high, 2147483647, TILE_Q, True)
+            visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= index[None, :])
+            row_lse = read_row(lse_base, query, low, high, 0.0, TILE_Q, True) * LOG2E
+            row_delta = read_row(delta_base, query, low, high, 0.0, TILE_Q, True)
+            row_lse = tl.where(q_bad | g_bad, float("nan"), row_lse)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            weights = tl.where(visible, tl.exp2(scores * scale_log2 - row_lse[None, :]), 0.0)
+            dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
+            dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+            dscores = tl.where(visible, weights * (dweights - row_delta[None, :]), 0.0)
+            dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+
+    # Padding in a tile of one document shares that document's NaN, if it has any: not written.
+    real = read_row(key_first, row, 0, length, 2147483647, TILE_K, True) != 2147483647
+    dk_base = dk + batch * dk_b + head_k * dk_h
+    dv_base = dv + batch * dv_b + head_k * dv_h
+    write_tile(dv_base, dv_tile, row, dv_t, real, D, BLOCK_D, TILE_K, True)
+    write_tile(dk_base, dk_tile * scale, row, dk_t, real, D, BLOCK_D, TILE_K, True)
+
+
+@triton.jit
+def attend_backward_queries(
+    grad_out: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    dq: tl.tensor,
+    query_index: tl.tensor,
+    query_first: tl.tensor,
+    key_index: tl.tensor,
+    visits: tl.tensor,
+    masked: tl.tensor,
+    scale: tl.tensor,
+    visit_count: tl.tensor,
+    length: tl.tensor,
+    all_heads: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    heads_at_once: tl.tensor,
+    grad_b: tl.tensor,
+    grad_t: tl.tensor,
+    grad_h: tl.tensor,
+    q_b: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    k_b: tl.tensor,
+    k_t: tl.tensor,
+    k_h: tl.tensor,
+    v_b: tl.tensor,
+    v_t: tl.tensor,
+    v_h: tl.tensor,
+    dq_b: tl.tensor,
+    dq_t: tl.tensor,
+    dq_h: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    FIRST: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Add to dq [B, T, H, D], or write it where FIRST. ``heads`` counts query heads."""
+    at, head = place_program(visit_count, all_heads, heads_at_once)
+    visit = visits + at * 8
+    tile = tl.load(visit)
+    full_begin, full_end = tl.load(visit + 1), tl.load(visit + 2)
+    low, high = tl.load(visit + 3), tl.load(visit + 4)
+    begin, mixed, end = tl.load(visit + 5), tl.load(visit + 6), tl.load(visit + 7)
+    row = tl.multiple_of(tile * TILE_Q, TILE_Q)
+    batch, head_q = tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
+    q_base = q + batch * q_b + head_q * q_h
+    grad_base = grad_out + batch * grad_b + head_q * grad_h
+    k_base = k + batch * k_b + (head_q // group) * k_h
+    v_base = v + batch * v_b + (head_q // group) * v_h
+    sums = tl.cast(head, tl.int64) * length
+    q_tile = read_tile(q_base, row, q_t, 0, length, D, BLOCK_D, TILE_Q, True, UPCAST)
+    g_tile = read_tile(grad_base, row, grad_t, 0, length, D, BLOCK_D, TILE_Q, True, UPCAST)
+    row_lse = read_row(lse + sums, row, 0, length, 0.0, TILE_Q, True) * LOG2E
+    row_delta = read_row(delta + sums, row, 0, length, 0.0, TILE_Q, True)
+    scale_log2 = scale * LOG2E
+    dq_tile = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
+
+    for key in tl.range(full_begin * TILE_K, full_end * TILE_K, TILE_K):
+        key = tl.multiple_of(key, TILE_K)
+        k_tile = read_tile(k_base, key, k_t, 0, 0, D, BLOCK_D, TILE_K, False, UPCAST)
+        v_tile = read_tile(v_base, key, v_t, 0, 0, D, BLOCK_D, TILE_K, False, UPCAST)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        dscores = weights * (dweights - row_delta[:, None])
+        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+
+    index = read_row(query_index, row, 0, length, 0, TILE_Q, True)
+    first = read_row(query_first, row, 0, length, 2147483647, TILE_Q, True)
+    for place in tl.range(begin, mixed):
+        key = tl.multiple_of(tl.load(masked + place) * TILE_K, TILE_K)
+        k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
+        v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
+        keys = read_row(key_index, key, low, high, -1, TILE_K, True)
+        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= index[:, None])
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        dscores = tl.where(visible, weights * (dweights - row_delta[:, None]), 0.0)
+        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+    for place in tl.range(mixed, end):
+        key = tl.multiple_of(tl.load(masked + place) * TILE_K, TILE_K)
+        k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
+        v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
+        k_tile, bad = clean(k_tile)
+        keys = read_row(key_index, key, low, high, -1, TILE_K, True)
+        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= index[:, None])
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        weights = tl.where(bad[None, :], float("nan"), weights)
+        dscores = tl.where(visible, weights * (dweights - row_delta[:, None]), 0.0)
+        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+
+    inside = row + tl.arange(0, TILE_Q) < length
+    # Padding in a tile of one document shares that document's NaN, if it has any.
+    dq_tile = tl.where((first == 2147483647)[:, None], 0.0, dq_tile * scale)
+    dq_base = dq + batch * dq_b + head_q * dq_h
+    write_tile(dq_base, dq_tile, row, dq_t, inside, D, BLOCK_D, TILE_Q, not FIRST)
