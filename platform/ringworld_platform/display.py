@@ -168,6 +168,9 @@ def full_view(progress: RunProgress) -> RenderableType:
     if status.get("num_steps"):
         parts.append(_bar(status))
     parts.append(Panel(stages_table(progress), title="stages", title_align="left", style="none"))
+    proofs = [Text(line) for line in parity_lines(progress)]
+    if proofs:
+        parts.append(Panel(Group(*proofs), title="parity", title_align="left", style="none"))
     charts = Table.grid(expand=True, padding=(0, 1))
     panels = []
     for modality, colour in (("text", "blue"), ("vision", "red")):
@@ -239,6 +242,27 @@ def stages_table(progress: RunProgress) -> Table:
     return table
 
 
+def parity_lines(progress: RunProgress) -> list[str]:
+    """A line a stage that has proved its ring, or has failed to."""
+    lines = []
+    for _, records in sorted(progress.stages.items()):
+        proof = records.get("parity")
+        if proof is None:
+            continue
+        error, limit = proof.get("gradient_error"), proof.get("gradient_limit")
+        how = ", ".join(str(proof.get(key)) for key in ("precision", "layout", "backend"))
+        lines.append(
+            f"stage {proof.get('stage')} {'passed' if proof.get('passed') else 'FAILED'}: "
+            f"gradients off by at most {_scientific(error)} of {_scientific(limit)} allowed "
+            f"({proof.get('worst_parameter')}; {how}; {duration(proof.get('check_seconds'))})"
+        )
+    return lines
+
+
+def _scientific(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1e}"
+
+
 def workers_table(status: Record) -> Table:
     """One row a worker: where it is and what it is doing."""
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -282,9 +306,9 @@ def _pace(progress: RunProgress) -> Text:
         f"gradient norm {loss(last('grad_norm'))}",
         f"learning rate {last('learning_rate') or 0:.2e}",
     ]
-    wait = last("ring_wait_seconds")
-    if wait:
-        parts.append(f"ring wait {wait:.2f}s")
+    if last("ring_bytes_sent"):
+        wait, compute = last("ring_wait_seconds"), last("ring_compute_seconds")
+        parts.append(f"ring {compute or 0:.2f}s, wait {wait or 0:.2f}s")
     # No-break spaces: a narrow terminal breaks the line between two figures, not inside one.
     return Text("  ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts), style="dim")
 

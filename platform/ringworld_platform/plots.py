@@ -338,6 +338,25 @@ def _draw_step_time(axes: Axes, curves: Curves) -> None:
     axes.set_ylim(0, float(np.quantile(below, 0.99)) * 1.3 + 1e-9)
 
 
+def _draw_ring(axes: Axes, curves: Curves) -> None:
+    kinds = (("compute", "ring_compute", BLUE), ("exposed wait", "ring_wait", VERMILION))
+    shown = []
+    for label, name, color in kinds:
+        mean, most = curves.values(f"{name}_seconds"), curves.values(f"{name}_max_seconds")
+        shown += [mean, most]
+        axes.plot(curves.tokens, mean, color=color, linewidth=1.8, label=label)
+        axes.plot(
+            curves.tokens,
+            most,
+            color=color,
+            linewidth=1.0,
+            linestyle=(0, (3, 2)),
+            label=f"{label}, most",
+        )
+    axes.set_ylabel("seconds a step", fontsize=9, color=INK)
+    _from_zero(axes, *shown)
+
+
 def _draw_memory(axes: Axes, curves: Curves) -> None:
     kinds = (("host", "memory_host_bytes", BLUE), ("device", "memory_device_bytes", VERMILION))
     for label, name, color in kinds:
@@ -392,6 +411,16 @@ FIGURES = (
         "The rate that the optimizer used; each stage has its own warm-up and schedule.",
         _draw_learning_rate,
         ("learning_rate",),
+    ),
+    FigureKind(
+        "ring",
+        "The ring",
+        "Seconds of a step that ring attention computed, and waited for transfers that computing "
+        "did not hide, forward and backward together: the mean over the workers, and dashed the "
+        "most of any. A dashed line far above its mean is imbalance: the others wait for that "
+        "worker.",
+        _draw_ring,
+        ("ring_bytes_sent",),
     ),
     FigureKind(
         "memory",

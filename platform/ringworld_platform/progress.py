@@ -23,7 +23,7 @@ class RunProgress:
         name: run id.
         status: the last status.
         steps: recent step records.
-        stages: stage_start records and the last step and validation record, by stage index.
+        stages: the last stage_start, step, validation and parity record, by stage index.
         events: recent events.
         new_events: those that the last poll brought.
         new_records: metric records that the last poll brought.
@@ -86,5 +86,5 @@ class RunProgress:
             kind = record.get("kind")
             if kind == "step":
                 self.steps.append(record)
-            if kind in ("step", "validation", "stage_start", "stage_end"):
+            if kind in ("step", "validation", "stage_start", "stage_end", "parity"):
                 self.stages.setdefault(int(record.get("stage_index", 0)), {})[str(kind)] = record

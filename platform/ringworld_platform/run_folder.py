@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ringworld_platform.errors import RunFolderError
+from ringworld_platform.proofs import keep_proof
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE, SPEC_FILE, Record, read_lines
 
 SAMPLES_FILE = "samples.jsonl"
@@ -90,10 +91,16 @@ class RunFolder:
         return event
 
     def append_metrics(self, records: Sequence[Record]) -> None:
-        """Add lines to the metric log; a step's ``sample_ids`` go to the log of samples instead."""
+        """Add lines to the metric log.
+
+        A step's ``sample_ids`` go to the log of samples instead, and the ``report`` of a proof of
+        parity to its own file.
+        """
         lines, samples = [], []
         for record in records:
             kept = dict(record)
+            if kept.get("kind") == "parity" and (report := kept.pop("report", None)):
+                self._keep_proof(report)
             ids = kept.pop("sample_ids", None)
             if ids is not None:
                 about = {key: kept.get(key) for key in ("stage", "step", "attempt")}
@@ -105,6 +112,12 @@ class RunFolder:
                 self._append(SAMPLES_FILE, b"".join(samples))
             if lines:
                 self._append(METRICS_FILE, b"".join(lines))
+
+    def _keep_proof(self, report: Record) -> None:
+        try:
+            keep_proof(self.path, "preflight", report)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def append_log(self, rank: int, lines: Sequence[str]) -> None:
         """Add lines to one rank's log."""

@@ -296,7 +296,9 @@ class Tracker:
         if kind == "stage_start":
             client.update_run(stage_run, status="RUNNING")
             client.set_tag(stage_run, "attempt", str(attempt))
-        if kind not in ("step", "validation", "checkpoint"):
+        if kind == "parity":
+            client.set_tag(stage_run, "parity", "passed" if record.get("passed") else "failed")
+        if kind not in ("step", "validation", "checkpoint", "parity"):
             return
         prefix = "" if kind == "step" else f"{kind}/"
         # Fixed by the record, so that a piece sent twice is the same points again.

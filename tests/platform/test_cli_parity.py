@@ -67,8 +67,11 @@ def test_a_right_ring_passes_and_is_kept_with_the_run(job: Path, recorded_run: P
     for text in ("packed", "dense", "at most", "pass", "every ring gives one device's loss"):
         assert text in result.stdout, result.stdout
     assert max(map(len, result.stdout.splitlines()[:4])) <= 80
-    kept = json.loads((recorded_run / "parity.json").read_text())
-    assert kept["passed"] and kept["job"] == "small" and kept["stage"] == "only"
+    written = json.loads((recorded_run / "parity.json").read_text())
+    kept = written["stages"]["only"]["command"]
+    assert (
+        written["passed"] and kept["passed"] and kept["job"] == "small" and kept["stage"] == "only"
+    )
     assert [(r["packing"], r["ring_size"]) for r in kept["rings"]] == [("packed", 2), ("dense", 2)]
     assert all(0 <= ring["worst_error"] < 1e-5 for ring in kept["rings"])
 
@@ -76,10 +79,11 @@ def test_a_right_ring_passes_and_is_kept_with_the_run(job: Path, recorded_run: P
 def test_over_tolerance_is_a_failure_in_json_too(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ringworld_workers import parity
+    from ringworld_workers.parity import compare, report
+    from ringworld_workers.parity.case import ParityCase
 
-    def off_by_a_percent(case: parity.ParityCase) -> parity.ParityReport:
-        ring = parity.RingParity(
+    def off_by_a_percent(case: ParityCase) -> report.ParityReport:
+        ring = report.RingParity(
             "packed",
             2,
             "zigzag",
@@ -90,9 +94,9 @@ def test_over_tolerance_is_a_failure_in_json_too(
             grad_norm_difference=0.0,
             gradient_errors={"norm.weight": 0.0, "layers.0.attention.k_proj.weight": 0.01},
         )
-        return parity.ParityReport(case, [ring], 1.0)
+        return report.ParityReport(case, [ring], 1.0)
 
-    monkeypatch.setattr(parity, "run_parity", off_by_a_percent)
+    monkeypatch.setattr(compare, "run_parity", off_by_a_percent)
     result = ringworld("parity", str(job), "--output", str(tmp_path / "shown.json"))
     assert result.exit_code == 1, result.output
     assert "FAIL" in result.stdout and "layers.0.attention" in result.stdout
@@ -107,13 +111,13 @@ def test_over_tolerance_is_a_failure_in_json_too(
 
 
 def test_a_rank_that_fails_is_shown(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ringworld_workers import parity
+    from ringworld_workers.parity import compare
     from ringworld_workers.testing import DistributedError
 
-    def broken(case: parity.ParityCase) -> parity.ParityReport:
+    def broken(case: object) -> None:
         raise DistributedError("rank 1 raised:\nMemoryError")
 
-    monkeypatch.setattr(parity, "run_parity", broken)
+    monkeypatch.setattr(compare, "run_parity", broken)
     result = ringworld("parity", str(job))
     assert result.exit_code == 1
     assert "error: rank 1 raised:\nMemoryError" in result.stderr

@@ -44,13 +44,19 @@ def status(
         from rich.console import Group
         from rich.text import Text
 
-        from ringworld_platform.display import headline, stages_table, workers_table
+        from ringworld_platform.display import (
+            headline,
+            parity_lines,
+            stages_table,
+            workers_table,
+        )
         from ringworld_platform.formatting import duration
         from ringworld_platform.progress import RunProgress
 
         progress = RunProgress(opened.view, str(found["run_id"]))
         progress.poll()
-        lines = [f"checkpoint  {found.get('checkpoint') or 'none yet'}"]
+        lines = [f"parity      {line}" for line in parity_lines(progress)]
+        lines += [f"checkpoint  {found.get('checkpoint') or 'none yet'}"]
         if found.get("eta_seconds") and not progress.ended:
             lines.append(f"time left   {duration(found['eta_seconds'])}")
         if found.get("error"):

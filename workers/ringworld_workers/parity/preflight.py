@@ -24,7 +24,7 @@ from ringworld_workers.parity.compare import (
     kernel_precisions,
     train_ring,
 )
-from ringworld_workers.parity.report import ParityReport, RingParity
+from ringworld_workers.parity.report import ParityReport, RingParity, finite
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
 
@@ -128,6 +128,12 @@ def _tell(report: ParityReport, job: StageJob, mesh: Mesh, reporter: Reporter) -
     """Rank 0: the finding for the log, the events and parity.json."""
     worst = report.worst
     name, error = worst.worst
+    shape = {
+        "ring_size": worst.ring_size,
+        "heads_size": worst.heads_size,
+        "data_parallel_size": mesh.data_parallel_size,
+        "device": mesh.device.type,
+    }
     for ring in report.rings:
         (log.info if ring.passed else log.error)("parity: %s", ring.sentence())
     reporter.metrics(
@@ -135,20 +141,17 @@ def _tell(report: ParityReport, job: StageJob, mesh: Mesh, reporter: Reporter) -
             "parity",
             0,
             passed=report.passed,
-            ring_size=worst.ring_size,
-            heads_size=worst.heads_size,
-            data_parallel_size=mesh.data_parallel_size,
-            device=mesh.device.type,
+            **shape,
             precision=worst.precision,
             layout=worst.layout,
             backend=worst.backend,
-            loss_difference=worst.loss_difference,
-            grad_norm_difference=worst.grad_norm_difference,
-            gradient_error=error,
+            loss_difference=finite(worst.loss_difference),
+            grad_norm_difference=finite(worst.grad_norm_difference),
+            gradient_error=finite(error),
             gradient_limit=worst.limit(name),
             worst_parameter=name,
             check_seconds=report.seconds,
-            report=report.to_json(),
+            report={**report.to_json(), "mesh": shape},
         )
     )
     verdict = "gives" if report.passed else "does NOT give"
