@@ -5,7 +5,7 @@ B rows, T local tokens, R ring size, H query heads, Hkv key heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,7 +71,7 @@ class RingKernel(Protocol):
     """
 
     @property
-    def head_dims(self) -> Container[int]:
+    def head_dims(self) -> range:
         """Values of D that the kernel takes."""
 
     def forward(

@@ -10,6 +10,7 @@ B rows, T local tokens.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ import torch
 
 from ringworld_model.ring.plan import RingPlan
 from ringworld_model.ring.rectangle import Rectangle
+
+MANY_CALLS = 8
+"""Flash calls of one ring step from which on a warning is given."""
 
 
 class Sequences(NamedTuple):
@@ -57,7 +61,9 @@ class Tokens:
 
     def packed(self, tensor: torch.Tensor) -> torch.Tensor:
         """These tokens of [B, T, heads, D], row after row: [B * tokens, heads, D]."""
-        return self.of(tensor).flatten(0, 1)
+        packed = self.of(tensor).flatten(0, 1)
+        # Broadcast tensors, such as the gradient of a mean, are not for kernels that load tiles.
+        return packed.contiguous() if 0 in packed.stride() else packed
 
     def add_(self, tensor: torch.Tensor, packed: torch.Tensor) -> None:
         """Add [B * tokens, heads, D] to these tokens of [B, T, heads, D], in place."""
@@ -91,10 +97,17 @@ def varlen_calls(
     """
     key = ("varlen", rank, step, num_rows, device)
     if key not in plan.cache:
-        plan.cache[key] = [
-            _call(group, num_rows, device)
-            for group in group_rectangles(plan.rectangles(rank, step))
-        ]
+        groups = group_rectangles(plan.rectangles(rank, step))
+        if len(groups) >= MANY_CALLS:
+            # Rounded down to a power of two: Python shows each distinct warning once.
+            warnings.warn(
+                f"the {plan.layout} layout of these documents takes {_rounded(len(groups))} or "
+                "more flash calls in a ring step, which is slow; use attention.layout: auto, or "
+                "attention.backend: triton",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        plan.cache[key] = [_call(group, num_rows, device) for group in groups]
     calls: list[VarlenCall] = plan.cache[key]
     return calls
 
@@ -134,6 +147,10 @@ class _Group:
         self.rectangles.insert(at, new)
         by_key.insert(key_at, keys)
         return True
+
+
+def _rounded(count: int) -> int:
+    return 1 << (count.bit_length() - 1)
 
 
 def _call(group: Sequence[Rectangle], num_rows: int, device: torch.device) -> VarlenCall:

@@ -137,9 +137,12 @@ def test_packed_rows_share_calls():
         call.sequences.cu_queries.diff(), torch.tensor([150, 9, 250, 100, 3] * 3).int()
     )
     assert varlen_calls(plan, 0, 0, 3, CPU)[0] is call, "made once"
-    # A staircase does not fit into few calls; what is planned says how many it takes.
+
+
+def test_a_staircase_of_many_calls_is_said_aloud():
     staircase = plan_ring([8192], 8192, 2, "block_cyclic")
-    assert len(varlen_calls(staircase, 1, 1, 1, CPU)) > 8
+    with pytest.warns(RuntimeWarning, match="block_cyclic layout .* takes 8 or more flash calls"):
+        assert 8 <= len(varlen_calls(staircase, 1, 1, 1, CPU)) < 16
 
 
 @pytest.mark.parametrize(("layout", "gathers"), [("contiguous", False), ("block_cyclic", True)])

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from ringworld_model.ring import plan_ring
-from ringworld_model.ring.backend import choose_backend
 from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.reference import ReferenceKernel, dense_attention
 
@@ -76,33 +75,6 @@ def test_the_cpu_kernel_refuses_what_its_op_gets_wrong():
         kernel.backward(strided, q, k, v, out, lse, False, 1.0)
     with pytest.raises(ValueError, match="both must be torch.float64"):
         kernel.backward(out.float(), q, k, v, out, lse, False, 1.0)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "torch.float32"])
-def test_auto_takes_the_cpu_kernel_on_cpu(dtype):
-    backend, reason = choose_backend("cpu", dtype)
-    assert backend == "cpu"
-    assert "cpu" in reason and dtype.removeprefix("torch.") in reason
-
-
-def test_reference_runs_anywhere_when_asked_for():
-    assert choose_backend("cuda", "bfloat16", "reference")[0] == "reference"
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "requested", "message"),
-    [
-        ("cuda", "bfloat16", "auto", "no kernel for device 'cuda'.*accelerator: cpu"),
-        ("cuda", "bfloat16", "cpu", "no kernel for device 'cuda'"),
-        ("cuda", "bfloat16", "flash", "'flash' is not in this version"),
-        ("cpu", "float32", "triton", "'triton' is not in this version"),
-        ("cpu", "float32", "fast", "'fast' is unknown; choose one of auto, cpu"),
-        ("cpu", "int64", "auto", "takes float64.*not int64"),
-    ],
-)
-def test_impossible_backends_are_refused_with_a_remedy(device, dtype, requested, message):
-    with pytest.raises(ValueError, match=message):
-        choose_backend(device, dtype, requested)
 
 
 def whole_bf16(length, seed):
