@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ringworld_model.ring.layout import LAYOUTS, Layout, build_layout
-from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring.cost import BACKENDS, bound_cost, bound_striped, by_step, count_cost
+from ringworld_model.ring.layout import LAYOUTS, build_layout
 from ringworld_model.ring.travel import Travel, plan_travel
-from ringworld_model.ring.work import Work, count_work
-
-# Costs that "auto" counts, in visible pairs. A kernel call (forward, backward, merging) takes about
-# as long as a 64 x 64 tile; a token of padding passes through all the other layers too.
-_PAIRS_PER_CALL = 4096
-_PAIRS_PER_TOKEN = 4096
+from ringworld_model.ring.work import Rectangles, Work, count_work
 
 
 @dataclass(frozen=True)
@@ -55,10 +50,9 @@ class RingPlan:
     local_length: int
     digest: str = field(compare=False, repr=False)
     pairs: torch.Tensor = field(compare=False, repr=False)
-    _layout: Layout = field(compare=False, repr=False)
     _work: Work = field(compare=False, repr=False)
-    _cost: int = field(compare=False, repr=False)
-    _rectangles: dict[tuple[int, int], tuple[Rectangle, ...]] = field(
+    _reason: str = field(compare=False, repr=False)
+    _rectangles: dict[int, list[Rectangles]] = field(
         compare=False, repr=False, default_factory=dict
     )
     _travels: dict[int, Travel] = field(compare=False, repr=False, default_factory=dict)
@@ -81,40 +75,49 @@ class RingPlan:
         """
         ranks = self.ring_size * self.heads_size
         if not 0 <= rank < ranks:
-            raise ValueError(f"rank={rank} is outside the ring of {ranks}")
+            raise ValueError(
+                f"rank={rank} is outside the {ranks} ranks ({self.ring_size} places of "
+                f"{self.heads_size})"
+            )
         place, part = divmod(rank, self.heads_size)
-        return self._layout.local_indices(place)[
+        return self._work.layout.local_indices(place)[
             part * self.local_length : (part + 1) * self.local_length
         ]
 
     def explain(self) -> str:
-        """One sentence: which layout was taken, and why."""
-        return f"{self.layout}"
+        """One sentence: which layout was taken, and what the others would have cost."""
+        return f"{self.layout}: {self._reason}"
 
-    def rectangles(self, rank: int, step: int) -> tuple[Rectangle, ...]:
+    def rectangles(self, rank: int, step: int) -> Rectangles:
         """What ``rank`` computes at ring step ``step``: each visible pair in exactly one of them.
 
-        Made when first asked for: a rank needs only its own.
+        Those of all the rank's steps are made when first asked for.
+
+        Args:
+            rank: a place in the ring.
+            step: ring step.
 
         Raises:
-            ValueError: no such rank or step.
+            ValueError: no such place or step.
         """
-        key = (self._check("rank", rank), self._check("step", step))
-        if key not in self._rectangles:
-            source = (rank - step) % self.ring_size
-            self._rectangles[key] = tuple(self._work.rectangles(rank, source))
-        return self._rectangles[key]
+        source = (self._check("rank", rank) - self._check("step", step)) % self.ring_size
+        if rank not in self._rectangles:
+            self._rectangles[rank] = self._work.rectangles(rank)
+        return self._rectangles[rank][source]
 
     def travel(self, rank: int) -> Travel:
         """What ``rank`` sends and receives; K/V that no later rank needs are not sent on.
 
         Made when first asked for.
 
+        Args:
+            rank: a place in the ring.
+
         Raises:
-            ValueError: no such rank.
+            ValueError: no such place.
         """
         if self._check("rank", rank) not in self._travels:
-            self._travels[rank] = plan_travel(self._layout, self.document_lengths, rank)
+            self._travels[rank] = plan_travel(self._work.layout, self.document_lengths, rank)
         return self._travels[rank]
 
     @property
@@ -216,25 +219,50 @@ def plan_rows(
                 f"row {row}: document_lengths sum to {sum(lengths)}, more than "
                 f"context_length={context_length}"
             )
-    best: list[RingPlan] = []
-    least = 0
-    for name in LAYOUTS if layout == "auto" else (layout,):
-        if best and name == "striped" and least < _least_striped(rows, ring_size):
-            continue
-        plans = [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
-        cost = sum(plan._cost for plan in plans)
-        if not best or cost < least:
-            best, least = plans, cost
-    return best
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if layout == "auto":
+        return list(_choose(tuple(rows), context_length, ring_size, heads_size, backend))
+    return [_plan(row, context_length, ring_size, heads_size, layout) for row in rows]
 
 
-def _least_striped(rows: Sequence[Sequence[int]], ring_size: int) -> int:
-    """What striping costs at least: a call a step for each document that reaches every rank twice.
+@lru_cache(maxsize=64)
+def _choose(
+    rows: tuple[tuple[int, ...], ...],
+    context_length: int,
+    ring_size: int,
+    heads_size: int,
+    backend: str,
+) -> tuple[RingPlan, ...]:
+    """Plans of the layout of least cost, the first of equals. Counts no more than it must."""
 
-    Counting the stripes of thousands of short documents takes longer than all else, for nothing.
-    """
-    long = sum(length > 2 * ring_size for lengths in rows for length in lengths)
-    return long * ring_size * _PAIRS_PER_CALL
+    def plans(name: str) -> list[RingPlan]:
+        return [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
+
+    bounds = {
+        name: sum(bound_cost(plan._work) for plan in plans(name))
+        for name in LAYOUTS
+        if name != "striped"
+    }
+    bounds["striped"] = sum(bound_striped(row, context_length, ring_size, backend) for row in rows)
+    costs: dict[str, int] = {}
+    for name in sorted(LAYOUTS, key=bounds.__getitem__):
+        if not costs or bounds[name] <= min(costs.values()):
+            costs[name] = sum(count_cost(plan._work, backend) for plan in plans(name))
+    best = min((name for name in LAYOUTS if name in costs), key=costs.__getitem__)
+    least = max(1, costs[best])
+    others = ", ".join(
+        f"{name} {costs[name] / least:.2f}"
+        if name in costs
+        else f"{name} at least {bounds[name] / least:.2f}"
+        for name in sorted(LAYOUTS, key=lambda name: costs.get(name, bounds[name]))
+        if name != best
+    )
+    reason = (
+        f"the least counted cost with backend {backend} at ring size {ring_size} "
+        f"({least / 1e6:.3g}M pairs a rank); as multiples of it: {others}"
+    )
+    return tuple(replace(plan, _reason=reason) for plan in plans(best))
 
 
 @lru_cache(maxsize=64)
@@ -244,8 +272,6 @@ def _plan(
     layout = build_layout(name, context_length, ring_size, heads_size)
     work = count_work(layout, lengths)
     identity = repr((lengths, context_length, ring_size, heads_size, name))
-    # Integers, so that every machine agrees on the least.
-    steps = _by_step(work.pairs + work.wasted + _PAIRS_PER_CALL * work.calls).max(0).values
     return RingPlan(
         document_lengths=lengths,
         context_length=context_length,
@@ -254,14 +280,7 @@ def _plan(
         layout=name,
         local_length=layout.length // heads_size,
         digest=hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
-        pairs=_by_step(work.pairs),
-        _layout=layout,
+        pairs=by_step(work.pairs),
         _work=work,
-        _cost=int(steps.sum()) + _PAIRS_PER_TOKEN * layout.length,
+        _reason="asked for by name, not compared with other layouts",
     )
-
-
-def _by_step(table: torch.Tensor) -> torch.Tensor:
-    """[R, R] by (rank, source) -> by (rank, step)."""
-    ranks = torch.arange(len(table))
-    return table.gather(1, (ranks[:, None] - ranks[None, :]) % len(table))

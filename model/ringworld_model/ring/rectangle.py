@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 _LEAF_STRIPS = 8
 # On CPU, strips of 128 rows over long prefixes cost 20 to 60 % more than squares of equal area;
 # halving until 8 strips remain costs no more than one causal call, with the fewest calls.
@@ -50,3 +52,15 @@ def cover_staircase(strips: Sequence[tuple[int, int, int]], k0: int) -> Iterator
     shared = strips[middle][2]
     yield Rectangle(strips[middle][0], strips[-1][1], k0, shared, False)
     yield from cover_staircase(strips[middle + 1 :], shared)
+
+
+def count_layers(strips: torch.Tensor) -> torch.Tensor:
+    """Fewest sets of the rectangles of staircases of so many strips, none sharing a row in a set.
+
+    Halves of a staircase share no query and no key; strips of what is not halved share keys.
+    """
+    layers = torch.zeros_like(strips)
+    while bool((long := strips > _LEAF_STRIPS).any()):
+        layers += long
+        strips = torch.where(long, strips // 2, strips)
+    return layers + strips

@@ -7,155 +7,220 @@ R ring size, D documents, P pieces (a piece is the part of one document inside o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 
 from ringworld_model.ring.layout import Layout
 from ringworld_model.ring.rectangle import Rectangle, cover_staircase
 
-# Rows that torch's CPU kernel takes at once (read): 256 from 768 rows on, else 64 or less.
-_SMALL_TILE, _LARGE_TILE, _MANY_ROWS = 64, 256, 768
+Rectangles = tuple[Rectangle, ...]
 _DOCUMENTS_AT_ONCE = 1024
-
-
-class Work(Protocol):
-    """The visible part of the attention matrix of one row, by (rank, source)."""
-
-    pairs: torch.Tensor
-    """Visible (query, key) pairs: int64 [R, R], indexed (rank, source)."""
-    wasted: torch.Tensor
-    """Pairs that the kernel computes and masks away: int64 [R, R]."""
-    calls: torch.Tensor
-    """Kernel calls: int64 [R, R]; long staircases add a few."""
-
-    def rectangles(self, rank: int, source: int) -> list[Rectangle]:
-        """Rectangles that cover the visible pairs of (rank, source), each exactly once."""
 
 
 def count_work(layout: Layout, document_lengths: Sequence[int]) -> Work:
     """Return the work of a row whose documents follow one another from index 0."""
-    ends = torch.tensor(document_lengths, dtype=torch.int64).cumsum(0)
-    starts = ends - torch.tensor(document_lengths, dtype=torch.int64)
+    lengths = torch.tensor(document_lengths, dtype=torch.int64)
+    ends = lengths.cumsum(0)
     # One-token blocks would make a piece a token; stripes have a closed form instead.
-    if layout.name == "striped":
-        return _StripedWork(layout.ring_size, starts, ends)
-    return _BlockWork(layout, starts, ends)
+    kind = StripedWork if layout.name == "striped" else BlockWork
+    return kind(layout, ends - lengths, ends)
 
 
-def _wasted(lengths: torch.Tensor) -> torch.Tensor:
-    """Pairs above the diagonal that the tiles of a diagonal of ``lengths`` rows compute."""
-    tile = torch.where(lengths < _MANY_ROWS, _SMALL_TILE, _LARGE_TILE)
-    return lengths * torch.minimum(lengths, tile) // 2
+class Pieces(NamedTuple):
+    """Pieces, those of a rank together, and in row order.
+
+    Attributes:
+        owner: rank that holds the piece: int64 [P], ascending.
+        document: int64 [P].
+        begin: row index of the first token: int64 [P].
+        length: tokens: int64 [P].
+    """
+
+    owner: torch.Tensor
+    document: torch.Tensor
+    begin: torch.Tensor
+    length: torch.Tensor
 
 
-class _BlockWork:
-    """Layouts of long blocks. All follows from one table: tokens of each rank before a piece.
+class BlockWork:
+    """The visible part of the attention matrix of one row, in a layout of long blocks.
 
     Documents are packed from index 0 and a rank's tokens ascend, so the tokens that a rank holds
     before a piece are also the local index at which the piece begins for that rank.
+
+    Attributes:
+        layout: how the row is dealt.
+        starts: row index where each document begins: int64 [D].
+        ends: row index after each document: int64 [D].
+        pieces: of all ranks.
+        pairs: visible (query, key) pairs: int64 [R, R], indexed (rank, source).
     """
 
     def __init__(self, layout: Layout, starts: torch.Tensor, ends: torch.Tensor) -> None:
+        """Count the pairs.
+
+        Args:
+            layout: not a striped one.
+            starts: see above.
+            ends: see above.
+        """
+        self.layout, self.starts, self.ends = layout, starts, ends
         total = int(ends[-1]) if len(ends) else 0
-        blocks = torch.arange(0, total, layout.block_tokens)
-        begins = torch.cat((blocks, starts)).unique(sorted=True)
-        self._length = torch.diff(begins, append=torch.tensor([total]))[: len(begins)]
-        self._owner = layout.owners()[begins // layout.block_tokens]
-        self._document = torch.searchsorted(starts, begins, right=True) - 1
-        held = torch.nn.functional.one_hot(self._owner, layout.ring_size) * self._length[:, None]
-        before = torch.zeros(len(begins) + 1, layout.ring_size, dtype=torch.int64)
-        torch.cumsum(held, 0, out=before[1:])
-        first = torch.searchsorted(begins, torch.cat((starts, torch.tensor([total]))))
-        self._before = before  # [P + 1, R]
-        self._bounds = before[first]  # [D + 1, R]: local index where each document begins
-        self.pairs, self.wasted, self.calls = self._count(layout.ring_size)
+        begin = torch.cat((torch.arange(0, total, layout.block_tokens), starts)).unique()
+        length = torch.diff(begin, append=torch.tensor([total]))[: len(begin)]
+        document = torch.searchsorted(starts, begin, right=True) - 1
+        owner, order = layout.owners()[begin // layout.block_tokens].sort(stable=True)
+        self.pieces = Pieces(owner, document[order], begin[order], length[order])
+        self.pairs = self._count_pairs()
 
-    def _count(self, ring_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        own = torch.arange(ring_size)
-        table = torch.zeros(ring_size, ring_size, dtype=torch.int64)
-        seen = self._before[:-1] - self._bounds[self._document]  # [P, R]
-        pairs = table.index_add(0, self._owner, seen * self._length[:, None])
-        triangle = self._length * (self._length + 1) // 2
-        pairs[own, own] += torch.zeros(ring_size, dtype=torch.int64).index_add(
-            0, self._owner, triangle
-        )
-        # A strip is a call unless it sees no key, or as many as the strip above it.
-        order = torch.argsort(self._owner, stable=True)
-        sees, owner, document = seen[order], self._owner[order], self._document[order]
-        new = sees > 0
-        if len(order) > 1:
-            follows = (owner[1:] == owner[:-1]) & (document[1:] == document[:-1])
-            new[1:] &= ~(follows[:, None] & (sees[1:] == sees[:-1]))
-        calls = table.index_add(0, owner, new.to(torch.int64))
-        lengths = torch.diff(self._bounds, dim=0)  # [D, R]
-        calls[own, own] = (lengths > 0).sum(0)
-        wasted = table.clone()
-        wasted[own, own] = _wasted(lengths).sum(0)
-        return pairs, wasted, calls
+    def _count_pairs(self) -> torch.Tensor:
+        size = self.layout.ring_size
+        later, seen = self.later_pieces()
+        # Whole numbers, exact in fp64, which multiplies and adds faster.
+        pairs = torch.zeros(size, size, dtype=torch.float64)
+        pairs.index_add_(0, later.owner, seen.double().mul_(later.length[:, None]))
+        length = self.pieces.length
+        triangles = (length * (length + 1) // 2).double()
+        pairs.diagonal().add_(pairs.new_zeros(size).index_add(0, self.pieces.owner, triangles))
+        return pairs.to(torch.int64)
 
-    def rectangles(self, rank: int, source: int) -> list[Rectangle]:
-        if rank == source:
-            # The same tokens on both sides: local order is row order, so a document is one square.
-            bounds = self._bounds[:, rank].tolist()
-            return [
-                Rectangle(start, end, start, end, True)
-                for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-                if start < end
-            ]
-        mine = (self._owner == rank).nonzero()[:, 0]
-        q0s = self._before[mine, rank].tolist()
-        q1s = (self._before[mine, rank] + self._length[mine]).tolist()
-        k0s = self._bounds[self._document[mine], source].tolist()
-        k1s = self._before[mine, source].tolist()
-        found: list[Rectangle] = []
-        strips: list[tuple[int, int, int]] = []
-        document, first_key = -1, 0
-        for q0, q1, k0, k1, now in zip(
-            q0s, q1s, k0s, k1s, self._document[mine].tolist(), strict=True
+    def later_pieces(self) -> tuple[Pieces, torch.Tensor]:
+        """The pieces that do not begin their document, so that they see keys of other pieces.
+
+        Returns:
+            The pieces; and how many keys of its own document come before each: int64 [P, R], by
+            source, made anew, for the table is large.
+        """
+        every = torch.arange(self.layout.ring_size)
+        of = (self.pieces.begin != self.starts[self.pieces.document]).nonzero()[:, 0]
+        pieces = Pieces(*(column[of] for column in self.pieces))
+        documents, document = pieces.document.unique(return_inverse=True)
+        before = self.layout.tokens_before(self.starts[documents, None], every)
+        seen = self.layout.tokens_before(pieces.begin[:, None], every)
+        return pieces, seen.sub_(before[document])
+
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The documents of each rank: the rank, int64 [N], ascending, and tokens, int64 [N]."""
+        owner, document, _, length = self.pieces
+        first, of = group_runs(owner, document, len(self.starts))
+        return owner[first], torch.zeros_like(first).index_add_(0, of, length)
+
+    def rectangles(self, rank: int) -> list[Rectangles]:
+        """Rectangles of ``rank`` with each source: each visible pair lies in exactly one."""
+        layout, size = self.layout, self.layout.ring_size
+        every = torch.arange(size)
+        own = torch.tensor(rank)
+        mine = slice(*torch.searchsorted(self.pieces.owner, torch.stack((own, own + 1))).tolist())
+        document, begin = self.pieces.document[mine], self.pieces.begin[mine]
+        q0 = layout.tokens_before(begin, own)
+        stop = layout.tokens_before(self.ends[document], own)
+        k0 = layout.tokens_before(self.starts[document, None], every).T  # [R, P of this rank]
+        k1 = layout.tokens_before(begin[:, None], every).T
+        # A strip begins where a piece sees more keys than the piece above it, and at least one.
+        strip = k1 > k0
+        strip[:, 1:] &= (document[1:] != document[:-1]) | (k1[:, 1:] != k1[:, :-1])
+        strip[rank] = False
+        source, piece = at = strip.nonzero(as_tuple=True)
+        # Up to the next strip of the same document, or to the document's end on this rank.
+        q1 = stop[piece]
+        firsts, of = group_runs(source, document[piece], len(self.starts))
+        q1[:-1] = torch.where(of[1:] == of[:-1], q0[piece][1:], q1[:-1])
+        strips = zip(q0[piece].tolist(), q1.tolist(), k1[at].tolist(), strict=True)
+        found: list[list[Rectangle]] = [[] for _ in range(size)]
+        for keys, first_key, count in zip(
+            source[firsts].tolist(), k0[at][firsts].tolist(), of.bincount().tolist(), strict=True
         ):
-            if now != document:
-                found.extend(cover_staircase(strips, first_key))
-                strips, document, first_key = [], now, k0
-            if k1 == k0:
-                continue
-            if strips and strips[-1][2] == k1:
-                strips[-1] = (strips[-1][0], q1, k1)
-            else:
-                strips.append((q0, q1, k1))
-        found.extend(cover_staircase(strips, first_key))
-        return found
+            found[keys].extend(cover_staircase(list(islice(strips, count)), first_key))
+        # The same tokens on both sides: local order is row order, so a document is one square.
+        bounds = layout.tokens_before(torch.cat((self.starts[:1], self.ends)), own).tolist()
+        found[rank] = [
+            Rectangle(start, end, start, end, True)
+            for start, end in zip(bounds, bounds[1:], strict=False)
+            if start < end
+        ]
+        return [tuple(rectangles) for rectangles in found]
 
 
-class _StripedWork:
-    """Token t on rank t mod R: each document is one diagonal for every (rank, source).
+def group_runs(
+    first: torch.Tensor, second: torch.Tensor, second_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs of equal (first, second): where each begins, int64 [G], and the run of each, int64."""
+    key = first * max(1, second_size) + second
+    new = torch.ones(len(key), dtype=torch.bool)
+    new[1:] = key[1:] != key[:-1]
+    return new.nonzero()[:, 0], new.cumsum(0) - 1
+
+
+class StripedWork:
+    """The same of token t on rank t mod R: each document is one diagonal for every (rank, source).
 
     Local query i and local key j are tokens i * R + rank and j * R + source, so the key is visible
     from i = j on where source <= rank, and from i = j + 1 on elsewhere.
     """
 
-    def __init__(self, ring_size: int, starts: torch.Tensor, ends: torch.Tensor) -> None:
-        self._ring_size = ring_size
-        ranks = torch.arange(ring_size)
-        # First local index at or past a token, by (document, rank).
-        self._begin = (starts[:, None] - ranks + ring_size - 1) // ring_size
-        self._end = (ends[:, None] - ranks + ring_size - 1) // ring_size
-        later = (ranks[None, :] > ranks[:, None]).to(torch.int64)
-        self.pairs = torch.zeros(ring_size, ring_size, dtype=torch.int64)
-        self.wasted, self.calls = self.pairs.clone(), self.pairs.clone()
-        for at in range(0, len(starts), _DOCUMENTS_AT_ONCE):
-            some = slice(at, at + _DOCUMENTS_AT_ONCE)
-            rows = (self._end[some, :, None] - self._begin[some, None, :] - later).clamp(min=0)
-            self.pairs += (rows * (rows + 1) // 2).sum(0)
-            self.wasted += _wasted(rows).sum(0)
-            self.calls += (rows > 0).sum(0)
+    def __init__(self, layout: Layout, starts: torch.Tensor, ends: torch.Tensor) -> None:
+        """Count the pairs.
 
-    def rectangles(self, rank: int, source: int) -> list[Rectangle]:
-        later = int(source > rank)
-        keys = self._begin[:, source].tolist()
-        ends = self._end[:, rank].tolist()
+        Args:
+            layout: a striped one.
+            starts: see ``BlockWork``.
+            ends: see ``BlockWork``.
+        """
+        self.layout, self.starts, self.ends = layout, starts, ends
+        size = layout.ring_size
+        every = torch.arange(size)
+        # First local index at or past a document's start and end, by (document, rank).
+        self._begin = layout.tokens_before(starts[:, None], every)
+        self._end = layout.tokens_before(ends[:, None], every)
+        # Rows n = end - begin - later of a diagonal hold n (n + 1) / 2 pairs, and n is -1 or more,
+        # so that the sum over the documents needs no table by (document, rank, source). Counted
+        # from the document, for its squares to be exact in fp64.
+        later, near = self._later(), self._begin[:, -1:]
+        begin, end = (self._begin - near).double(), (self._end - near).double()
+        linear = end.sum(0)[:, None] - begin.sum(0)[None, :]
+        squares = (end**2).sum(0)[:, None] + (begin**2).sum(0)[None, :] - 2 * end.T @ begin
+        squares += later * (len(starts) - 2 * linear)
+        pairs = (squares + linear - len(starts) * later) / 2
+        self.pairs = pairs.to(torch.int64)
+
+    def _later(self) -> torch.Tensor:
+        every = torch.arange(self.layout.ring_size)
+        return (every[None, :] > every[:, None]).to(torch.int64)
+
+    def diagonals(self) -> list[torch.Tensor]:
+        """Rows of every document's diagonal, some documents at once: int64 [D', rank, source]."""
+        later = self._later()
         return [
-            Rectangle(key + later, end, key, end - later, True)
-            for key, end in zip(keys, ends, strict=True)
-            if end - later > key
+            (end[:, :, None] - begin[:, None, :] - later).clamp(min=0)
+            for begin, end in zip(
+                self._begin.split(_DOCUMENTS_AT_ONCE),
+                self._end.split(_DOCUMENTS_AT_ONCE),
+                strict=True,
+            )
         ]
+
+    def rectangles(self, rank: int) -> list[Rectangles]:
+        """See ``BlockWork.rectangles``."""
+        later = self._later()[rank]
+        rows = self._end[:, rank, None] - self._begin - later  # [D, source]
+        source, document = at = (rows.T > 0).nonzero(as_tuple=True)
+        k0, length = self._begin.T[at], rows.T[at]
+        q0 = k0 + later[source]
+        found = [
+            Rectangle(*sides, True)
+            for sides in zip(
+                q0.tolist(),
+                (q0 + length).tolist(),
+                k0.tolist(),
+                (k0 + length).tolist(),
+                strict=True,
+            )
+        ]
+        ends = torch.bincount(source, minlength=self.layout.ring_size).cumsum(0).tolist()
+        return [tuple(found[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+Work = BlockWork | StripedWork
+"""The visible part of the attention matrix of one row."""

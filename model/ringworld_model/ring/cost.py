@@ -1,0 +1,216 @@
+"""Cost: what "auto" counts to compare layouts, for each way that a backend computes a ring step.
+
+Costs are in visible pairs of one head, and all ranks wait for the slowest at each step. R ring
+size, D documents, P pieces of documents; tables are int64 [R, R] by (rank, source).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ringworld_model.ring.rectangle import count_layers
+from ringworld_model.ring.work import BlockWork, Pieces, StripedWork, Work, group_runs
+
+# A call of the CPU kernel (forward, backward, merging) takes about as long as a 64 x 64 tile. On a
+# GPU, launching a call and merging it takes some 10 us (derived), in which it computes a 512 x 512
+# tile of 32 heads of 128.
+_PAIRS_PER_CALL = 4096
+_PAIRS_PER_VARLEN_CALL = 512 * 512
+# A token of padding that the layout adds passes through all the other layers too.
+_PAIRS_PER_TOKEN = 4096
+_TILE_BITS = 7
+_TILE = 1 << _TILE_BITS
+# Rows that torch's CPU kernel takes at once (read): 256 from 768 rows on, else 64 or less.
+_SMALL_TILE, _LARGE_TILE, _MANY_ROWS = 64, 256, 768
+
+
+def count_cost(work: Work, backend: str) -> int:
+    """Return what a row costs: the slowest rank of each step, and its padding.
+
+    Args:
+        work: of the row.
+        backend: one of ``BACKENDS``.
+    """
+    # Integers, so that every machine agrees on the least.
+    return _slowest(work, _COUNTS[backend](work))
+
+
+def bound_cost(work: Work) -> int:
+    """Return less than ``count_cost`` of any backend: visible pairs alone. Cheap."""
+    return _slowest(work, work.pairs)
+
+
+def bound_striped(
+    document_lengths: Sequence[int], context_length: int, ring_size: int, backend: str
+) -> int:
+    """Return at most what ``count_cost`` of the striped layout is, without making it.
+
+    Counting the stripes of thousands of short documents takes longer than all else, for nothing.
+    """
+    length = torch.tensor(document_lengths, dtype=torch.int64)
+    some = ring_size * (ring_size + 1) // 2
+    few = length * (length + 1) // 2
+    if backend == "triton":
+        # (query, source) where the query sees a key: each lies in a row of a tile.
+        rest = some + (length - ring_size) * ring_size
+        work = _TILE * torch.where(length <= ring_size, few, rest)
+    else:
+        # (rank, source) where the document is a diagonal.
+        met = torch.where(length < 2 * ring_size, some, ring_size**2)
+        met = torch.where(length <= ring_size, few, met)
+        work = met * _TILE**2 if backend == "flash" else few + met * _PAIRS_PER_CALL
+    padding = -(-context_length // ring_size) - sum(document_lengths) // ring_size
+    return int(work.sum()) // ring_size + _PAIRS_PER_TOKEN * padding
+
+
+def by_step(table: torch.Tensor) -> torch.Tensor:
+    """[R, R] by (rank, source) -> by (rank, step)."""
+    ranks = torch.arange(len(table))
+    return table.gather(1, (ranks[:, None] - ranks[None, :]) % len(table))
+
+
+def _slowest(work: Work, table: torch.Tensor) -> int:
+    real = int(work.ends[-1]) if len(work.ends) else 0
+    padding = work.layout.length - real // work.layout.ring_size
+    return int(by_step(table).max(0).values.sum()) + _PAIRS_PER_TOKEN * padding
+
+
+def _count_calls(work: Work) -> torch.Tensor:
+    """Rectangles one by one: pairs, what the tiles of diagonals compute in vain, and calls."""
+    cost = work.pairs.clone()
+    if isinstance(work, StripedWork):
+        for rows in work.diagonals():
+            cost += (_wasted(rows) + _PAIRS_PER_CALL * (rows > 0)).sum(0)
+        return cost
+    pieces, seen = work.later_pieces()
+    calls = _strips(pieces, seen).to(torch.int64)
+    cost.index_add_(0, pieces.owner, calls, alpha=_PAIRS_PER_CALL)
+    owner, rows = work.squares()
+    cost.diagonal().index_add_(0, owner, _wasted(rows) + _PAIRS_PER_CALL)
+    return cost
+
+
+def _count_varlen_calls(work: Work) -> torch.Tensor:
+    """Calls of many rectangles that share no row: tiles that begin anew in each, and calls."""
+    area = torch.zeros_like(work.pairs)
+    calls = area.clone()
+    if isinstance(work, StripedWork):
+        for rows in work.diagonals():
+            area += _triangle(rows).sum(0)
+            calls |= (rows > 0).any(0)
+        return area + _PAIRS_PER_VARLEN_CALL * calls
+    pieces, seen = work.later_pieces()
+    side = -(-pieces.length // _TILE) * _TILE
+    area.index_add_(0, pieces.owner, -(-seen // _TILE) * _TILE * side[:, None])
+    # The document of most calls decides, for documents share no row.
+    first, of = group_runs(pieces.owner, pieces.document, len(work.starts))
+    strips = area.new_zeros(len(first), len(area))
+    strips.index_add_(0, of, _strips(pieces, seen).to(torch.int64))
+    owner = pieces.owner[first][:, None].expand_as(strips)
+    calls.scatter_reduce_(0, owner, count_layers(strips), "amax")
+    owner, rows = work.squares()
+    area.diagonal()[:] = area.new_zeros(len(area)).index_add_(0, owner, _triangle(rows))
+    calls.diagonal()[:] = owner.bincount(minlength=len(area)).clamp(max=1)
+    return area + _PAIRS_PER_VARLEN_CALL * calls
+
+
+def _count_tiles(work: Work) -> torch.Tensor:
+    """One launch a step: the area of the tiles in which some pair is visible."""
+    layout, size = work.layout, work.layout.ring_size
+    every = torch.arange(size)
+    held = layout.tokens_before(work.ends[-1:], every) if len(work.ends) else every * 0
+    # Cut each rank's queries where a tile or a document begins; ranks follow one another.
+    room = -(-layout.length // _TILE) * _TILE
+    tiles = torch.arange(0, room, _TILE)[:, None]
+    tiles = (tiles + every * room)[tiles < held]
+    begins = torch.cat((tiles, _first_tokens(work, room))).unique()
+    rank, row = begins // room, begins // _TILE
+    local = begins - rank * room
+    stop = torch.minimum(held[rank], (local // _TILE + 1) * _TILE)
+    stop[:-1] = torch.where(row[1:] == row[:-1], local[1:], stop[:-1])
+    document = torch.searchsorted(work.ends, layout.row_index(local, rank), right=True)
+    # What the last query of a cut sees is what any of it sees.
+    upto = layout.row_index(stop - 1, rank) + 1
+    start = work.starts[document]
+    own = _visits(row, layout.tokens_before(start, rank), stop)
+    # Documents inside one block are seen by nobody else.
+    block = layout.block_tokens
+    far = (start // block < (work.ends[document] - 1) // block).nonzero()[:, 0]
+    low = layout.tokens_before(start[far, None], every)
+    visits = _visits(row[far], low, layout.tokens_before(upto[far, None], every))
+    tiles = torch.zeros_like(work.pairs).index_add_(0, rank[far], visits)
+    tiles.diagonal()[:] = held.new_zeros(size).index_add(0, rank, own)
+    return tiles * _TILE**2
+
+
+def _first_tokens(work: Work, room: int) -> torch.Tensor:
+    """Local index of the first token of each document on each rank, ranks ``room`` apart."""
+    if isinstance(work, BlockWork):
+        owner, document, begin, _ = work.pieces
+        first, _ = group_runs(owner, document, len(work.starts))
+        return work.layout.tokens_before(begin[first], owner[first]) + owner[first] * room
+    every = torch.arange(work.layout.ring_size)
+    begin = work.layout.tokens_before(work.starts[:, None], every)
+    end = work.layout.tokens_before(work.ends[:, None], every)
+    return (begin + every * room)[begin < end]
+
+
+def _visits(row: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Tiles that cuts of queries visit and no cut before them in the same row of tiles has.
+
+    Args:
+        row: row of tiles of each cut: int64 [N], ascending.
+        low: first key that the cut sees: int64 [N] or [N, R].
+        high: past the last one; ascends over the cuts of a row.
+    """
+    # Shifts, for integer division takes ten times as long.
+    left, right = low >> _TILE_BITS, (high + (_TILE - 1)) >> _TILE_BITS
+    sees = high > low
+    visits = (right - left).mul_(sees)
+    # Documents that meet in a row may meet in a tile of keys.
+    meets = torch.zeros(len(row) + 1, dtype=torch.bool)
+    meets[1:-1] = row[1:] == row[:-1]
+    some = (meets[1:] | meets[:-1]).nonzero()[:, 0]
+    if len(some):
+        left, right, sees = left[some], right[some], sees[some]
+        before = row[some].view(-1, *[1] * (low.dim() - 1)) * right.max()
+        reached = torch.where(sees, before + right - 1, -1).cummax(0).values
+        again = sees[1:] & (reached[:-1] == (before + left)[1:])
+        visits[some[1:]] -= again.to(torch.int64)
+    return visits
+
+
+_COUNTS: dict[str, Callable[[Work], torch.Tensor]] = {
+    "auto": _count_calls,
+    "cpu": _count_calls,
+    "reference": _count_calls,
+    "triton": _count_tiles,
+    "flash": _count_varlen_calls,
+}
+BACKENDS = tuple(_COUNTS)
+"""Backends whose cost is known; "auto" counts as "cpu" does."""
+
+
+def _strips(pieces: Pieces, seen: torch.Tensor) -> torch.Tensor:
+    """Which pieces begin a strip: they see a key, and more than the piece above. bool [P, R]."""
+    begins = seen > 0
+    follows = (pieces.owner[1:] == pieces.owner[:-1]) & (
+        pieces.document[1:] == pieces.document[:-1]
+    )
+    begins[1:] &= ~follows[:, None] | (seen[1:] != seen[:-1])
+    # A rank's own keys are squares.
+    return begins.scatter_(1, pieces.owner[:, None], False)
+
+
+def _wasted(rows: torch.Tensor) -> torch.Tensor:
+    """Pairs above diagonals of ``rows`` rows that the CPU kernel's tiles compute."""
+    tile = torch.where(rows < _MANY_ROWS, _SMALL_TILE, _LARGE_TILE)
+    return rows * torch.minimum(rows, tile) // 2
+
+
+def _triangle(rows: torch.Tensor) -> torch.Tensor:
+    """Area of the tiles on and below diagonals of ``rows`` rows."""
+    tiles = -(-rows // _TILE)
+    return tiles * (tiles + 1) // 2 * _TILE**2
