@@ -17,10 +17,10 @@ from ringworld_jobs.document import Document
 from ringworld_jobs.mesh import MeshError, resolve_mesh
 from ringworld_jobs.problem import NO_VALUE, KeyPath, kind_of, nearest
 from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
-from ringworld_jobs.spec import JobSpec, StageSpec
+from ringworld_jobs.spec import JobSpec, SequenceParallelSpec, StageSpec
 from ringworld_jobs.units import format_tokens
 from ringworld_jobs.validate import Checked
-from ringworld_model.config import PRESETS
+from ringworld_model.config import PRESETS, check_head_split
 
 CAPTION_TOKENS = 16
 """What an example adds to its frames: the two vision delimiters and a short caption."""
@@ -109,37 +109,40 @@ def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | No
     """
     if checked.spec is None:
         return
-    _check_model(checked, recipe)
+    possible = _check_model(checked, recipe)
     _check_names(checked)
     _check_sources(checked, recipe)
     for index, stage in enumerate(checked.spec.stages):
         here: KeyPath = ("stages", index)
         _check_batch(checked, stage, here)
+        if possible:
+            _check_heads(checked, stage, here)
         _check_learning_rate(checked, stage, here)
         _check_loss(checked, stage, here)
         _check_precision(checked, stage, here)
 
 
-def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
+def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> bool:
+    """Whether the model's shape is known and possible."""
     assert checked.spec is not None
     model, report = checked.spec.model, checked.document.report
     if not checked.sound(("model",)):
-        return
+        return False
     if model.preset not in PRESETS:
         report(
             ("model", "preset"),
             f"no such preset; there are {', '.join(PRESETS)}",
             hint=nearest(model.preset, PRESETS),
         )
-        return
+        return False
     try:
         model.config()
     except ValueError as error:
         name = str(error).partition("=")[0].removeprefix("model.")
         report(("model", name) if name in type(model).model_fields else ("model",), str(error))
-        return
+        return False
     if recipe is None or recipe.spec is None:
-        return
+        return True
     training = recipe.spec.tokenizer.train
     size = model.text_vocab_size
     if training and size is not None and size < training.vocabulary_size:
@@ -157,6 +160,7 @@ def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) 
             f"the recipe's codebook has {codebook.codebook_size} codes ({recipe.document.file}); "
             f"give at least as many, or leave the field out",
         )
+    return True
 
 
 def _check_names(checked: Checked[JobSpec]) -> None:
@@ -246,6 +250,18 @@ def _check_batch(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> 
             resolve_mesh(stage, checked.spec.resources)
         except MeshError as error:
             checked.document.report((*here, *error.field.split(".")), str(error))
+
+
+def _check_heads(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:
+    assert checked.spec is not None
+    asked, path = stage.mesh.sequence_parallel, (*here, "mesh", "sequence_parallel")
+    if not isinstance(asked, SequenceParallelSpec) or not checked.sound(path):
+        return
+    model = checked.spec.model.config()
+    try:
+        check_head_split(model.num_heads, model.num_kv_heads, asked.heads)
+    except ValueError as error:
+        checked.document.report((*path, "heads"), str(error))
 
 
 def _check_learning_rate(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from ringworld_jobs.spec import ResourcesSpec, StageSpec
+from ringworld_jobs.spec import ResourcesSpec, SequenceParallelSpec, StageSpec
 from ringworld_jobs.units import format_tokens
 
 LOCAL_TOKENS = 32 * 1024
@@ -24,44 +25,72 @@ class MeshError(ValueError):
         self.field = field
 
 
-def resolve_mesh(stage: StageSpec, resources: ResourcesSpec) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class MeshSize:
+    """The size of each mesh axis.
+
+    Attributes:
+        ring_size: places of a ring.
+        heads_size: workers of one place, which split the attention heads; 1 in a plain ring.
+        data_parallel_size: rings.
+    """
+
+    ring_size: int
+    data_parallel_size: int
+    heads_size: int = 1
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Workers that share one sequence."""
+        return self.ring_size * self.heads_size
+
+    @property
+    def world_size(self) -> int:
+        """Workers in all."""
+        return self.sequence_parallel_size * self.data_parallel_size
+
+
+def resolve_mesh(stage: StageSpec, resources: ResourcesSpec) -> MeshSize:
     """Choose the size of each mesh axis.
 
     ``sequence_parallel: auto`` is the smallest ring that leaves each worker at most 32Ki tokens of
-    a row (or all the workers there are, where that is not enough). ``data_parallel: auto`` is the
-    most rings that resources.workers.max holds and that share the rows of a step evenly. Where
-    that comes to fewer workers than resources.workers.min, an automatic ring grows until it fits.
+    a row (or all the workers there are, where that is not enough); it never splits heads.
+    ``data_parallel: auto`` is the most rings that resources.workers.max holds and that share the
+    rows of a step evenly. Where that comes to fewer workers than resources.workers.min, an
+    automatic ring grows until it fits.
 
     Args:
         stage: the stage; its axes are numbers or auto.
         resources: the workers that it may use.
-
-    Returns:
-        (sequence_parallel_size, data_parallel_size).
 
     Raises:
         MeshError: no mesh divides the batch and fits the workers; names the field and the remedy.
     """
     fewest, most = resources.workers.min, resources.workers.max
     data_parallel = stage.mesh.data_parallel
-    for ring_size in _ring_sizes(stage, most):
+    for ring_size, heads_size in _ring_sizes(stage, most):
         if data_parallel == "auto":
-            num_rings = _most_rings(stage, most // ring_size)
+            num_rings = _most_rings(stage, most // (ring_size * heads_size))
         else:
             num_rings = data_parallel
         _check_rows(stage, num_rings)
-        if fewest <= ring_size * num_rings <= most:
-            return ring_size, num_rings
-    raise _misfit(ring_size, num_rings, stage, resources)
+        mesh = MeshSize(ring_size, num_rings, heads_size)
+        if fewest <= mesh.world_size <= most:
+            return mesh
+    raise _misfit(mesh, stage, resources)
 
 
-def _ring_sizes(stage: StageSpec, most: int) -> Iterable[int]:
-    if stage.mesh.sequence_parallel != "auto":
-        return [stage.mesh.sequence_parallel]
+def _ring_sizes(stage: StageSpec, most: int) -> Iterable[tuple[int, int]]:
+    """Ring and heads sizes to try, in order."""
+    asked = stage.mesh.sequence_parallel
+    if isinstance(asked, SequenceParallelSpec):
+        return [(asked.ring, asked.heads)]
+    if asked != "auto":
+        return [(asked, 1)]
     rings = stage.mesh.data_parallel
     limit = max(1, most if rings == "auto" else most // rings)
     wanted = -(-stage.context_length // LOCAL_TOKENS)
-    return range(min(wanted, limit), limit + 1)
+    return ((ring_size, 1) for ring_size in range(min(wanted, limit), limit + 1))
 
 
 def _most_rings(stage: StageSpec, limit: int) -> int:
@@ -91,21 +120,23 @@ def _check_rows(stage: StageSpec, num_rings: int) -> None:
     )
 
 
-def _misfit(
-    ring_size: int, num_rings: int, stage: StageSpec, resources: ResourcesSpec
-) -> MeshError:
+def _misfit(mesh: MeshSize, stage: StageSpec, resources: ResourcesSpec) -> MeshError:
     fewest, most = resources.workers.min, resources.workers.max
-    world_size = ring_size * num_rings
+    world_size = mesh.world_size
     given = stage.mesh.sequence_parallel != "auto"
     field = "mesh.sequence_parallel" if given else "mesh.data_parallel"
+    heads = f" x heads {mesh.heads_size}" if mesh.heads_size > 1 else ""
     product = (
-        f"sequence_parallel {ring_size} x data_parallel {num_rings} = {world_size} "
-        f"worker{'s' if world_size > 1 else ''}"
+        f"sequence_parallel {mesh.ring_size}{heads} x data_parallel {mesh.data_parallel_size} = "
+        f"{world_size} worker{'s' if world_size > 1 else ''}"
     )
     if world_size > most:
         smaller = " or ".join(
             f"mesh.{axis}"
-            for axis, size in (("sequence_parallel", ring_size), ("data_parallel", num_rings))
+            for axis, size in (
+                ("sequence_parallel", mesh.sequence_parallel_size),
+                ("data_parallel", mesh.data_parallel_size),
+            )
             if size > 1
         )
         return MeshError(

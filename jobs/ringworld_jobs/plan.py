@@ -23,9 +23,11 @@ class StagePlan:
         name: the stage's name.
         context_length: tokens of a whole row.
         rope_theta: base of the rotary embedding.
-        sequence_parallel_size: workers of one ring.
+        ring_size: places of a ring.
+        heads_size: workers of one place, which split the attention heads; 1 in a plain ring.
+        sequence_parallel_size: workers that share one sequence: ring_size * heads_size.
         data_parallel_size: rings.
-        world_size: workers, the product of the two.
+        world_size: workers, the product of the axes.
         local_length: tokens of one row on one worker, before the layout pads them to its blocks.
         rows_per_step: rows of one optimizer step over all workers.
         micro_batch_size: rows that a ring computes at once.
@@ -39,6 +41,8 @@ class StagePlan:
     name: str
     context_length: int
     rope_theta: float
+    ring_size: int
+    heads_size: int
     sequence_parallel_size: int
     data_parallel_size: int
     world_size: int
@@ -65,7 +69,7 @@ def plan_stages(spec: JobSpec, recipe: RecipeSpec | None = None) -> list[StagePl
     num_parameters = model_config(spec, recipe).num_parameters()
     plans = []
     for index, stage in enumerate(spec.stages):
-        ring_size, num_rings = resolve_mesh(stage, spec.resources)
+        mesh = resolve_mesh(stage, spec.resources)
         rows = stage.rows_per_step
         plans.append(
             StagePlan(
@@ -73,13 +77,16 @@ def plan_stages(spec: JobSpec, recipe: RecipeSpec | None = None) -> list[StagePl
                 name=stage.name,
                 context_length=stage.context_length,
                 rope_theta=stage.rope_theta,
-                sequence_parallel_size=ring_size,
-                data_parallel_size=num_rings,
-                world_size=ring_size * num_rings,
-                local_length=-(-stage.context_length // ring_size),
+                ring_size=mesh.ring_size,
+                heads_size=mesh.heads_size,
+                sequence_parallel_size=mesh.sequence_parallel_size,
+                data_parallel_size=mesh.data_parallel_size,
+                world_size=mesh.world_size,
+                local_length=-(-stage.context_length // mesh.sequence_parallel_size),
                 rows_per_step=rows,
                 micro_batch_size=stage.micro_batch_size,
-                gradient_accumulation_steps=rows // (num_rings * stage.micro_batch_size),
+                gradient_accumulation_steps=rows
+                // (mesh.data_parallel_size * stage.micro_batch_size),
                 num_steps=stage.num_steps,
                 num_tokens=stage.num_steps * rows * stage.context_length,
                 num_parameters=num_parameters,

@@ -169,7 +169,8 @@ def _table(place: str, model: type[BaseModel]) -> str:
 
 
 def _takes(info: FieldInfo) -> str:
-    if any(not suffix for suffix, _ in _inner(info.annotation)):
+    plain = [part for part in alternatives(info.annotation) if part is not type(None)]
+    if all(isinstance(part, type) and issubclass(part, BaseModel) for part in plain):
         return "a mapping, see below"
     return describe(annotation_of(info)).replace("|", "\\|")
 

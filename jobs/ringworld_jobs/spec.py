@@ -206,12 +206,23 @@ class LearningRateSpec(Spec):
     """Steps over which the rate rises linearly from zero."""
 
 
+class SequenceParallelSpec(Spec):
+    """Two axes for one sequence: its tokens go round a ring, and at each place of the ring several
+    workers split the attention heads. The workers of a place are neighbours, meant for one node."""
+
+    ring: Size = 1
+    """Places of the ring."""
+    heads: Size = 1
+    """Workers of each place. It divides the model's num_heads, and either divides num_kv_heads or
+    is a multiple of it."""
+
+
 class MeshSpec(Spec):
     """How the stage's workers are laid out; their number is the product."""
 
-    sequence_parallel: Size | Auto = "auto"
-    """Ring size: workers that share one sequence. auto: the smallest ring that leaves each worker
-    at most 32Ki tokens."""
+    sequence_parallel: Size | Auto | SequenceParallelSpec = "auto"
+    """Workers that share one sequence: the ring size, or a mapping of ring and heads. auto: the
+    smallest ring that leaves each worker at most 32Ki tokens."""
     data_parallel: Size | Auto = "auto"
     """Rings that train on different rows. auto: as many as resources.workers.max and the batch
     allow."""
@@ -248,6 +259,17 @@ class AttentionSpec(Spec):
     backend: Literal["auto", "cpu", "flash", "triton", "reference"] = "auto"
     """Kernel of one block; auto takes the fastest that the device and dtype allow, and says
     which."""
+
+
+class ParitySpec(Spec):
+    """How much is computed to prove a stage's ring before it trains."""
+
+    layers: Size = 2
+    """Layers of the model that is compared; those that it has, at most."""
+    rows: Size = 1
+    """Rows of the stage's first micro-batch, those that it has at most."""
+    context_length: ContextLength = 4096
+    """Longest row; longer ones are shortened, each document in proportion."""
 
 
 class StageSpec(Spec):
@@ -287,6 +309,9 @@ class StageSpec(Spec):
     """fresh: the stage before gives its weights only; inherit: its optimizer moments too."""
     validation_rows: Annotated[int, Field(ge=0)] = 0
     """Held-out rows scored at the stage's end; 0 scores none."""
+    parity: bool | ParitySpec = False
+    """Before the first step, prove on the stage's own workers that its ring gives one worker's loss
+    and gradients, else fail: true, or how much to compute."""
 
     @model_validator(mode="after")
     def _length(self) -> StageSpec:
@@ -294,6 +319,12 @@ class StageSpec(Spec):
             given = f"steps {self.steps} and tokens {self.tokens}" if self.steps else "neither"
             raise ValueError(f"give steps or tokens, one of them; {given} given")
         return self
+
+    @property
+    def preflight(self) -> ParitySpec | None:
+        """What to prove before the first step; None where nothing is asked for."""
+        asked = self.parity
+        return ParitySpec() if asked is True else asked or None
 
     @property
     def rows_per_step(self) -> int:

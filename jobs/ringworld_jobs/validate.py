@@ -102,11 +102,19 @@ def validate(model: type[T], document: Document) -> Checked[T]:
 
 
 def _by_path(error: ValidationError, data: Any) -> dict[KeyPath, list[ErrorDetails]]:
-    """Group the errors by the place in the file: a union gives one for each alternative."""
+    """Group the errors by the place in the file: a union gives one for each alternative.
+
+    Where a value may be a number or a mapping and is a mapping, what is wrong inside it is said,
+    and not that it is no number.
+    """
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         grouped.setdefault(_file_path(detail, data), []).append(detail)
-    return grouped
+    return {
+        path: details
+        for path, details in grouped.items()
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in grouped)
+    }
 
 
 def _file_path(detail: ErrorDetails, data: Any) -> KeyPath:

@@ -93,6 +93,33 @@ class ModelConfig:
         return self.num_layers * layer + self.hidden_size + text + vision
 
 
+def check_head_split(num_heads: int, num_kv_heads: int, heads_size: int) -> None:
+    """Refuse attention heads that ``heads_size`` ranks cannot share equally.
+
+    ``heads_size`` must divide the query heads, and divide the key heads or be a multiple of them:
+    where there are fewer key heads than ranks, several ranks work with the same one.
+
+    Args:
+        num_heads: query heads, a multiple of ``num_kv_heads``.
+        num_kv_heads: key and value heads.
+        heads_size: ranks that split the heads.
+
+    Raises:
+        ValueError: they cannot; lists the sizes that can.
+    """
+
+    def shared_by(size: int) -> bool:
+        fits = num_kv_heads % size == 0 or size % num_kv_heads == 0
+        return num_heads % size == 0 and fits
+
+    if not shared_by(heads_size):
+        sizes = ", ".join(str(n) for n in range(1, num_heads + 1) if shared_by(n))
+        raise ValueError(
+            f"{heads_size} workers cannot split {num_heads} query heads and {num_kv_heads} key "
+            f"heads equally; take one of {sizes}"
+        )
+
+
 def _llama(
     hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, **more: object
 ) -> ModelConfig:

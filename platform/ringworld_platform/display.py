@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ringworld_jobs.units import format_tokens
 from ringworld_platform.charts import curve, sparkline
-from ringworld_platform.formatting import duration, loss, quantity
+from ringworld_platform.formatting import duration, loss, mesh_heading, mesh_text, quantity
 from ringworld_platform.keys import Keys
 from ringworld_platform.progress import RunProgress
 from ringworld_platform.run_records import Record
@@ -203,7 +203,9 @@ def headline(status: Record) -> Text:
     if status.get("context_length"):
         line.append(f"  {format_tokens(int(status['context_length']))} tokens")
     if status.get("ring_size"):
-        line.append(f"  ring {status['ring_size']} x dp {status.get('data_parallel_size')}")
+        split = int(status.get("heads_size") or 1)
+        heads = f" x heads {split}" if split > 1 else ""
+        line.append(f"  ring {status['ring_size']}{heads} x dp {status.get('data_parallel_size')}")
     if int(status.get("attempt") or 0) > 1:
         line.append(f"  attempt {status['attempt']}", style="yellow")
     if status.get("reason"):
@@ -220,7 +222,10 @@ def stage_number(status: Record) -> str:
 def stages_table(progress: RunProgress) -> Table:
     """One row a stage that has begun."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("stage", "context", "ring x dp", "steps", "text", "vision", "tokens/s"):
+    mesh = mesh_heading(
+        records.get("stage_start", {}).get("heads_size") for records in progress.stages.values()
+    )
+    for heading in ("stage", "context", mesh, "steps", "text", "vision", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     current = progress.status.get("stage_index")
     for index, records in sorted(progress.stages.items()):
@@ -229,7 +234,11 @@ def stages_table(progress: RunProgress) -> Table:
         table.add_row(
             str(start.get("stage") or step.get("stage")),
             format_tokens(int(context)) if context else "-",
-            f"{start.get('ring_size', '-')} x {start.get('data_parallel_size', '-')}",
+            mesh_text(
+                start.get("ring_size", "-"),
+                start.get("heads_size"),
+                start.get("data_parallel_size", "-"),
+            ),
             f"{step.get('step', start.get('step', 0))}/{start.get('num_steps', '?')}",
             loss(step.get("loss_text")),
             loss(step.get("loss_vision")),

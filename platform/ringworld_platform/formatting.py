@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def duration(seconds: float | None) -> str:
     """Turn 75.2 into ``1m 15s``; None gives a dash."""
@@ -33,6 +35,17 @@ def quantity(value: float | None) -> str:
 def loss(value: float | None) -> str:
     """Three decimals; None gives a dash."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def mesh_text(ring: object, heads: object, rings: object) -> str:
+    """``4 x 1`` for a ring of 4 and one of them, ``4 x 2 x 1`` where 2 workers split its heads."""
+    return f"{ring} x {rings}" if heads in (None, 1) else f"{ring} x {heads} x {rings}"
+
+
+def mesh_heading(heads: Iterable[object]) -> str:
+    """What the parts of ``mesh_text`` are, in a column where ``heads`` are the heads sizes."""
+    split = any(size not in (None, 1) for size in heads)
+    return "ring x heads x dp" if split else "ring x dp"
 
 
 def bytes_text(value: float | None) -> str:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ringworld_jobs.mesh import MeshError, resolve_mesh
+from ringworld_jobs.mesh import MeshError, MeshSize, resolve_mesh
 from ringworld_jobs.spec import JobSpec
 from ringworld_model.config import ModelConfig
 from ringworld_platform.capacity import Bundle, has_gpus
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
 from ringworld_platform.live_run import LiveRun, OwnershipLost
+from ringworld_platform.proofs import is_proved
 from ringworld_platform.recovery import Failure, decide
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
@@ -226,8 +227,8 @@ class JobRunner:
         live = self.live
         index = live.record.stages_done
         stage = self.spec.stages[index]
-        ring_size, num_rings = self._mesh(index)
-        world_size = ring_size * num_rings
+        mesh = self._mesh(index)
+        world_size = mesh.world_size
         device = self._device()
         live.set_fields(
             stage=stage.name,
@@ -236,10 +237,11 @@ class JobRunner:
             step=0,
             attempt=max(1, live.record.attempt),
             context_length=stage.context_length,
-            ring_size=ring_size,
-            data_parallel_size=num_rings,
+            ring_size=mesh.ring_size,
+            heads_size=mesh.heads_size,
+            data_parallel_size=mesh.data_parallel_size,
         )
-        job = self._stage_job(index, ring_size, num_rings, device)
+        job = self._stage_job(index, mesh, device)
         threads = self.spec.resources.cpus_per_worker
         stall = self.spec.recovery.stall_timeout
         bundle = Bundle(threads, 1 if device == "cuda" else 0)
@@ -254,6 +256,7 @@ class JobRunner:
                 collective_timeout_seconds=COLLECTIVE_TIMEOUT_FACTOR * stall,
             )
             live.gang_started(gang.identities, device)
+            self._warn_of_apart(mesh, [found.node for found in gang.identities])
             if not self._stop.is_set():
                 live.set_state(RunState.RUNNING, running)
             self._training = gang
@@ -266,8 +269,21 @@ class JobRunner:
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
         live.save()
 
-    def _mesh(self, index: int) -> tuple[int, int]:
-        """Ring size and number of rings of a stage."""
+    def _warn_of_apart(self, mesh: MeshSize, nodes: Sequence[str]) -> None:
+        """Say where workers that split heads are on several nodes; that is right, but slow."""
+        size = mesh.heads_size
+        places = [nodes[first : first + size] for first in range(0, len(nodes), size)]
+        apart = sum(len(set(place)) > 1 for place in places)
+        if apart:
+            self.live.event(
+                "mesh",
+                f"{apart} of {len(places)} groups of {size} workers that split the heads lie on "
+                "several nodes, and their exchange is the mesh's heaviest; make "
+                "mesh.sequence_parallel.heads a divisor of the workers of a node",
+            )
+
+    def _mesh(self, index: int) -> MeshSize:
+        """The size of each axis of a stage's mesh."""
         try:
             return resolve_mesh(self.spec.stages[index], self.spec.resources)
         except MeshError as error:
@@ -277,9 +293,7 @@ class JobRunner:
         asked = self.spec.resources.accelerator
         return "cuda" if asked == "gpu" or (asked == "auto" and has_gpus()) else "cpu"
 
-    def _stage_job(
-        self, index: int, ring_size: int, num_rings: int, device: Literal["cpu", "cuda"]
-    ) -> StageJob:
+    def _stage_job(self, index: int, mesh: MeshSize, device: Literal["cpu", "cuda"]) -> StageJob:
         record = self.live.record
         prepared = record.prepared or {}
         given = {name: source.shards for name, source in self.spec.data.sources.items()}
@@ -288,15 +302,26 @@ class JobRunner:
             spec=self.spec,
             stage_index=index,
             attempt=record.attempt,
-            world_size=ring_size * num_rings,
-            sequence_parallel_size=ring_size,
-            data_parallel_size=num_rings,
+            world_size=mesh.world_size,
+            sequence_parallel_size=mesh.sequence_parallel_size,
+            heads_size=mesh.heads_size,
+            data_parallel_size=mesh.data_parallel_size,
             device=device,
             data_dir=str(prepared.get("dir", "")),
             sources={**prepared.get("datasets", {}), **given},
             model_config=self._model_config(prepared),
             checkpoint_url=f"{self.spec.checkpoint.store.rstrip('/')}/{record.run_id}/checkpoints",
             spec_digest=record.spec_digest,
+            proved=is_proved(
+                self.live.folder.path,
+                self.spec.stages[index].name,
+                {
+                    "ring_size": mesh.ring_size,
+                    "heads_size": mesh.heads_size,
+                    "data_parallel_size": mesh.data_parallel_size,
+                    "device": device,
+                },
+            ),
         )
 
     def _model_config(self, prepared: dict[str, Any]) -> ModelConfig:

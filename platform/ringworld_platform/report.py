@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringworld_jobs.units import format_tokens, parse_count
-from ringworld_platform.formatting import duration, loss, quantity
+from ringworld_platform.formatting import duration, loss, mesh_heading, mesh_text, quantity
+from ringworld_platform.proofs import read_proofs
 from ringworld_platform.run_records import (
     REPORT_FILE,
     SPEC_FILE,
@@ -62,6 +63,7 @@ class StageResult:
     name: str
     context_length: int
     ring_size: int | None
+    heads_size: int
     data_parallel_size: int | None
     steps: int
     num_steps: int
@@ -77,6 +79,13 @@ class StageResult:
     def context(self) -> str:
         """The context length as people write it."""
         return format_tokens(self.context_length)
+
+    @property
+    def mesh(self) -> str:
+        """The size of each mesh axis; a dash where the stage has not begun."""
+        if not self.ring_size:
+            return "-"
+        return mesh_text(self.ring_size, self.heads_size, self.data_parallel_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +165,7 @@ def _stage(run: RunRecords, all_steps: Sequence[Record], index: int, name: str) 
         name=name,
         context_length=int(context),
         ring_size=start.get("ring_size"),
+        heads_size=int(start.get("heads_size") or 1),
         data_parallel_size=start.get("data_parallel_size"),
         steps=len(steps),
         num_steps=int(start.get("num_steps") or spec.get("steps") or len(steps)),
@@ -222,8 +232,12 @@ def render_terminal(report: Report) -> RenderableType:
 
 
 def _terminal_rows(stage: StageResult) -> list[list[str]]:
-    mesh = f"{stage.ring_size}x{stage.data_parallel_size}" if stage.ring_size else "-"
-    left = [stage.name, stage.context, mesh, f"{stage.steps}/{stage.num_steps}"]
+    left = [
+        stage.name,
+        stage.context,
+        stage.mesh.replace(" ", ""),
+        f"{stage.steps}/{stage.num_steps}",
+    ]
     right = [quantity(stage.tokens_per_second), duration(stage.wall_seconds)]
     if not stage.modalities:
         return [[*left, "not begun" if not stage.steps else "", "", "", "", "-", "-"]]
@@ -248,6 +262,17 @@ def verdicts(report: Report) -> list[str]:
                 f"stage {stage.name}, {than} the {loss(result.baseline)} of guessing by frequency."
             )
     sentences = list(found.values())
+    for wanted, verdict in ((True, "gives"), (False, "does NOT give")):
+        which = [
+            stage
+            for stage, proofs in read_proofs(report.run.folder).items()
+            if "preflight" in proofs and proofs["preflight"]["passed"] is wanted
+        ]
+        if which:
+            sentences.append(
+                f"Parity: the ring of {', '.join(which)} {verdict} one worker's loss and "
+                "gradients, checked before training."
+            )
     redone = [stage for stage in report.stages if stage.attempts > 1]
     if redone:
         which = ", ".join(f"{stage.name} ({stage.attempts} attempts)" for stage in redone)
@@ -295,13 +320,16 @@ def render_html(report: Report, plots: Sequence[Plot]) -> str:
         "duration": duration,
         "loss": loss,
         "quantity": quantity,
+        "error": lambda value: "none" if value is None else f"{value:.1e}",
         "clock": lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)),
     }
     spec_path = report.run.folder / SPEC_FILE
     values: dict[str, Any] = {
         "report": report,
+        "mesh": mesh_heading(stage.heads_size for stage in report.stages),
         "plots": plots,
         "verdicts": verdicts(report),
+        "proofs": read_proofs(report.run.folder),
         "events": report.run.events,
         "error": report.run.state.get("error"),
         "spec_text": spec_path.read_text(encoding="utf-8") if spec_path.is_file() else "",

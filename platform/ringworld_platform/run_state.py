@@ -91,6 +91,7 @@ class JobRecord(BaseModel):
     """Gangs are built again after failures, stops and lost controllers: each time is an attempt."""
     context_length: int = 0
     ring_size: int = 0
+    heads_size: int = 1
     data_parallel_size: int = 0
     checkpoint: str | None = None
     loss: float | None = None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringworld_jobs.load import load_job
-from ringworld_jobs.mesh import LOCAL_TOKENS, MeshError, resolve_mesh
+from ringworld_jobs.mesh import LOCAL_TOKENS, MeshError, MeshSize, resolve_mesh
 from ringworld_jobs.spec import ResourcesSpec, StageSpec
 
 
@@ -47,10 +47,13 @@ def workers(fewest: int, most: int) -> ResourcesSpec:
         (stage(2**12, 8, sequence_parallel=2), workers(1, 7), (2, 2)),
         (stage(2**17, 8, data_parallel=4), workers(1, 8), (2, 4)),
         (stage(2**12, 8, data_parallel=1), workers(3, 8), (3, 1)),
+        (stage(2**12, 8, sequence_parallel={"ring": 3}), workers(1, 8), (3, 2)),
+        (stage(2**12, 8, sequence_parallel={"ring": 2, "heads": 2}), workers(1, 9), (2, 2, 2)),
+        (stage(2**12, 8, sequence_parallel={"heads": 4}), workers(1, 7), (1, 1, 4)),
     ],
 )
-def test_automatic_axes(spec: StageSpec, resources: ResourcesSpec, mesh: tuple[int, int]) -> None:
-    assert resolve_mesh(spec, resources) == mesh
+def test_automatic_axes(spec: StageSpec, resources: ResourcesSpec, mesh: tuple[int, ...]) -> None:
+    assert resolve_mesh(spec, resources) == MeshSize(*mesh)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,12 @@ def test_automatic_axes(spec: StageSpec, resources: ResourcesSpec, mesh: tuple[i
             workers(1, 8),
             "mesh.sequence_parallel",
             "lower mesh.sequence_parallel",
+        ),
+        (
+            stage(2**12, 8, sequence_parallel={"ring": 4, "heads": 2}, data_parallel=2),
+            workers(1, 8),
+            "mesh.sequence_parallel",
+            "sequence_parallel 4 x heads 2 x data_parallel 2 = 16 .* raise it to 16",
         ),
     ],
 )
@@ -93,9 +102,11 @@ def test_a_chosen_mesh_always_fits(
 ) -> None:
     spec = stage(2**log_context, micro_batches * micro, micro=micro)
     resources = workers(fewest, fewest + more)
-    ring_size, num_rings = resolve_mesh(spec, resources)
-    assert fewest <= ring_size * num_rings <= fewest + more
-    assert spec.rows_per_step % (num_rings * micro) == 0
+    mesh = resolve_mesh(spec, resources)
+    assert mesh.heads_size == 1
+    assert fewest <= mesh.world_size <= fewest + more
+    assert spec.rows_per_step % (mesh.data_parallel_size * micro) == 0
+    ring_size = mesh.ring_size
     assert ring_size * LOCAL_TOKENS >= spec.context_length or ring_size == fewest + more
 
 

@@ -189,7 +189,11 @@ class RingWorker:
             timeout=timeout,
         )
         self._mesh = build_mesh(
-            job.sequence_parallel_size, job.data_parallel_size, job.device, timeout
+            job.sequence_parallel_size,
+            job.data_parallel_size,
+            job.device,
+            timeout,
+            heads_size=job.heads_size,
         )
         self._job = job
         log.info(

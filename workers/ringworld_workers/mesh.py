@@ -1,7 +1,9 @@
 """Where a rank stands: rings of sequence-parallel ranks, side by side along the data-parallel axis.
 
 Ranks of a ring are neighbours (``rank = data_parallel_rank * sequence_parallel_size +
-sequence_parallel_rank``), so that a ring stays inside a node where it can.
+sequence_parallel_rank``), so that a ring stays inside a node where it can. Those of one ring place,
+which split the heads among them, are nearer still (``sequence_parallel_rank = ring_rank *
+heads_size + heads_rank``).
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ class Mesh:
     sequence_parallel_size: int
     sequence_parallel_rank: int
     sequence_parallel_group: dist.ProcessGroup
-    """The ring: ranks that hold cuts of the same rows."""
+    """Ranks that hold cuts of the same rows: heads_size of them at each place of the ring."""
+    ring_size: int
+    ring_group: dist.ProcessGroup | None
+    """Of each place of the ring the rank with this rank's share of the heads; None: one place."""
+    heads_size: int
+    heads_group: dist.ProcessGroup | None
+    """The ranks of this rank's place, which split the heads among them; None: no split."""
     data_parallel_size: int
     data_parallel_rank: int
     data_parallel_group: dist.ProcessGroup
@@ -39,19 +47,23 @@ def build_mesh(
     data_parallel_size: int,
     device: str | torch.device = "cpu",
     timeout: timedelta | None = None,
+    *,
+    heads_size: int = 1,
 ) -> Mesh:
     """Cut the initialised world into rings. A collective: every rank calls it once.
 
     Args:
-        sequence_parallel_size: ranks of a ring.
+        sequence_parallel_size: ranks that share one sequence: places of a ring * heads_size.
         data_parallel_size: number of rings.
         device: where this rank computes; ``cuda`` means the process's current CUDA device.
         timeout: after which a collective of these groups fails; they do not take that of the
             initialised world. Empty: torch's own, up to half an hour.
+        heads_size: ranks of one ring place.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
-        ValueError: the sizes are not positive, or their product is not the world size.
+        ValueError: the sizes are not positive, their product is not the world size, or heads_size
+            does not divide sequence_parallel_size.
     """
     if not dist.is_initialized():
         raise RuntimeError(
@@ -65,6 +77,11 @@ def build_mesh(
             f"mesh sequence_parallel={sequence_parallel_size} x data_parallel={data_parallel_size} "
             f"does not cover world_size={world_size}; their product must equal it"
         )
+    if heads_size < 1 or sequence_parallel_size % heads_size:
+        raise ValueError(
+            f"mesh sequence_parallel={sequence_parallel_size} ranks are no whole number of ring "
+            f"places of heads={heads_size}; heads must divide them"
+        )
     data_parallel_rank, sequence_parallel_rank = divmod(rank, sequence_parallel_size)
     rings = [
         [ring * sequence_parallel_size + place for place in range(sequence_parallel_size)]
@@ -74,6 +91,13 @@ def build_mesh(
     # Every rank creates every group, in the same order: new_group is a collective of the world.
     ring_groups = [dist.new_group(ranks, timeout=timeout) for ranks in rings]
     column_groups = [dist.new_group(ranks, timeout=timeout) for ranks in columns]
+    ring_group: dist.ProcessGroup | None = ring_groups[data_parallel_rank]
+    heads_group: dist.ProcessGroup | None = None
+    if heads_size > 1:
+        shares = [ranks[share::heads_size] for ranks in rings for share in range(heads_size)]
+        ring_group = _group_of(rank, shares, timeout)
+        places = [list(range(at, at + heads_size)) for at in range(0, world_size, heads_size)]
+        heads_group = _group_of(rank, places, timeout)
     world = list(range(world_size))
     return Mesh(
         rank=rank,
@@ -81,6 +105,10 @@ def build_mesh(
         sequence_parallel_size=sequence_parallel_size,
         sequence_parallel_rank=sequence_parallel_rank,
         sequence_parallel_group=ring_groups[data_parallel_rank],
+        ring_size=sequence_parallel_size // heads_size,
+        ring_group=ring_group,
+        heads_size=heads_size,
+        heads_group=heads_group,
         data_parallel_size=data_parallel_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_group=column_groups[sequence_parallel_rank],
@@ -88,6 +116,18 @@ def build_mesh(
         control_group=dist.new_group(world, timeout=timeout, backend="gloo"),
         device=_current_device(device),
     )
+
+
+def _group_of(
+    rank: int, parts: list[list[int]], timeout: timedelta | None
+) -> dist.ProcessGroup | None:
+    """The rank's own group of those that all ranks create; None where it would be alone."""
+    found = None
+    for ranks in parts:
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, timeout=timeout)
+            found = group if rank in ranks else found
+    return found
 
 
 def _current_device(device: str | torch.device) -> torch.device:

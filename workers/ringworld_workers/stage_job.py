@@ -21,13 +21,14 @@ class StageJob:
         attempt: 1 for the run's first gang, one more for each gang that had to be built again
             after a failure, a stop or a restart of the controller.
         world_size: ranks of the gang: sequence_parallel_size * data_parallel_size.
-        sequence_parallel_size: ring size.
+        sequence_parallel_size: ranks that share one sequence: places of a ring * heads_size.
         data_parallel_size: rings.
         device: what the ranks compute on.
         data_dir: folder of the prepared data recipe; empty when the job names none.
         sources: dataset folder by source name: the recipe's and the spec's.
         model_config: the model's shape, table sizes filled in from the data.
         checkpoint_url: where the run's checkpoints lie: ``file:///abs/runs/quickstart-1/checkpoints``.
+        heads_size: ranks of one ring place, which split the attention heads.
         spec_digest: digest of the resolved spec; checkpoints carry it.
         proved: the run has proof already that this stage's ring is right on this mesh.
     """
@@ -45,6 +46,7 @@ class StageJob:
     model_config: ModelConfig
     checkpoint_url: str
     spec_digest: str
+    heads_size: int = 1
     proved: bool = False
 
     @property

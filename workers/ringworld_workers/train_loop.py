@@ -121,7 +121,8 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
                     num_steps=stage.num_steps,
                     resumed_from=start.key,
                     context_length=stage.context_length,
-                    ring_size=mesh.sequence_parallel_size,
+                    ring_size=mesh.ring_size,
+                    heads_size=mesh.heads_size,
                     data_parallel_size=mesh.data_parallel_size,
                     setup_seconds=time.monotonic() - started,
                 )

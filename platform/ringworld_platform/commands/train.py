@@ -83,7 +83,7 @@ def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
     from rich.table import Table
 
     from ringworld_jobs.units import format_tokens
-    from ringworld_platform.formatting import quantity
+    from ringworld_platform.formatting import mesh_heading, mesh_text, quantity
 
     workers = max(plan.world_size for plan in plans)
     console = out()
@@ -93,7 +93,8 @@ def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
         f"{workers} worker{'s' if workers > 1 else ''} of {spec.resources.cpus_per_worker} CPU"
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
-    headings = ("stage", "context", "rope theta", "ring x dp", "per worker", "rows", "steps")
+    mesh = mesh_heading(plan.heads_size for plan in plans)
+    headings = ("stage", "context", "rope theta", mesh, "per worker", "rows", "steps")
     for heading in (*headings, "tokens"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for plan in plans:
@@ -101,7 +102,7 @@ def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
             plan.name,
             format_tokens(plan.context_length),
             f"{plan.rope_theta:g}",
-            f"{plan.sequence_parallel_size} x {plan.data_parallel_size}",
+            mesh_text(plan.ring_size, plan.heads_size, plan.data_parallel_size),
             format_tokens(plan.local_length),
             str(plan.rows_per_step),
             str(plan.num_steps),

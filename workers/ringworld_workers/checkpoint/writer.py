@@ -159,6 +159,7 @@ class CheckpointWriter:
             world_size=self._mesh.world_size,
             mesh={
                 "sequence_parallel": self._mesh.sequence_parallel_size,
+                "heads": self._mesh.heads_size,
                 "data_parallel": self._mesh.data_parallel_size,
             },
             parameter_digest=parameter_digest(snapshot.shapes),

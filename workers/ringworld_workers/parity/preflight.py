@@ -76,7 +76,7 @@ def prove_ring(
 
 
 def _case(job: StageJob, mesh: Mesh, loader: StageLoader, asked: ParitySpec) -> ParityCase:
-    shape = RingShape(mesh.sequence_parallel_size)
+    shape = RingShape(mesh.ring_size, mesh.heads_size)
     return case_of(
         job.spec,
         job.stage,
