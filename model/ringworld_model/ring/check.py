@@ -50,10 +50,10 @@ def check_inputs(
         )
     if not plans or len(plans) != q.shape[0]:
         raise ValueError(f"{len(plans)} plans for {q.shape[0]} rows; give one plan a row")
-    if len({(plan.ring_size, plan.local_length) for plan in plans}) != 1:
+    if len({(plan.ring_size, plan.heads_size, plan.local_length) for plan in plans}) != 1:
         raise ValueError(
-            "the rows' plans differ in ring_size or local_length; plan all rows of a batch with "
-            "the same context_length, ring_size and layout"
+            "the rows' plans differ in ring_size, heads_size or local_length; plan all rows of a "
+            "batch with the same context_length, ring_size, heads_size and layout"
         )
     if plans[0].local_length != q.shape[1]:
         raise ValueError(
@@ -77,32 +77,48 @@ def describe(
 
 
 def agree(
-    group: dist.ProcessGroup | None, device: torch.device, problem: str | None, terms: str
+    group: dist.ProcessGroup | None,
+    heads_group: dist.ProcessGroup | None,
+    device: torch.device,
+    problem: str | None,
+    terms: str,
 ) -> None:
-    """Go on only where every rank of the group found its inputs right, and all found the same.
+    """Go on only where every rank of both groups found its inputs right, and all found the same.
 
-    One small exchange; a second one, of the words, only where there is an error to tell.
+    One small exchange a group; a second one, of the words, only where there is an error to tell.
+    What the ranks of one ring place found goes around the ring, so that every rank hears of it.
 
     Args:
         group: the ring; None: one rank, which agrees with itself.
+        heads_group: the ranks of this ring place, likewise.
         device: where a group that cannot exchange CPU tensors wants them.
         problem: why this rank's inputs are refused, or None.
         terms: what this rank is about to do, see ``describe``.
 
     Raises:
-        ValueError: on every rank alike; names the ranks and their reasons.
+        ValueError: on every rank; names the ranks and their reasons.
     """
-    if group is None:
-        if problem is not None:
-            raise ValueError(problem)
-        return
+    crossing = [("heads", heads_group, group), ("ring", group, heads_group)]
+    for name, members, others in crossing:
+        if members is not None:
+            # Groups that do not cross at right angles would wait for each other.
+            at = dist.get_rank(others) if others is not None else 0
+            problem = _problem_of(members, name, device, problem, f"{terms}, column {at}")
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _problem_of(
+    group: dist.ProcessGroup, name: str, device: torch.device, problem: str | None, terms: str
+) -> str | None:
+    """Why the ranks of one group cannot go on, the same words on each of them; None if they can."""
     # gloo exchanges CPU tensors wherever the inputs are.
     where = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
     words = terms if problem is None else problem
     mine = torch.tensor([problem is not None, zlib.crc32(words.encode())], device=where)
     flags = torch.stack(_gathered(mine, group)).tolist()
     if not any(refused for refused, _ in flags) and all(flag == flags[0] for flag in flags):
-        return
+        return None
     text = words.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(where)
     said = [
@@ -110,16 +126,14 @@ def agree(
     ]
     refused = [rank for rank, flag in enumerate(flags) if flag[0]]
     if len(refused) == len(flags) and len(set(said)) == 1:
-        raise ValueError(said[0])
+        return said[0]
     if refused:
-        reasons = "; ".join(f"ring rank {rank}: {said[rank]}" for rank in refused)
-        raise ValueError(
-            f"ring attention refused on {len(refused)} of {len(flags)} ranks: {reasons}"
-        )
-    different = "; ".join(f"ring rank {rank}: {words}" for rank, words in enumerate(said))
-    raise ValueError(
-        "the ranks of the ring call ring_attention with different inputs; give all the same rows, "
-        f"plans, dtype and backend: {different}"
+        reasons = "; ".join(f"{name} rank {rank}: {said[rank]}" for rank in refused)
+        return f"ring attention refused on {len(refused)} of {len(flags)} ranks: {reasons}"
+    different = "; ".join(f"{name} rank {rank}: {words}" for rank, words in enumerate(said))
+    return (
+        f"the ranks of the {name} group call ring_attention with different inputs; give all the "
+        f"same rows, plans, dtype and backend: {different}"
     )
 
 

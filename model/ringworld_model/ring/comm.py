@@ -1,55 +1,99 @@
-"""Rotation: a tensor moves one rank around the ring while the rank computes.
+"""What the ranks of a ring send one another, and what that costs.
 
-All of a group's ranks must start the same rotations in the same order, from one thread.
+All of a group's ranks must post the same exchanges in the same order, from one thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+_KEPT_EVENTS = 512
 
-@dataclass
+
+class _Clock:
+    """Seconds between moments: of the host, or of a device's stream, which runs on its own."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        first.record(stream)
+        yield
+        last.record(stream)
+        self._spans.append((first, last))
+        if len(self._spans) > _KEPT_EVENTS:
+            while self._spans and self._spans[0][1].query():
+                self._settle()
+
+    def read(self) -> float:
+        while self._spans:
+            self._settle()
+        return self._seconds
+
+    def _settle(self) -> None:
+        first, last = self._spans.pop(0)
+        last.synchronize()
+        self._seconds += first.elapsed_time(last) / 1000
+
+
 class RingStats:
     """Where a ring's time went, summed over calls until ``reset``.
 
-    On CPU these are exact; on a device that runs asynchronously they are the host's view.
+    On CUDA the times are those of the stream that computes, measured by events; reading them waits
+    for the work that they measure, and nothing else does.
 
     Attributes:
-        compute_seconds: time in block kernels and merging.
-        wait_seconds: time waiting for a transfer that computation did not hide.
         bytes_sent: bytes that this rank sent.
     """
 
-    compute_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    bytes_sent: int = 0
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.bytes_sent = 0
+        self._compute, self._wait = _Clock(), _Clock()
+
+    @property
+    def compute_seconds(self) -> float:
+        """Time in kernels and merging."""
+        return self._compute.read()
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time waiting for other ranks that computation did not hide."""
+        return self._wait.read()
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Add the time inside to ``compute_seconds``."""
-        began = time.perf_counter()
-        yield
-        self.compute_seconds += time.perf_counter() - began
+    def computing(self, device: torch.device) -> Iterator[None]:
+        """Add what happens inside, on ``device``, to ``compute_seconds``."""
+        with self._compute.running(device):
+            yield
+
+    @contextmanager
+    def waiting(self, device: torch.device) -> Iterator[None]:
+        """Add what happens inside, on ``device``, to ``wait_seconds``."""
+        with self._wait.running(device):
+            yield
 
     def reset(self) -> None:
-        """Set every figure to zero."""
-        self.compute_seconds, self.wait_seconds, self.bytes_sent = 0.0, 0.0, 0
-
-
-class Message(IntEnum):
-    """What a transfer carries; the tag keeps two kinds in flight apart."""
-
-    KEYS_VALUES = 1
-    GRADIENTS = 2
-    HOME = 3
+        """Set every figure to zero, without waiting for anything."""
+        self.bytes_sent = 0
+        self._compute, self._wait = _Clock(), _Clock()
 
 
 @dataclass(frozen=True)
@@ -87,108 +131,90 @@ class Ring:
         return cls(dist.get_rank(group), size, group)
 
 
-class Rotation:
-    """Sends one tensor to the next rank while receiving one from the previous.
+class Message(IntEnum):
+    """What a parcel carries. Posted in this order, so that two ranks pair them alike."""
 
-    ``start`` posts both transfers and returns at once; ``finish`` waits for them. At most one
-    transfer of a rotation is in flight.
+    KEYS_VALUES = 1
+    GRADIENTS = 2
+    HOME = 3
+
+
+class Parcel(NamedTuple):
+    """One tensor on its way, seen from either end."""
+
+    message: Message
+    tensor: torch.Tensor
+    """Contiguous; empty where nothing travels, and then nothing is posted."""
+    peer: int
+    """Ring rank, any integer modulo the ring's size."""
+
+
+class Exchange:
+    """What one rank sends and receives at one moment, while it computes.
+
+    ``post`` hands all of a moment's parcels to the group at once and returns; ``finish`` waits for
+    them. They are one batch because NCCL runs the operations of a group one after another, in the
+    order in which each rank posts them: a lone send waits for its receiver, which may itself be
+    waiting in a lone send. At most one batch is in flight. On CUDA the transfer runs on the group's
+    own stream, after what the current stream holds at ``post``; ``finish`` makes the current stream
+    wait, not the host.
     """
 
-    def __init__(self, ring: Ring, message: Message, stats: RingStats) -> None:
-        """Prepare a rotation of ``message`` tensors; figures go to ``stats``."""
+    def __init__(self, ring: Ring, stats: RingStats) -> None:
+        """Prepare exchanges within ``ring``; figures go to ``stats``."""
         self._ring = ring
-        self._message = message
         self._stats = stats
+        self._members = dist.get_process_group_ranks(ring.group) if ring.group else [0]
+        self._posted: list[Parcel] | None = None
         self._works: list[dist.Work] = []
-        if ring.size > 1:
-            members = dist.get_process_group_ranks(ring.group)
-            self._next = members[(ring.rank + 1) % ring.size]
-            self._previous = members[(ring.rank - 1) % ring.size]
-        self._in_flight: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def start(self, send: torch.Tensor, receive: torch.Tensor) -> None:
-        """Post the transfer. Neither tensor may be written, nor ``receive`` read, until ``finish``.
+    def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """Post parcels. None may be written, nor a received one read, until ``finish``.
 
         Args:
-            send: contiguous, any shape; empty where there is nothing to send.
-            receive: contiguous, the shape that the previous rank sends, the same dtype, other
-                memory; empty where that rank sends nothing.
+            sends: in the order of ``Message``.
+            receives: in the order of ``Message``; each the size and dtype that its peer sends.
 
         Raises:
-            RuntimeError: a transfer is in flight already, or the ring has one rank only.
+            RuntimeError: a batch is in flight already, or the ring has nobody to send to.
             ValueError: tensors that cannot be exchanged.
         """
-        if self._in_flight is not None:
-            raise RuntimeError(f"{self._message.name}: start() before finish() of the last")
-        if self._ring.size == 1:
-            raise RuntimeError(f"{self._message.name}: a ring of one rank has nobody to send to")
-        if send.dtype != receive.dtype:
-            raise ValueError(
-                f"{self._message.name}: send is {send.dtype}, receive is {receive.dtype}"
-            )
-        if not (send.is_contiguous() and receive.is_contiguous()):
-            raise ValueError(f"{self._message.name}: both tensors must be contiguous")
-        if send.numel() and send.data_ptr() == receive.data_ptr():
-            raise ValueError(f"{self._message.name}: send and receive are the same memory")
-        group, tag = self._ring.group, int(self._message)
-        transfers = []
-        if send.numel():
-            transfers.append(dist.P2POp(dist.isend, send, self._next, group, tag))
-        if receive.numel():
-            transfers.append(dist.P2POp(dist.irecv, receive, self._previous, group, tag))
+        if self._posted is not None:
+            raise RuntimeError("post() before finish() of the last")
+        sends = [parcel for parcel in sends if parcel.tensor.numel()]
+        receives = [parcel for parcel in receives if parcel.tensor.numel()]
+        posted = [*sends, *receives]
+        if posted and self._ring.size == 1:
+            raise RuntimeError("a ring of one rank has nobody to send to")
+        for parcel in posted:
+            if not parcel.tensor.is_contiguous():
+                raise ValueError(f"{parcel.message.name}: the tensor must be contiguous")
+        sent = {parcel.tensor.data_ptr() for parcel in sends}
+        for parcel in receives:
+            if parcel.tensor.data_ptr() in sent:
+                raise ValueError(f"{parcel.message.name}: memory is both sent and received into")
+        # The tensors are kept with the works: their memory must outlive the transfer.
+        self._posted = posted
+        transfers = [self._transfer(dist.isend, parcel) for parcel in sends]
+        transfers += [self._transfer(dist.irecv, parcel) for parcel in receives]
         self._works = dist.batch_isend_irecv(transfers) if transfers else []
-        self._in_flight = (send, receive)
-        self._stats.bytes_sent += send.numel() * send.element_size()
-
-    def finish(self) -> torch.Tensor:
-        """Wait for the transfer; return the received tensor. ``send`` may be written again.
-
-        Raises:
-            RuntimeError: nothing is in flight.
-        """
-        if self._in_flight is None:
-            raise RuntimeError(f"{self._message.name}: finish() without start()")
-        began = time.perf_counter()
-        for work in self._works:
-            work.wait()
-        self._stats.wait_seconds += time.perf_counter() - began
-        received = self._in_flight[1]
-        self._works, self._in_flight = [], None
-        return received
-
-
-class Mail:
-    """Sends tensors straight to any rank of the ring, and gathers those that other ranks send."""
-
-    def __init__(self, ring: Ring, stats: RingStats) -> None:
-        """Prepare an empty mail; figures go to ``stats``."""
-        self._group = ring.group
-        self._members = dist.get_process_group_ranks(ring.group) if ring.group else []
-        self._stats = stats
-        self._posted: list[tuple[dist.Work, torch.Tensor]] = []
-
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Post a contiguous tensor to ring rank ``to``; empty: nothing. Do not write to it."""
-        if tensor.numel():
-            self._post(dist.isend, tensor, to)
-            self._stats.bytes_sent += tensor.numel() * tensor.element_size()
-
-    def receive(self, tensor: torch.Tensor, sender: int) -> None:
-        """Let what ring rank ``sender`` sends arrive in ``tensor``; empty: nothing is expected."""
-        if tensor.numel():
-            self._post(dist.irecv, tensor, sender)
+        self._stats.bytes_sent += sum(parcel.tensor.nbytes for parcel in sends)
 
     def finish(self) -> None:
-        """Wait until all that was posted has arrived."""
-        began = time.perf_counter()
-        for work, _ in self._posted:
-            work.wait()
-        self._posted = []
-        self._stats.wait_seconds += time.perf_counter() - began
+        """Wait for what was posted.
 
-    def _post(self, operation: Callable[..., Any], tensor: torch.Tensor, peer: int) -> None:
-        transfer = dist.P2POp(
-            operation, tensor, self._members[peer], self._group, int(Message.HOME)
-        )
-        # The tensor is kept with the work: its memory must outlive the transfer.
-        self._posted.extend((work, tensor) for work in dist.batch_isend_irecv([transfer]))
+        Raises:
+            RuntimeError: nothing was posted.
+        """
+        if self._posted is None:
+            raise RuntimeError("finish() without post()")
+        if self._works:
+            with self._stats.waiting(self._posted[0].tensor.device):
+                for work in self._works:
+                    work.wait()
+        self._posted, self._works = None, []
+
+    def _transfer(self, operation: Callable[..., Any], parcel: Parcel) -> dist.P2POp:
+        peer = self._members[parcel.peer % self._ring.size]
+        # NCCL pairs by order; gloo by tag.
+        return dist.P2POp(operation, parcel.tensor, peer, self._ring.group, int(parcel.message))

@@ -9,7 +9,6 @@ B rows, T tokens of a rank, N ranks, H heads of a tensor, D head width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,30 +53,6 @@ class Heads:
         return cls(dist.get_rank(group), size, group)
 
 
-def check_heads(num_heads: int, num_kv_heads: int, size: int) -> None:
-    """Refuse heads that ``size`` ranks cannot share.
-
-    Args:
-        num_heads: query heads; ``size`` must divide them.
-        num_kv_heads: key heads; they or ``size`` must be a multiple of the other. Where they are
-            fewer, several ranks work with the same key head.
-        size: ranks that split the heads.
-
-    Raises:
-        ValueError: names the number to change.
-    """
-    if num_heads % size:
-        raise ValueError(
-            f"{num_heads} query heads do not divide by heads_size={size}; take a divisor of "
-            f"{num_heads}"
-        )
-    if num_kv_heads % size and size % num_kv_heads:
-        raise ValueError(
-            f"heads_size={size} is neither a divisor nor a multiple of the {num_kv_heads} key "
-            "heads; take one that is"
-        )
-
-
 def scatter_heads(
     tensors: Sequence[torch.Tensor], heads: Heads, stats: RingStats
 ) -> list[torch.Tensor]:
@@ -87,7 +62,7 @@ def scatter_heads(
     heads than ranks. A collective of ``heads.group``.
 
     Args:
-        tensors: each [B, T, H, D] with its own H, for which ``check_heads`` passed; one dtype.
+        tensors: each [B, T, H, D] with its own H, see ``config.check_head_split``; one dtype.
         heads: this rank's place.
         stats: adds up bytes and waiting.
 
@@ -150,11 +125,10 @@ def gather_heads(
 
 def _exchange(message: torch.Tensor, heads: Heads, stats: RingStats) -> torch.Tensor:
     """Send message[r] to rank r; return what each rank sent here, [N, ...] by rank."""
-    began = time.perf_counter()
     arrived = torch.empty_like(message)
     # As bytes: gloo does not exchange every dtype.
     sent, room = (tensor.flatten(1).view(torch.uint8) for tensor in (message, arrived))
-    dist.all_to_all_single(room, sent, group=heads.group)
-    stats.wait_seconds += time.perf_counter() - began
+    with stats.waiting(message.device):
+        dist.all_to_all_single(room, sent, group=heads.group)
     stats.bytes_sent += sent.numel() // heads.size * (heads.size - 1)
     return arrived

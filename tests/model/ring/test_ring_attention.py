@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringworld_model.ring import RingContext, plan_rows, ring_attention
-from ringworld_model.ring.comm import Message, Ring, RingStats, Rotation
+from ringworld_model.ring import RingContext, plan_ring, plan_rows, ring_attention
+from ringworld_model.ring.comm import Exchange, Message, Parcel, Ring, RingStats
 from ringworld_model.ring.reference import dense_attention
 from ringworld_workers.testing import run_distributed
 
@@ -29,6 +29,20 @@ class Case:
     width: int
     layout: str = "auto"
     backend: str = "auto"
+    heads_size: int = 1
+
+    @property
+    def num_ranks(self):
+        return self.ring_size * self.heads_size
+
+    def plans(self):
+        return plan_rows(
+            self.documents,
+            self.context_length,
+            self.ring_size,
+            self.layout,
+            heads_size=self.heads_size,
+        )
 
 
 EDGES = (1, 127, 128, 129)
@@ -53,6 +67,16 @@ CASES = [
     Case("nothing but padding", 5, 64, ((),), (2, 2), 32),
     Case("eight", 8, 1500, ((1, 1250, 127),), (8, 1), 64, "block_cyclic"),
     Case("eight auto", 8, 1031, (MANY + (129,),), (4, 4), 32),
+    Case("2x2 dense", 2, 1024, ((1024,),), (4, 4), 64, heads_size=2),
+    Case("2x2 two plans", 2, 777, ((700, 33), MANY), (8, 2), 32, "block_cyclic", heads_size=2),
+    Case("2x2 one key head", 2, 600, ((300, 1, 128),), (6, 1), 64, "zigzag", heads_size=2),
+    Case("3x2 odd", 3, 1001, ((1001,),), (4, 4), 64, "zigzag", heads_size=2),
+    Case("3x2 edges", 3, 901, (EDGES + (400,),), (6, 2), 32, "striped", heads_size=2),
+    Case("2x4 shared key heads", 2, 1100, (MANY + (500,),), (8, 2), 64, heads_size=4),
+    Case("2x4 shorter than the ranks", 2, 3, ((2, 1),), (4, 1), 32, "striped", heads_size=4),
+    Case("1x4 dense", 1, 515, ((515,),), (8, 4), 64, heads_size=4),
+    Case("1x4 packed", 1, 640, ((600,), (600,), (1, 639)), (4, 1), 32, heads_size=4),
+    Case("several chunks of heads", 2, 512, ((300, 200),), (10, 5), 1024),
 ]
 NAMED = {case.name: case for case in CASES}
 
@@ -70,8 +94,8 @@ def whole_inputs(case, dtype):
     return normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
 
 
-def run_rank(case, dtype, rank, group, stats):
-    plans = plan_rows(case.documents, case.context_length, case.ring_size, case.layout)
+def run_rank(case, dtype, rank, group, heads_group, stats):
+    plans = case.plans()
     indices = plans[0].local_indices(rank)
     # Padding is filled with NaN: none of it may reach anything.
     tensors = []
@@ -84,7 +108,7 @@ def run_rank(case, dtype, rank, group, stats):
     q, k, v, grad_out = tensors
     for tensor in (q, k, v):
         tensor.requires_grad_()
-    context = RingContext(plans, group, case.backend, stats)
+    context = RingContext(plans, group, case.backend, stats, heads_group)
     out = context.attend(q, k, v)
     assert out.dtype == dtype
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
@@ -92,7 +116,7 @@ def run_rank(case, dtype, rank, group, stats):
 
 def check_misuse(group):
     ring = Ring.over(group, 2)
-    rotation = Rotation(ring, Message.KEYS_VALUES, RingStats())
+    exchange = Exchange(ring, RingStats())
     here, there = torch.full((2,), float(ring.rank)), torch.zeros(2)
     problems = []
 
@@ -102,31 +126,72 @@ def check_misuse(group):
         except (RuntimeError, ValueError) as error:
             problems.append(str(error))
 
-    attempt(rotation.finish)
-    attempt(rotation.start, here, here)
-    attempt(rotation.start, here, torch.zeros(2).double())
-    attempt(rotation.start, torch.zeros(4)[::2], torch.zeros(2))
-    rotation.start(here, there)
-    attempt(rotation.start, here, there)
-    received = rotation.finish()
-    attempt(rotation.finish)
+    def moment(send, receive):
+        return [[Parcel(Message.HOME, tensor, ring.rank + 1)] for tensor in (send, receive)]
+
+    attempt(exchange.finish)
+    attempt(exchange.post, *moment(here, here))
+    attempt(exchange.post, *moment(torch.zeros(4)[::2], there))
+    exchange.post(*moment(here, there))
+    attempt(exchange.post, *moment(here, there))
+    exchange.finish()
+    attempt(exchange.finish)
     attempt(Ring.over, group, 3)
-    return problems, received.tolist()
+    return problems, there.tolist()
+
+
+def groups_of(shape, rank):
+    """The ring and heads groups of one rank; made by all ranks, in the same order."""
+    ring_size, heads_size = shape
+    ranks = torch.arange(ring_size * heads_size).view(shape)
+    found = [None, None]
+    for axis, members in ((0, ranks.T.tolist()), (1, ranks.tolist())):
+        for group in members if shape[axis] > 1 else ():
+            made = dist.new_group(group)
+            if rank in group:
+                found[axis] = made
+    return found
+
+
+def refusals(rank, ring_group, heads_group):
+    """What a rank of a 2 x 2 grid says where one rank or all are wrong, and what it sent."""
+    stats = RingStats()
+    said = []
+
+    def attempt(wrong=(), groups=(ring_group, heads_group), heads=(4, 2), plan=None):
+        q, k = (torch.zeros(1, 32 if rank in wrong else 16, size, 8) for size in heads)
+        plan = plan or plan_ring([60], 64, 2, heads_size=2)
+        try:
+            ring_attention(q, k, k, plan=plan, group=groups[0], heads_group=groups[1], stats=stats)
+        except ValueError as error:
+            said.append(str(error))
+
+    attempt(wrong=[3])
+    attempt(heads=(4, 4) if rank == 1 else (4, 2))
+    attempt(heads=(3, 3))
+    attempt(plan=plan_ring([60], 64, 1, heads_size=4))
+    attempt(plan=plan_ring([20], 32 if rank < 2 else 64, 2, heads_size=2))
+    attempt(groups=(ring_group, None))
+    sent = stats.bytes_sent
+    # The groups are whole after all of it.
+    attempt()
+    return said, sent
 
 
 def every_case(rank, world_size):
-    # One group a size, made by all ranks in the same order.
-    groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4, 5, 8)}
+    shapes = dict.fromkeys((case.ring_size, case.heads_size) for case in CASES)
+    groups = {shape: groups_of(shape, rank) for shape in shapes}
     results = {}
     for case in CASES:
-        if rank >= case.ring_size:
+        if rank >= case.num_ranks:
             continue
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             stats = RingStats()
-            tensors = run_rank(case, dtype, rank, groups.get(case.ring_size), stats)
-            results[case.name, dtype] = tensors, stats
-    misuse = check_misuse(groups[2]) if rank < 2 else None
-    return results, misuse
+            mine = groups[case.ring_size, case.heads_size]
+            results[case.name, dtype] = run_rank(case, dtype, rank, *mine, stats), stats
+    misuse = check_misuse(groups[2, 1][0]) if rank < 2 else None
+    refused = refusals(rank, *groups[2, 2]) if rank < 4 else None
+    return results, misuse, refused
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +201,11 @@ def ranks():
 
 def restored(ranks, case, dtype):
     """Whole rows of out, dq, dk, dv from all ranks' parts; padding must be zero."""
-    plan = plan_rows(case.documents, case.context_length, case.ring_size, case.layout)[0]
+    plan = case.plans()[0]
     wholes = []
     for which in range(4):
-        locals_ = [ranks[rank][0][case.name, dtype][0][which] for rank in range(case.ring_size)]
-        shape = (len(case.documents), case.ring_size * plan.local_length, *locals_[0].shape[2:])
+        locals_ = [ranks[rank][0][case.name, dtype][0][which] for rank in range(case.num_ranks)]
+        shape = (len(case.documents), case.num_ranks * plan.local_length, *locals_[0].shape[2:])
         whole = locals_[0].new_full(shape, torch.nan)
         for rank, local in enumerate(locals_):
             whole[:, plan.local_indices(rank)] = local
@@ -233,25 +298,50 @@ def test_stats_count_what_is_sent(ranks):
     assert ranks[0][0]["alone", torch.float32][1].bytes_sent == 0
 
 
-def test_misuse_of_a_rotation_raises(ranks):
+def test_stats_count_what_the_split_of_heads_sends(ranks):
+    case = NAMED["1x4 packed"]
+    stats = ranks[0][0][case.name, torch.bfloat16][1]
+    tokens, width = len(case.documents) * case.plans()[0].local_length, case.width
+    # To each of three ranks: a head of q, and the only key and value head; a head of the gradient
+    # of out; then out and dq back, dk and dv in fp32 because four ranks have a part of them.
+    assert stats.bytes_sent == 3 * tokens * width * (3 * 2 + 2 + 2 * 2 + 2 * 4)
+    assert stats.wait_seconds > 0
+
+
+def test_a_problem_of_one_rank_is_an_error_on_every_rank_of_the_grid(ranks):
+    said = [ranks[rank][2][0] for rank in range(4)]
+    assert all(len(words) == 6 for words in said)
+    assert all(ranks[rank][2][1] == 0 for rank in range(4)), "something was sent before the error"
+    for rank in range(4):
+        one, differs, heads, shape, rows, missing = said[rank]
+        assert "rank 1: q holds 32 tokens a row, but the plan's local_length is 16" in one
+        assert "different inputs" in differs and "k (1, 16, 4, 8)" in differs
+        assert "2 workers cannot split 3 query heads" in heads
+        assert "plan.ring_size=1, but the group has 2 ranks" in shape
+        assert "local_length is 8" in rows
+        assert "plan.heads_size=2 needs a heads_group of 2 ranks" in missing
+
+
+def test_misuse_of_an_exchange_raises(ranks):
     for rank in range(2):
         problems, received = ranks[rank][1]
-        assert [problem.split(":")[-1].strip() for problem in problems[:6]] == [
-            "finish() without start()",
-            "send and receive are the same memory",
-            "send is torch.float32, receive is torch.float64",
-            "both tensors must be contiguous",
-            "start() before finish() of the last",
-            "finish() without start()",
+        assert problems[:5] == [
+            "finish() without post()",
+            "HOME: memory is both sent and received into",
+            "HOME: the tensor must be contiguous",
+            "post() before finish() of the last",
+            "finish() without post()",
         ]
-        assert "the group has 2 ranks" in problems[6]
+        assert "the group has 2 ranks" in problems[5]
         assert received == [1.0 - rank] * 2
 
 
 def test_a_ring_of_one_sends_to_nobody():
-    rotation = Rotation(Ring.over(None, 1), Message.GRADIENTS, RingStats())
+    exchange = Exchange(Ring.over(None, 1), RingStats())
+    exchange.post([], [])
+    exchange.finish()
     with pytest.raises(RuntimeError, match="nobody to send to"):
-        rotation.start(torch.zeros(1), torch.ones(1))
+        exchange.post([Parcel(Message.GRADIENTS, torch.zeros(1), 1)], [])
     with pytest.raises(ValueError, match="needs a process group of 2 ranks"):
         Ring.over(None, 2)
 
