@@ -20,7 +20,7 @@ from ringworld_platform.cli import app
 
 RINGWORLD = [sys.executable, "-c", "from ringworld_platform.cli import main; main()"]
 WORDS = "ring world token frame clip drum lamp guitar nation union state law people year".split()
-SMALL = ("--ring-sizes", "2", "--layers", "1")
+SMALL = ("--ring-sizes", "2,1x2", "--layers", "1")
 
 
 def ringworld(*arguments: str) -> Result:
@@ -72,7 +72,9 @@ def test_a_right_ring_passes_and_is_kept_with_the_run(job: Path, recorded_run: P
     assert (
         written["passed"] and kept["passed"] and kept["job"] == "small" and kept["stage"] == "only"
     )
-    assert [(r["packing"], r["ring_size"]) for r in kept["rings"]] == [("packed", 2), ("dense", 2)]
+    assert [(r["packing"], r["ring_size"], r["heads_size"]) for r in kept["rings"]] == [
+        (packing, *shape) for packing in ("packed", "dense") for shape in ((1, 2), (2, 1))
+    ]
     assert all(0 <= ring["worst_error"] < 1e-5 for ring in kept["rings"])
 
 
@@ -129,6 +131,7 @@ def test_a_rank_that_fails_is_shown(job: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (("--ring-sizes", "2,x"), "write sizes such as 1,2,4"),
         (("--ring-sizes", "0"), "write sizes such as 1,2,4"),
+        (("--ring-sizes", "2x"), "write sizes such as 1,2,4 or 2x2"),
         (("--stage", "second"), "is none of only"),
         (("--context-length", "4K"), "did you mean 4Ki?"),
         (("--run", "nowhere", "--runs", "nowhere"), "no run or job 'nowhere'"),

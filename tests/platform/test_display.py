@@ -19,6 +19,7 @@ from ringworld_platform.display import (
     PlainDisplay,
     compact_view,
     full_view,
+    parity_lines,
     stage_number,
 )
 from ringworld_platform.errors import RunConflictError
@@ -175,6 +176,15 @@ def test_a_run_that_ends_while_being_stopped_is_no_error(recording: Recording) -
 def test_a_finished_run_is_at_its_last_stage() -> None:
     assert stage_number({"stage_index": 3, "num_stages": 3}) == "3/3"
     assert stage_number({"stage_index": 0, "num_stages": 3}) == "1/3"
+
+
+def test_a_stage_that_has_proved_its_ring_says_so(recording: Recording) -> None:
+    progress = RunProgress(ScriptedRun(recording, pace=1000), "quickstart-1")
+    progress.poll()
+    (line,) = parity_lines(progress)
+    assert line.startswith("stage 8k passed: gradients off by at most 3.4e-07 of 1.0e-05 allowed")
+    assert line in " ".join(text_of(full_view(progress), 200).split())
+    assert "wait 0.05s" in text_of(full_view(progress)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_charts() -> None:

@@ -48,6 +48,7 @@ def test_a_spent_budget_is_named() -> None:
         (("DataError", "ValueError", "Exception"), FailureKind.USER_ERROR),
         (("JobSpecError", "Exception"), FailureKind.USER_ERROR),
         (("TrainingDiverged", "RuntimeError"), FailureKind.USER_ERROR),
+        (("ParityFailed", "RuntimeError"), FailureKind.USER_ERROR),
         (("ModuleNotFoundError", "ImportError"), FailureKind.USER_ERROR),
         (("RuntimeError", "Exception"), FailureKind.ERROR),
         (("StoreError", "RuntimeError"), FailureKind.ERROR),

@@ -15,7 +15,9 @@ from rich.console import Console
 
 from ringworld_platform.formatting import bytes_text, duration, quantity
 from ringworld_platform.plots import curves_of, running_mean, write_plots
+from ringworld_platform.proofs import is_proved, keep_proof, read_proofs
 from ringworld_platform.report import build_report, render_terminal, write_report
+from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import read_lines, read_run
 
 Recording = dict[str, Callable[..., Any]]
@@ -65,12 +67,60 @@ def test_the_html_needs_nothing_else(recorded_run: Path) -> None:
     text = write_report(recorded_run).read_text()
     page = Resources()
     page.feed(text)
-    assert len(page.sources) == 6
+    assert len(page.sources) == 7
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe"} & page.tags
     assert not re.search(r"url\(|@import", text)
-    for name in ("loss", "learning_rate", "grad_norm", "throughput", "step_time", "memory"):
+    for name in ("loss", "learning_rate", "grad_norm", "throughput", "step_time", "ring", "memory"):
         assert (recorded_run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_proofs_of_parity_are_shown(recorded_run: Path) -> None:
+    assert "Parity" not in write_report(recorded_run).read_text()
+    ring = {
+        "packing": "packed",
+        "precision": "fp32",
+        "ring_size": 2,
+        "heads_size": 1,
+        "layout": "zigzag",
+        "backend": "cpu",
+        "why": "<b>least cost</b>",
+        "loss_difference": 0.0,
+        "grad_norm_difference": None,
+        "worst_error": 0.25,
+        "worst_limit": 1e-5,
+        "worst_parameter": "layers.0.attention.k_proj.weight",
+        "passed": False,
+    }
+    proof = {"stage": "8k", "passed": False, "seconds": 4.2, "rings": [ring]}
+    folder = RunFolder(recorded_run)
+    folder.append_metrics([{"kind": "parity", "stage": "8k", "report": proof}])
+    folder.close()
+    assert "report" not in read_run(recorded_run).of_kind("parity")[-1]
+    keep_proof(recorded_run, "command", proof | {"stage": "16k", "passed": True})
+    assert {k: list(v) for k, v in read_proofs(recorded_run).items()} == {
+        "8k": ["preflight"],
+        "16k": ["command"],
+    }
+    assert json.loads((recorded_run / "parity.json").read_text())["passed"] is False
+    text = write_report(recorded_run).read_text()
+    for words in ("<h2>Parity</h2>", "before training", "2.5e-01", "by hand", "FAIL"):
+        assert words in text, words
+    assert "<b>least cost" not in text
+    assert "the ring of 8k does NOT give" in text
+
+
+def test_a_proof_holds_for_its_mesh(tmp_path: Path) -> None:
+    mesh = {"ring_size": 2, "heads_size": 1, "data_parallel_size": 1, "device": "cpu"}
+    assert not is_proved(tmp_path, "4k", mesh)
+    keep_proof(tmp_path, "preflight", {"stage": "4k", "passed": True, "mesh": mesh})
+    assert is_proved(tmp_path, "4k", mesh)
+    assert not is_proved(tmp_path, "4k", mesh | {"ring_size": 4})
+    assert not is_proved(tmp_path, "8k", mesh)
+    keep_proof(tmp_path, "preflight", {"stage": "4k", "passed": False, "mesh": mesh})
+    assert not is_proved(tmp_path, "4k", mesh)
+    (tmp_path / "parity.json").write_text("{")
+    assert not is_proved(tmp_path, "4k", mesh)
 
 
 def test_the_html_escapes_what_comes_from_outside(recorded_run: Path) -> None:

@@ -83,12 +83,14 @@ def test_every_point_arrives_once_and_files_are_kept(
     assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
     for stage in range(3):
         child = saved.stages[str(stage)]
-        for name in ("loss_text", "ring_wait_seconds"):
+        for name in ("loss_text", "ring_wait_seconds", "ring_compute_max_seconds"):
             assert sorted(series(run_folder, child, name)) == expected(records, name, stage)
         assert series(run_folder, child, "validation/loss_text") == [(20, 3.1 - 0.2 * stage)]
         run = client_of(run_folder).get_run(child)
         assert run.data.tags["mlflow.parentRunId"] == saved.parent
         assert run.info.status == "FINISHED"
+        assert run.data.tags.get("parity") == ("passed" if stage == 1 else None)
+    assert series(run_folder, saved.stages["1"], "parity/gradient_error") == [(0, 3.4e-7)]
     parent = client_of(run_folder).get_run(saved.parent)
     assert parent.info.run_name == "quickstart-1"
     assert parent.info.status == "FINISHED"
