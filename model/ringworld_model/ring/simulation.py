@@ -42,8 +42,11 @@ def simulate(
     """
     plans = [plan] * len(q) if isinstance(plan, RingPlan) else list(plan)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    rows, size, length = group_rows(plans), plans[0].ring_size, plans[0].local_length
-    places = [plans[0].local_indices(rank).to(q.device) for rank in range(size)]
+    rows, size, length = group_rows(plans), plans[0].ring_size, plans[0].ring_length
+    # The ranks of a place have exchanged their tokens; the heads do not matter to each other.
+    ranks = range(size * plans[0].heads_size)
+    held = torch.cat([plans[0].local_indices(rank) for rank in ranks])
+    places = list(held.to(q.device).split(length))
 
     def spread(whole: torch.Tensor) -> list[torch.Tensor]:
         room = whole.new_full((len(whole), size * length, *whole.shape[2:]), torch.nan)

@@ -1,6 +1,8 @@
 """What travels: enough for every rank, the same to sender and receiver, and no more than needed."""
 
 import random
+from itertools import accumulate, pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringworld_model.ring import plan_ring
+from ringworld_model.ring.backend import ring_kernel
+from ringworld_model.ring.kernel import RowGroup
 from ringworld_model.ring.layout import LAYOUTS
 from ringworld_model.ring.parcel import Load, add, empty_parcel, pack, unpack
+from ringworld_model.ring.reference import dense_attention
 from ringworld_model.ring.travel import count_rows
 
 
@@ -57,6 +62,115 @@ def test_exactly_what_is_needed_travels(lengths, padding, size, layout):
     for travel in travels:
         assert not any((travel.keys_in[0], travel.gradients_out[0], travel.home_out[0]))
         assert not travel.keys_out[size - 1] and not travel.gradients_out[size - 1]
+
+
+def relay(plan, q, k, v, grad_out):
+    """out, dq, dk, dv of whole rows, moving between ranks what the travel tables say, and no more.
+
+    All ranks do a step, then all parcels are delivered; what none holds is NaN.
+    """
+    size, scale, rows = plan.ring_size, q.shape[-1] ** -0.5, [RowGroup(slice(0, 1), plan)]
+    kernel, travels = ring_kernel("cpu"), [plan.travel(rank) for rank in range(size)]
+    held = [plan.local_indices(rank) for rank in range(size)]
+    padding = size * plan.local_length - plan.context_length
+    whole = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v, grad_out)]
+    cut_q, cut_k, cut_v, cut_grad = ([x[:, part] for part in held] for x in whole)
+    own = [torch.stack((k, v)) for k, v in zip(cut_k, cut_v, strict=True)]
+
+    def deliver(parcels, way, step):
+        """What every rank gets from the one before it, at the rows that this one sends."""
+        arrived = [torch.full_like(parcel, torch.nan) for parcel in parcels]
+        for rank, parcel in enumerate(parcels):
+            for start, stop in getattr(travels[rank], way)[step]:
+                arrived[(rank + 1) % size][:, :, start:stop] = parcel[:, :, start:stop]
+        return arrived
+
+    def visits():
+        keys = own
+        for step in range(size):
+            yield step, keys
+            keys = deliver(keys, "keys_out", step)
+
+    forward = [kernel.forward(rank, rows, cut_q[rank], scale) for rank in range(size)]
+    for step, keys in visits():
+        for one, kv in zip(forward, keys, strict=True):
+            one.step(step, *kv)
+    outs, lses = zip(*(one.finish() for one in forward), strict=True)
+    backward = [
+        kernel.backward(rank, rows, cut_grad[rank], cut_q[rank], outs[rank], lses[rank], scale)
+        for rank in range(size)
+    ]
+    totals = [torch.zeros_like(kv) for kv in own]
+    riding = totals
+    for step, keys in visits():
+        shares = totals if step == 0 else [torch.zeros_like(kv) for kv in own]
+        for rank, one in enumerate(backward):
+            one.step(step, *keys[rank], *shares[rank])
+        if step == 0:
+            continue
+        for rank, share in enumerate(shares):
+            for start, stop in travels[rank].gradients_in[step]:
+                share[:, :, start:stop] += riding[rank][:, :, start:stop]
+        for rank, share in enumerate(shares):
+            home = (rank - step) % size
+            posted = torch.full_like(share, torch.nan)
+            for start, stop in travels[rank].home_out[step]:
+                posted[:, :, start:stop] = share[:, :, start:stop]
+            for start, stop in travels[home].home_in[step]:
+                totals[home][:, :, start:stop] += posted[:, :, start:stop]
+        riding = deliver(shares, "gradients_out", step)
+    order = torch.cat(held).argsort()[: plan.context_length]
+    dk, dv = torch.cat(totals, 2)[:, :, order]
+    dqs = [one.finish() for one in backward]
+    return torch.cat(outs, 1)[:, order], torch.cat(dqs, 1)[:, order], dk, dv
+
+
+def wrong(plan):
+    """The largest error of ``relay`` in fp64, infinite where a row that is needed is missing."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad_out = (
+        torch.randn(1, plan.context_length, heads, 16, generator=generator, dtype=torch.float64)
+        for heads in (2, 1, 1, 2)
+    )
+    got = relay(plan, q, k, v, grad_out)
+    segments = torch.zeros(1, plan.context_length, dtype=torch.int32)
+    ends = [0, *accumulate(plan.document_lengths)]
+    for document, (start, stop) in enumerate(pairwise(ends), start=1):
+        segments[:, start:stop] = document
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    out = dense_attention(q, k, v, segments)
+    wanted = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
+    return max(
+        ((a - b).abs().max().nan_to_num(torch.inf).item()) for a, b in zip(got, wanted, strict=True)
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 250), max_size=6),
+    st.integers(0, 100),
+    st.integers(1, 9),
+    st.sampled_from(LAYOUTS),
+)
+def test_what_travels_suffices(lengths, padding, size, layout):
+    assert wrong(plan_ring(lengths, max(1, sum(lengths) + padding), size, layout)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "way", ["keys_out", "gradients_in", "gradients_out", "home_out", "home_in"]
+)
+def test_a_missing_row_is_noticed(way):
+    plan = plan_ring([900, 1, 129], 1040, 4, "block_cyclic")
+    right = plan.travel(2)
+    table = list(getattr(right, way))
+    step = next(step for step, spans in enumerate(table) if spans)
+    (start, stop), *rest = table[step]
+    table[step] = ((start + 1, stop), *rest)
+    broken = right._replace(**{way: tuple(table)})
+    with mock.patch.dict(plan._travels, {2: broken}):
+        assert wrong(plan) > 1e-3
+    assert wrong(plan) <= 1e-12
 
 
 def packed(num_documents, total, seed):
