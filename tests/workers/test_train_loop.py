@@ -119,6 +119,7 @@ def job(sources: dict[str, str], tmp_path: Path) -> Callable[..., StageJob]:
     def make(
         *,
         sequence_parallel: int = 1,
+        heads: int = 1,
         data_parallel: int = 1,
         store: str = "store",
         stage_index: int = 0,
@@ -152,6 +153,7 @@ def job(sources: dict[str, str], tmp_path: Path) -> Callable[..., StageJob]:
             attempt=attempt,
             world_size=sequence_parallel * data_parallel,
             sequence_parallel_size=sequence_parallel,
+            heads_size=heads,
             data_parallel_size=data_parallel,
             device="cpu",
             data_dir="",
@@ -165,7 +167,7 @@ def job(sources: dict[str, str], tmp_path: Path) -> Callable[..., StageJob]:
 
 
 def train(rank: int, world_size: int, job: StageJob, stop_after: int | None) -> Outcome:
-    mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size)
+    mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size, heads_size=job.heads_size)
     # One rank alone asks to stop, the last.
     reporter = Collector(stop_after if rank == world_size - 1 else None)
     try:
@@ -243,6 +245,11 @@ def test_any_mesh_and_any_micro_batch_train_alike(
     assert [record["step"] for record in steps(alone)] == list(range(1, NUM_STEPS + 1))
     assert_same_run(run(job(store="rings", data_parallel=2)), alone)
     assert_same_run(run(job(store="ring", sequence_parallel=2, micro_batch_size=2)), alone)
+    grid = run(job(store="grid", sequence_parallel=4, heads=2))
+    assert_same_run(grid, alone)
+    start = only(grid, "stage_start")
+    assert [start[f"{axis}_size"] for axis in ("ring", "heads", "data_parallel")] == [2, 2, 1]
+    assert manifest_of(job(store="grid")).mesh["heads"] == 2
     assert_same_run(run(job(store="at-once", micro_batch_size=4, zero_stage=3)), alone)
 
     assert alone["result"] == {
@@ -316,7 +323,9 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
     for name, data in state_of(job()).items():
         assert torch.equal(data, expected[name]), name
 
-    other_mesh = run(job(store="other", attempt=2, sequence_parallel=2, zero_stage=3))
+    # From rings of one to a split of the heads, and from there to one rank below.
+    split = {"sequence_parallel": 2, "heads": 2}
+    other_mesh = run(job(store="other", attempt=2, zero_stage=3, **split))
     assert_same_run(other_mesh, whole, first_step=3)
     for name, data in state_of(job(store="other")).items():
         torch.testing.assert_close(data, expected[name], rtol=0, atol=1e-6, msg=str(name))
@@ -326,6 +335,8 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
     start = only(second, "stage_start")
     assert start["resumed_from"] == f"00-first/step-{NUM_STEPS:08d}"
     assert start["step"] == 0
+    assert start["backend"] == "cpu" and "the device is a cpu" in start["backend_reason"]
+    assert start["layout_reason"].startswith(start["layout"])
     assert_same_run(run(job(store="whole", stage_index=1, sequence_parallel=2)), second)
     assert steps(second)[-1]["tokens"] == (NUM_STEPS + 2) * ROWS_PER_STEP * CONTEXT_LENGTH
     assert steps(second)[-1]["global_step"] == NUM_STEPS + 2

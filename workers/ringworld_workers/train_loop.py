@@ -32,7 +32,12 @@ from ringworld_workers.metrics import (
     peak_flops,
     training_flops,
 )
-from ringworld_workers.micro_batch import MicroBatch, prepare_micro_batch
+from ringworld_workers.micro_batch import (
+    MicroBatch,
+    choose_stage_backend,
+    plan_stage_rows,
+    prepare_micro_batch,
+)
 from ringworld_workers.parity.preflight import prove_ring
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.ring_figures import ring_figures, ring_record
@@ -114,6 +119,8 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
             log.warning("%s was saved with other data: its order begins anew", start.key)
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
         if mesh.rank == 0:
+            attention = run.attention(start.step)
+            log.info("attention: %(backend)s (%(backend_reason)s); %(layout_reason)s", attention)
             reporter.metrics(
                 run.record(
                     "stage_start",
@@ -125,6 +132,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
                     heads_size=mesh.heads_size,
                     data_parallel_size=mesh.data_parallel_size,
                     setup_seconds=time.monotonic() - started,
+                    **attention,
                 )
             )
         return run.train(start.step, start.tokens)
@@ -149,6 +157,7 @@ class StageRun:
         self.job, self.stage, self.mesh = job, job.stage, mesh
         self.reporter, self.loader, self.engine = reporter, loader, engine
         self.checkpoints = checkpoints
+        self.backend, self.backend_reason = choose_stage_backend(job, mesh)
         self.timer = StepTimer(mesh.device)
         self._saved_position = 0
         self.shares = (self.stage.loss.text, self.stage.loss.vision)
@@ -191,7 +200,19 @@ class StageRun:
 
     def prepare(self, rows: TrainBatch) -> MicroBatch:
         """Plan the ring for whole rows [B, S] and cut out this rank's tokens [B, T]."""
-        return prepare_micro_batch(rows, self.stage, self.mesh)
+        return prepare_micro_batch(rows, self.stage, self.mesh, self.backend)
+
+    def attention(self, step: int) -> dict[str, str]:
+        """What computes attention, and how the first rows from ``step`` on are laid out; why."""
+        step = min(step, self.stage.num_steps - 1)
+        lengths = self.loader.document_lengths(step)[: self.stage.micro_batch_size]
+        plan = plan_stage_rows(lengths, self.stage, self.mesh, self.backend)[0]
+        return {
+            "backend": self.backend,
+            "backend_reason": self.backend_reason,
+            "layout": plan.layout,
+            "layout_reason": plan.explain(),
+        }
 
     def _agree(self, batches: Sequence[MicroBatch]) -> Boundary:
         """One small all-reduce before each step: loss weights, stop, checkpoint, uploads.
