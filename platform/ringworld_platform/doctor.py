@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,21 +33,34 @@ FREE_DISK_BYTES = 2 << 30
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """fp32 weights and both moments."""
 
-# Prints one JSON object: devices as torch sees them, and what choose_backend answers.
+# Prints one JSON object: devices as torch sees them, what optional kernels there are, and for each
+# question the backend and the layout that it would be given, and why.
 _PROBE = """
 import json, sys
 import torch
-from ringworld_model.ring.backend import choose_backend
+from ringworld_model.ring import choose_backend, plan_ring
+from ringworld_model.ring.backend import explain_kernel, optional_kernels
 asked = json.loads(sys.argv[1])
 cuda = torch.cuda.is_available()
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
 answers = []
-for dtype, backend, device in asked:
+for question in asked:
+    head_dim, ring = question["head_dim"], question["ring"]
     try:
-        answers.append([*choose_backend(device, dtype, backend), None])
+        backend, why = choose_backend(
+            question["device"], question["dtype"], question["backend"], head_dim
+        )
+        if backend == "flash":
+            dtype = getattr(torch, question["dtype"])
+            why += "; " + explain_kernel(backend, torch.device("cuda", 0), dtype, head_dim or 128)
+        if ring:
+            ring["document_lengths"] = [ring["context_length"]]
+            why += "; one long document: " + plan_ring(**ring, backend=backend).explain()
+        answers.append([backend, why, None])
     except ValueError as error:
         answers.append([None, None, str(error)])
-print(json.dumps({"gpus": devices, "threads": torch.get_num_threads(), "answers": answers}))
+found = {"gpus": devices, "answers": answers, "kernels": optional_kernels()}
+print(json.dumps(found))
 """
 
 
@@ -93,10 +106,13 @@ def examine(spec: JobSpec | None = None, address: str | None = None) -> Checkup:
     gpus = list(probe.get("gpus", []))
     checkup.findings.append(_devices(gpus, failure, spec))
     checkup.findings += [_cores(spec), _memory(spec), _disk(spec)]
-    for (where, _, _), answer in zip(questions, probe.get("answers", []), strict=False):
+    for question, answer in zip(questions, probe.get("answers", []), strict=False):
         backend, why, problem = answer
         text = f"{backend}: {why}" if backend else "none"
-        checkup.findings.append(Finding(f"attention, {where}", text, problem or ""))
+        checkup.findings.append(Finding(f"attention, {question.where}", text, problem or ""))
+    if kernels := probe.get("kernels"):
+        words = (f"{name} {version or 'absent'}" for name, version in kernels.items())
+        checkup.findings.append(Finding("optional kernels", ", ".join(words)))
     checkup.findings.append(_cluster(address))
     return checkup
 
@@ -141,25 +157,58 @@ def _package(name: str) -> Finding:
         return Finding(name, "missing", "not installed; run `make setup`")
 
 
-def _questions(spec: JobSpec | None) -> list[tuple[str, str, str]]:
-    """(where, dtype, requested backend) to ask ``choose_backend``."""
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What to ask of ``choose_backend`` and ``plan_ring``.
+
+    Attributes:
+        where: which stage, or which precision.
+        dtype: torch's name of it.
+        backend: the one asked for, or auto.
+        head_dim: of the model; None without a job.
+        ring: arguments of ``plan_ring``; None without a job, or where its mesh does not fit.
+    """
+
+    where: str
+    dtype: str
+    backend: str = "auto"
+    head_dim: int | None = None
+    ring: dict[str, Any] | None = None
+
+
+def _questions(spec: JobSpec | None) -> list[_Question]:
+    """One for each stage; without a job, for each precision."""
     names = {"fp32": "float32", "bf16": "bfloat16"}
     if spec is None:
-        return [(precision, dtype, "auto") for precision, dtype in names.items()]
+        return [_Question(precision, dtype) for precision, dtype in names.items()]
+    from ringworld_jobs.plan import MeshError, model_config, resolve_mesh
 
-    def question(stage: StageSpec) -> tuple[str, str, str]:
-        where = f"stage {stage.name} ({stage.precision})"
-        return where, names[stage.precision], stage.attention.backend
+    def question(stage: StageSpec) -> _Question:
+        try:
+            mesh = resolve_mesh(stage, spec.resources)
+            ring = {
+                "context_length": stage.context_length,
+                "ring_size": mesh.ring_size,
+                "heads_size": mesh.heads_size,
+                "layout": stage.attention.layout,
+            }
+        except MeshError:  # Said where the job is checked.
+            ring = None
+        return _Question(
+            f"stage {stage.name} ({stage.precision})",
+            names[stage.precision],
+            stage.attention.backend,
+            model_config(spec).head_dim,
+            ring,
+        )
 
     return [question(stage) for stage in spec.stages]
 
 
-def _probe(
-    questions: Sequence[tuple[str, str, str]], accelerator: str
-) -> tuple[dict[str, Any], str]:
+def _probe(questions: Sequence[_Question], accelerator: str) -> tuple[dict[str, Any], str]:
     """Ask torch in a process of its own; returns its answers, or why there are none."""
     device = {"cpu": "cpu", "gpu": "cuda"}.get(accelerator) or ("cuda" if _has_gpu() else "cpu")
-    asked = json.dumps([[dtype, backend, device] for _, dtype, backend in questions])
+    asked = json.dumps([{**asdict(question), "device": device} for question in questions])
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE, asked],

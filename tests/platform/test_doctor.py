@@ -53,6 +53,8 @@ def test_this_machine_as_it_is(spec: Any) -> None:
         attention = found[f"attention, stage {stage} (fp32)"]
         # A kernel with its reason, or a problem that names the remedy: never nothing.
         assert ":" in attention.value or attention.problem
+        assert "one long document: " in attention.value or attention.problem
+    assert "triton " in found["optional kernels"].value
 
 
 def test_a_missing_package_is_a_problem(
