@@ -250,6 +250,16 @@ def test_plans_are_cached_and_compare_by_content():
     assert plan.rectangles(1, 2) is plan.rectangles(1, 2)
 
 
+@pytest.fixture
+def one_thread():
+    """Waiting threads count as CPU time, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["cpu", "triton", "flash"])
 def test_a_million_tokens_are_planned_fast(backend):
     best = float("inf")
@@ -261,7 +271,7 @@ def test_a_million_tokens_are_planned_fast(backend):
         for step in range(64):
             plan.rectangles(63, step)
         best = min(best, time.process_time() - began)
-    # About 0.02 s on one thread; a loop over tokens, pieces or all ranks takes far longer.
+    # 0.02 to 0.04 s; a loop over tokens, pieces or all ranks takes far longer.
     assert best < 0.2
 
 
