@@ -263,14 +263,14 @@ def verdicts(report: Report) -> list[str]:
             )
     sentences = list(found.values())
     for wanted, verdict in ((True, "gives"), (False, "does NOT give")):
-        which = [
+        proved = [
             stage
             for stage, proofs in read_proofs(report.run.folder).items()
             if "preflight" in proofs and proofs["preflight"]["passed"] is wanted
         ]
-        if which:
+        if proved:
             sentences.append(
-                f"Parity: the ring of {', '.join(which)} {verdict} one worker's loss and "
+                f"Parity: the ring of {', '.join(proved)} {verdict} one worker's loss and "
                 "gradients, checked before training."
             )
     redone = [stage for stage in report.stages if stage.attempts > 1]

@@ -67,6 +67,7 @@ stages:
   mesh: {sequence_parallel: 2}
   mixture: {clips: 0.7, notes: 0.3}
   zero_stage: 3
+  parity: {layers: 1, context_length: 640}
 - name: third
   context_length: 1500
   rope_theta: 1e6

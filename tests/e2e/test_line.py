@@ -100,6 +100,30 @@ def test_mlflow_has_the_job_and_a_child_per_stage(undisturbed: tuple[Project, st
     assert [losses[step + 1] for step in range(len(STEPS))] == pytest.approx(expected)
 
 
+def test_a_stage_that_asks_for_it_has_proved_its_ring(undisturbed: tuple[Project, str]) -> None:
+    project, output = undisturbed
+    assert "stage second: the ring gives one worker's loss and gradients" in output
+    records = [r for r in project.lines("small-1", "metrics.jsonl") if r["kind"] == "parity"]
+    assert [(r["stage"], r["ring_size"], r["passed"]) for r in records] == [("second", 2, True)]
+    proofs = json.loads((project.folder / "runs" / "small-1" / "parity.json").read_text())
+    assert proofs["stages"]["second"]["preflight"]["passed"] is True
+    assert "<h2>Parity</h2>" in (project.folder / "runs" / "small-1" / "report.html").read_text()
+    code, shown = project.command("status", "small-1")
+    assert code == 0 and "stage second passed" in shown
+
+
+def test_the_ring_is_measured_on_all_workers(undisturbed: tuple[Project, str]) -> None:
+    project, _ = undisturbed
+    for (stage, _), step in project.steps("small-1").items():
+        for name in ("ring_compute", "ring_wait"):
+            assert 0 <= step[f"{name}_seconds"] <= step[f"{name}_max_seconds"]
+        assert 0 < step["ring_compute_max_seconds"] < step["step_seconds"]
+        assert (step["ring_bytes_sent"] > 0) == (stage != "first"), "a ring of one sends nothing"
+        assert step["ring_slowest_rank"] in (0, 1)
+    log = project.folder / "runs" / "small-1" / "logs" / "rank-1.log"
+    assert "ring compute" in log.read_text()
+
+
 def test_prepared_data_is_found_again(undisturbed: tuple[Project, str]) -> None:
     project, output = undisturbed
     assert "built in" in output
@@ -123,6 +147,8 @@ def test_a_killed_worker_changes_nothing(undisturbed: tuple[Project, str]) -> No
     assert code == 0, output
     status = project.status("small-2")
     assert status["attempt"] == 2 and status["state"] == "SUCCEEDED"
+    kinds = [r["kind"] for r in project.lines("small-2", "metrics.jsonl")]
+    assert kinds.count("parity") == 1, "a resume on the same mesh proves nothing again"
     restarted = [r for r in project.lines("small-2", "metrics.jsonl") if r.get("resumed_from")]
     assert any(r["stage"] == "second" and r["attempt"] == 2 for r in restarted), output
     assert_same_training(project, "small-2")

@@ -16,14 +16,14 @@ from ringworld_model.batch import TrainBatch, cut
 from ringworld_model.ring import RingContext, RingPlan, plan_ring, ring_attention
 from ringworld_model.ring.rectangle import Rectangle
 from ringworld_workers.data.files import DataError
-from ringworld_workers.parity.case import ParityCase, build_case
+from ringworld_workers.parity.case import ParityCase, Precision, build_case
 from ringworld_workers.parity.compare import compare_rank
 from ringworld_workers.parity.report import TOLERANCES, ParityReport, RingParity
 from ringworld_workers.parity.rows import JobData, as_one_document, shortened
 from ringworld_workers.testing import run_distributed
 
 
-def small_case(job: tuple[JobSpec, JobData], precision: str = "fp64") -> ParityCase:
+def small_case(job: tuple[JobSpec, JobData], precision: Precision = "fp64") -> ParityCase:
     return build_case(*job, ring_sizes=[2, 1, 3], context_length=640, precision=precision)
 
 
@@ -125,7 +125,7 @@ ALONE = {("packed", 1), ("dense", 1)}
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_rings_give_one_ranks_gradients(
-    job: tuple[JobSpec, JobData], found: dict[str, list[RingParity]], precision: str
+    job: tuple[JobSpec, JobData], found: dict[str, list[RingParity]], precision: Precision
 ) -> None:
     report = ParityReport(small_case(job, precision), found[precision], 1.0)
     written = report.to_json()

@@ -73,7 +73,7 @@ def compare_rank(
     found: list[RingParity] = []
     for packing, rows in case.rows.items():
         for precision in precisions:
-            backend = _chosen(case, precision, device)
+            backend = chosen_backend(case, precision, device)
             for shape, (whole, ring_group, heads_group) in groups.items():
                 if rank >= shape.size:
                     continue
@@ -169,11 +169,11 @@ def kernel_precisions(case: ParityCase, device: torch.device) -> tuple[Precision
     Raises:
         ValueError: no kernel runs the case's own precision here.
     """
-    _chosen(case, case.precision, device)
+    chosen_backend(case, case.precision, device)
     if case.precision != "bf16":
         return (case.precision,)
     try:
-        _chosen(case, "fp32", device)
+        chosen_backend(case, "fp32", device)
     except ValueError:
         return ("bf16",)
     return ("fp32", "bf16")
@@ -241,7 +241,12 @@ def _train(
     return loss.detach(), gradients
 
 
-def _chosen(case: ParityCase, precision: Precision, device: torch.device) -> str:
+def chosen_backend(case: ParityCase, precision: Precision, device: torch.device) -> str:
+    """The kernel that computes a precision of the case.
+
+    Raises:
+        ValueError: none does here.
+    """
     dtype = str(DTYPES[precision])
     return choose_backend(device.type, dtype, case.backend, case.model_config.head_dim)[0]
 

@@ -21,6 +21,7 @@ from ringworld_workers.parity.case import ParityCase, RingShape, case_of
 from ringworld_workers.parity.compare import (
     OneRank,
     build_model,
+    chosen_backend,
     kernel_precisions,
     train_ring,
 )
@@ -105,7 +106,8 @@ def _compare(case: ParityCase, job: StageJob, mesh: Mesh, reporter: Reporter) ->
     for packing, rows in case.rows.items():
         for precision in precisions:
             reporter.phase("parity", 0)
-            batch = prepare_micro_batch(rows, stage, mesh)
+            backend = chosen_backend(case, precision, mesh.device)
+            batch = prepare_micro_batch(rows, stage, mesh, backend)
             trained = train_ring(
                 case, model, precision, rows, batch.local, batch.ring, mesh.sequence_parallel_group
             )
@@ -116,7 +118,7 @@ def _compare(case: ParityCase, job: StageJob, mesh: Mesh, reporter: Reporter) ->
                         precision,
                         trained,
                         batch.ring.plans[0],
-                        batch.ring.backend,
+                        backend,
                         case.ring_sizes[0],
                         ring=mesh.data_parallel_rank,
                     )

@@ -43,7 +43,7 @@ class Tolerance:
 
 TOLERANCES: dict[Precision, Tolerance] = {
     # 2 ** -9 is what rounding a gradient to bf16 once may cost.
-    "bf16": Tolerance(loss=2**-9, grad_norm=2**-9, gradient=2**-9, times_one_rank=1.5),
+    "bf16": Tolerance(loss=2**-11, grad_norm=2**-8, gradient=2**-9, times_one_rank=1.5),
     "fp32": Tolerance(loss=1e-6, grad_norm=2e-6, gradient=1e-5),
     "fp64": Tolerance(loss=1e-13, grad_norm=1e-13, gradient=1e-12),
 }
