@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ringworld_model.ring.kernel import RowGroup
-from ringworld_model.ring.tiles import TileTable, key_table, place_tokens, query_table
+from ringworld_model.ring.tiles import TileTable, key_table, query_table
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DELTA_TILE = 64
@@ -136,15 +136,13 @@ class TritonForward:
             if len(table.visits) == 0:
                 continue
             q, out, keys, values = self._q[rows], self._out[rows], k[rows], v[rows]
-            mine = place_tokens(plan, self._rank, q.device)
-            theirs = place_tokens(plan, (self._rank - step) % plan.ring_size, q.device)
             batch, length, heads, _ = q.shape
             group = heads // k.shape[2]
             at_once = group * _heads_at_once(keys, batch * k.shape[2])
             with _on(q.device):
                 attend_forward[(len(table.visits) * batch * heads,)](
                     *(q, keys, values, out, self._lse[rows]),
-                    *(mine.index, mine.first, theirs.index, table.visits, table.masked),
+                    *(table.visits, table.masked, table.ranges),
                     abs(self._scale) * math.log2(math.e),
                     *(len(table.visits), length, batch * heads, heads, group, at_once),
                     *(*_strides(q), *_strides(keys), *_strides(values), *_strides(out)),
@@ -227,15 +225,13 @@ class TritonBackward:
             tensor[rows] for tensor in (self._grad_out, self._q, self._lse, self._delta)
         )
         k, v, dk, dv = (tensor[rows] for tensor in (k, v, dk, dv))
-        mine = place_tokens(plan, self._rank, q.device)
-        theirs = place_tokens(plan, (self._rank - step) % plan.ring_size, q.device)
         batch, length, heads, _ = k.shape
         members = q.shape[2] // heads
         at_once = max(1, _heads_at_once(q, batch * q.shape[2]) // members)
         with _on(q.device):
             attend_backward_keys[(len(table.visits) * batch * heads,)](
                 *(grad, q, k, v, lse, delta, dk, dv),
-                *(mine.index, mine.first, theirs.index, theirs.first, table.visits, table.masked),
+                *(table.visits, table.masked, table.ranges),
                 self._scale,
                 *(len(table.visits), length, batch * heads, heads, members, at_once),
                 *(*_strides(grad), *_strides(q), *_strides(k), *_strides(v)),
@@ -253,15 +249,13 @@ class TritonBackward:
             tensor[rows] for tensor in (self._grad_out, self._q, self._lse, self._delta, self._dq)
         )
         k, v = k[rows], v[rows]
-        mine = place_tokens(plan, self._rank, q.device)
-        theirs = place_tokens(plan, (self._rank - step) % plan.ring_size, q.device)
         batch, length, heads, _ = q.shape
         members = heads // k.shape[2]
         at_once = members * _heads_at_once(k, batch * k.shape[2])
         with _on(q.device):
             attend_backward_queries[(len(table.visits) * batch * heads,)](
                 *(grad, q, k, v, lse, delta, dq),
-                *(mine.index, mine.first, theirs.index, table.visits, table.masked),
+                *(table.visits, table.masked, table.ranges),
                 self._scale,
                 *(len(table.visits), length, batch * heads, heads, members, at_once),
                 *(*_strides(grad), *_strides(q), *_strides(k), *_strides(v), *_strides(dq)),

@@ -15,24 +15,10 @@ import torch
 
 from ringworld_model.ring.plan import RingPlan
 
-HIDDEN = torch.iinfo(torch.int32).max
-"""First index of the "document" of padding: past every key, so that it sees none."""
+_CPU = torch.device("cpu")
 
 VISIT_FIELDS = 8
 """Columns of ``TileTable.visits``."""
-
-
-class Tokens(NamedTuple):
-    """What the mask is made of: query i sees key j where first[i] <= index[j] <= index[i].
-
-    Attributes:
-        index: int32 [T], row index of each token.
-        first: int32 [T], row index of the first token of each token's document; ``HIDDEN`` where
-            the token is padding.
-    """
-
-    index: torch.Tensor
-    first: torch.Tensor
 
 
 class TileTable(NamedTuple):
@@ -44,12 +30,15 @@ class TileTable(NamedTuple):
             the other side's tokens that may be read in masked tiles; and places in ``masked``:
             begin, where tiles that mix documents begin, end.
         masked: int32, tiles of the other side of which some pairs are hidden.
+        ranges: int32 [2, T], begin and end of the other side's tokens that each token of this side
+            sees, or is seen by; equal where there are none.
         tile: tokens of a tile of this side.
         other: tokens of a tile of the other side.
     """
 
     visits: torch.Tensor
     masked: torch.Tensor
+    ranges: torch.Tensor
     tile: int
     other: int
 
@@ -66,28 +55,6 @@ class _Pieces(NamedTuple):
     start: torch.Tensor
     stop: torch.Tensor
     document: torch.Tensor
-
-
-def place_tokens(plan: RingPlan, place: int, device: torch.device) -> Tokens:
-    """Return the mask's arrays of all tokens of a ring place; made when first asked for.
-
-    Args:
-        plan: of the row.
-        place: 0 to ring_size - 1.
-        device: where the arrays shall lie.
-    """
-    key = ("tokens", place, device)
-    if key not in plan.cache:
-        index = _place_index(plan, place)
-        starts, ends = _documents(plan)
-        first = torch.full_like(index, HIDDEN)
-        if len(starts):
-            document = torch.searchsorted(starts, index, right=True) - 1
-            first = torch.where(index < ends[-1], starts[document], first)
-        both = torch.stack((index, first)).to(torch.int32).to(device)
-        plan.cache[key] = Tokens(both[0], both[1])
-    tokens: Tokens = plan.cache[key]
-    return tokens
 
 
 def query_table(
@@ -115,7 +82,8 @@ def query_table(
         high = torch.searchsorted(keys, queries[pieces.stop - 1], right=True)
         every = -(-len(queries) // shape[0]) if step == 0 else 0
         visible = torch.stack((low, high, low, all_see))
-        plan.cache[key] = _build(pieces, visible, shape, len(keys), every, device)
+        ranges = _query_ranges(plan, rank, step, device)
+        plan.cache[key] = _build(pieces, visible, shape, len(keys), every, ranges)
     table: TileTable = plan.cache[key]
     return table
 
@@ -144,26 +112,59 @@ def key_table(
         see_all = torch.searchsorted(queries, keys[pieces.stop - 1])
         high = torch.searchsorted(queries, ends[pieces.document])
         visible = torch.stack((low, high, see_all, high))
-        plan.cache[key] = _build(pieces, visible, shape, len(queries), 0, device)
+        ranges = _key_ranges(plan, rank, step, device)
+        plan.cache[key] = _build(pieces, visible, shape, len(queries), 0, ranges)
     table: TileTable = plan.cache[key]
     return table
 
 
-def _place_index(plan: RingPlan, place: int) -> torch.Tensor:
+def _query_ranges(plan: RingPlan, rank: int, step: int, device: torch.device) -> torch.Tensor:
+    """``TileTable.ranges`` of a rank's queries. Tables of all tile shapes share them."""
+    key = ("query ranges", rank, step, device)
+    if key not in plan.cache:
+        queries = _place_index(plan, rank, device)
+        keys = _place_index(plan, (rank - step) % plan.ring_size, device)
+        starts, ends = _documents(plan, device)
+        document = torch.searchsorted(ends, queries, right=True)
+        real = document < len(ends)
+        begin = torch.searchsorted(keys, torch.nn.functional.pad(starts, (0, 1))[document])
+        end = torch.searchsorted(keys, queries, right=True)
+        plan.cache[key] = torch.where(real, torch.stack((begin, end)), 0).to(torch.int32)
+    ranges: torch.Tensor = plan.cache[key]
+    return ranges
+
+
+def _key_ranges(plan: RingPlan, rank: int, step: int, device: torch.device) -> torch.Tensor:
+    """``TileTable.ranges`` of the keys at hand."""
+    key = ("key ranges", rank, step, device)
+    if key not in plan.cache:
+        queries = _place_index(plan, rank, device)
+        keys = _place_index(plan, (rank - step) % plan.ring_size, device)
+        _, ends = _documents(plan, device)
+        document = torch.searchsorted(ends, keys, right=True)
+        real = document < len(ends)
+        begin = torch.searchsorted(queries, keys)
+        end = torch.searchsorted(queries, torch.nn.functional.pad(ends, (0, 1))[document])
+        plan.cache[key] = torch.where(real, torch.stack((begin, end)), 0).to(torch.int32)
+    ranges: torch.Tensor = plan.cache[key]
+    return ranges
+
+
+def _place_index(plan: RingPlan, place: int, device: torch.device = _CPU) -> torch.Tensor:
     """Row index of each token of a ring place: int64 [ring_length], ascending."""
-    key = ("index", place)
+    key = ("index", place, device)
     if key not in plan.cache:
         ranks = range(place * plan.heads_size, (place + 1) * plan.heads_size)
-        plan.cache[key] = torch.cat([plan.local_indices(rank) for rank in ranks])
+        plan.cache[key] = torch.cat([plan.local_indices(rank) for rank in ranks]).to(device)
     index: torch.Tensor = plan.cache[key]
     return index
 
 
-def _documents(plan: RingPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def _documents(plan: RingPlan, device: torch.device = _CPU) -> tuple[torch.Tensor, torch.Tensor]:
     """Row index where each document begins, and one past where it ends."""
     lengths = torch.tensor(plan.document_lengths, dtype=torch.int64)
     ends = lengths.cumsum(0)
-    return ends - lengths, ends
+    return (ends - lengths).to(device), ends.to(device)
 
 
 def _cut(index: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, tile: int) -> _Pieces:
@@ -180,7 +181,7 @@ def _build(
     shape: tuple[int, int],
     length: int,
     every: int,
-    device: torch.device,
+    ranges: torch.Tensor,
 ) -> TileTable:
     """Put pieces together to tiles.
 
@@ -191,7 +192,7 @@ def _build(
         shape: tokens of a tile of this side and of the other.
         length: tokens of the other side.
         every: tiles of this side that get a row even if they visit none; 0 for none.
-        device: where the table shall lie.
+        ranges: see ``TileTable``; they lie where the table shall lie.
     """
     tile, other = shape
     low, high, full_low, full_high = visible
@@ -239,4 +240,5 @@ def _build(
         rows, weight = rows[weight > 0], weight[weight > 0]
     visits = rows[weight.argsort(descending=True, stable=True)].to(torch.int32)
     masked = (pairs % per_row).to(torch.int32)
-    return TileTable(visits.to(device), masked.to(device), tile, other)
+    device = ranges.device
+    return TileTable(visits.to(device), masked.to(device), ranges, tile, other)

@@ -62,12 +62,9 @@ def attend_backward_keys(
     delta: tl.tensor,
     dk: tl.tensor,
     dv: tl.tensor,
-    query_index: tl.tensor,
-    query_first: tl.tensor,
-    key_index: tl.tensor,
-    key_first: tl.tensor,
     visits: tl.tensor,
     masked: tl.tensor,
+    ranges: tl.tensor,
     scale: tl.tensor,
     visit_count: tl.tensor,
     length: tl.tensor,
@@ -120,72 +117,110 @@ def attend_backward_keys(
     scale_log2 = scale * LOG2E
     dk_tile = tl.zeros([TILE_K, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([TILE_K, BLOCK_D], tl.float32)
+    seen_begin = read_row(ranges, row, 0, length, 0, TILE_K, True)
+    seen_end = read_row(ranges + length, row, 0, length, 0, TILE_K, True)
 
-    for member in tl.range(0, group):
-        head_q = head_k * group + member
-        q_base = q + batch * q_b + head_q * q_h
-        grad_base = grad_out + batch * grad_b + head_q * grad_h
-        sums = ((batch * heads) * group + head_q) * length
-        lse_base, delta_base = lse + sums, delta + sums
-
-        for query in tl.range(full_begin * TILE_Q, full_end * TILE_Q, TILE_Q):
-            query = tl.multiple_of(query, TILE_Q)
-            q_tile = read_tile(q_base, query, q_t, 0, 0, D, BLOCK_D, TILE_Q, False, UPCAST)
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            row_lse = read_row(lse_base, query, 0, 0, 0.0, TILE_Q, False) * LOG2E
-            weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
-            g_tile = read_tile(grad_base, query, grad_t, 0, 0, D, BLOCK_D, TILE_Q, False, UPCAST)
-            dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
-            dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
-            row_delta = read_row(delta_base, query, 0, 0, 0.0, TILE_Q, False)
-            dscores = weights * (dweights - row_delta[None, :])
-            dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
-
-        keys = read_row(key_index, row, 0, length, -1, TILE_K, True)
-        for place in tl.range(begin, mixed):
-            query = tl.multiple_of(tl.load(masked + place) * TILE_Q, TILE_Q)
-            q_tile = read_tile(q_base, query, q_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST)
-            g_tile = read_tile(
-                grad_base, query, grad_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST
-            )
-            index = read_row(query_index, query, low, high, 0, TILE_Q, True)
-            first = read_row(query_first, query, low, high, 2147483647, TILE_Q, True)
-            visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= index[None, :])
-            row_lse = read_row(lse_base, query, low, high, 0.0, TILE_Q, True) * LOG2E
-            row_delta = read_row(delta_base, query, low, high, 0.0, TILE_Q, True)
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            weights = tl.where(visible, tl.exp2(scores * scale_log2 - row_lse[None, :]), 0.0)
-            dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
-            dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
-            dscores = tl.where(visible, weights * (dweights - row_delta[None, :]), 0.0)
-            dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
-        for place in tl.range(mixed, end):
-            query = tl.multiple_of(tl.load(masked + place) * TILE_Q, TILE_Q)
-            q_tile = read_tile(q_base, query, q_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST)
-            g_tile = read_tile(
-                grad_base, query, grad_t, low, high, D, BLOCK_D, TILE_Q, True, UPCAST
-            )
-            q_tile, q_bad = clean(q_tile)
-            g_tile, g_bad = clean(g_tile)
-            index = read_row(query_index, query, low, high, 0, TILE_Q, True)
-            first = read_row(query_first, query, low, high, 2147483647, TILE_Q, True)
-            visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= index[None, :])
-            row_lse = read_row(lse_base, query, low, high, 0.0, TILE_Q, True) * LOG2E
-            row_delta = read_row(delta_base, query, low, high, 0.0, TILE_Q, True)
-            row_lse = tl.where(q_bad | g_bad, float("nan"), row_lse)
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            weights = tl.where(visible, tl.exp2(scores * scale_log2 - row_lse[None, :]), 0.0)
-            dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
-            dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
-            dscores = tl.where(visible, weights * (dweights - row_delta[None, :]), 0.0)
-            dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+    # One loop over the tiles of all query heads: loads of the next head begin in time.
+    q_base = q + batch * q_b + head_k * group * q_h
+    grad_base = grad_out + batch * grad_b + head_k * group * grad_h
+    lse_base = lse + (batch * heads + head_k) * group * length
+    delta_base = delta + (batch * heads + head_k) * group * length
+    full, single, several = full_end - full_begin, mixed - begin, end - mixed
+    for turn in tl.range(0, group * full):
+        member = turn // full
+        query = (full_begin + turn - member * full) * TILE_Q
+        dk_tile, dv_tile = _add_to_keys(
+            *(dk_tile, dv_tile, k_tile, v_tile, q_base, grad_base, lse_base, delta_base),
+            *(tl.cast(member, tl.int64), query, low, high, seen_begin, seen_end, scale_log2),
+            *(length, q_t, q_h, grad_t, grad_h),
+            *(D, BLOCK_D, TILE_Q, False, False, UPCAST, PRECISION),
+        )
+    for turn in tl.range(0, group * single):
+        member = turn // single
+        query = tl.load(masked + begin + turn - member * single) * TILE_Q
+        dk_tile, dv_tile = _add_to_keys(
+            *(dk_tile, dv_tile, k_tile, v_tile, q_base, grad_base, lse_base, delta_base),
+            *(tl.cast(member, tl.int64), query, low, high, seen_begin, seen_end, scale_log2),
+            *(length, q_t, q_h, grad_t, grad_h),
+            *(D, BLOCK_D, TILE_Q, True, False, UPCAST, PRECISION),
+        )
+    for turn in tl.range(0, group * several):
+        member = turn // several
+        query = tl.load(masked + mixed + turn - member * several) * TILE_Q
+        dk_tile, dv_tile = _add_to_keys(
+            *(dk_tile, dv_tile, k_tile, v_tile, q_base, grad_base, lse_base, delta_base),
+            *(tl.cast(member, tl.int64), query, low, high, seen_begin, seen_end, scale_log2),
+            *(length, q_t, q_h, grad_t, grad_h),
+            *(D, BLOCK_D, TILE_Q, True, True, UPCAST, PRECISION),
+        )
 
     # Padding in a tile of one document shares that document's NaN, if it has any: not written.
-    real = read_row(key_first, row, 0, length, 2147483647, TILE_K, True) != 2147483647
+    real = seen_end > seen_begin
     dk_base = dk + batch * dk_b + head_k * dk_h
     dv_base = dv + batch * dv_b + head_k * dv_h
     write_tile(dv_base, dv_tile, row, dv_t, real, D, BLOCK_D, TILE_K, True)
     write_tile(dk_base, dk_tile * scale, row, dk_t, real, D, BLOCK_D, TILE_K, True)
+
+
+@triton.jit
+def _add_to_keys(
+    dk_tile: tl.tensor,
+    dv_tile: tl.tensor,
+    k_tile: tl.tensor,
+    v_tile: tl.tensor,
+    q_base: tl.tensor,
+    grad_base: tl.tensor,
+    lse_base: tl.tensor,
+    delta_base: tl.tensor,
+    member: tl.tensor,
+    query: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    seen_begin: tl.tensor,
+    seen_end: tl.tensor,
+    scale_log2: tl.tensor,
+    length: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    grad_t: tl.tensor,
+    grad_h: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    MASKED: tl.constexpr,
+    MIXED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Return dk_tile and dv_tile with the share of one tile of queries of one member's head."""
+    query = tl.multiple_of(query, TILE_Q)
+    q_tile = read_tile(
+        q_base + member * q_h, query, q_t, low, high, D, BLOCK_D, TILE_Q, MASKED, UPCAST
+    )
+    g_tile = read_tile(
+        grad_base + member * grad_h, query, grad_t, low, high, D, BLOCK_D, TILE_Q, MASKED, UPCAST
+    )
+    row_lse = read_row(lse_base + member * length, query, low, high, 0.0, TILE_Q, MASKED)
+    row_delta = read_row(delta_base + member * length, query, low, high, 0.0, TILE_Q, MASKED)
+    if MIXED:
+        q_tile, q_bad = clean(q_tile)
+        g_tile, g_bad = clean(g_tile)
+        row_lse = tl.where(q_bad | g_bad, float("nan"), row_lse)
+    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+    weights = tl.exp2(scores * scale_log2 - (row_lse * LOG2E)[None, :])
+    if MASKED:
+        queries = tl.arange(0, TILE_Q)[None, :]
+        visible = (queries >= (seen_begin - query)[:, None]) & (
+            queries < (seen_end - query)[:, None]
+        )
+        weights = tl.where(visible, weights, 0.0)
+    dv_tile = tl.dot(weights.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
+    dweights = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+    dscores = weights * (dweights - row_delta[None, :])
+    if MASKED:
+        dscores = tl.where(visible, dscores, 0.0)
+    dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+    return dk_tile, dv_tile
 
 
 @triton.jit
@@ -197,11 +232,9 @@ def attend_backward_queries(
     lse: tl.tensor,
     delta: tl.tensor,
     dq: tl.tensor,
-    query_index: tl.tensor,
-    query_first: tl.tensor,
-    key_index: tl.tensor,
     visits: tl.tensor,
     masked: tl.tensor,
+    ranges: tl.tensor,
     scale: tl.tensor,
     visit_count: tl.tensor,
     length: tl.tensor,
@@ -253,45 +286,91 @@ def attend_backward_queries(
     scale_log2 = scale * LOG2E
     dq_tile = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
 
+    seen_begin = read_row(ranges, row, 0, length, 0, TILE_Q, True)
+    seen_end = read_row(ranges + length, row, 0, length, 0, TILE_Q, True)
     for key in tl.range(full_begin * TILE_K, full_end * TILE_K, TILE_K):
-        key = tl.multiple_of(key, TILE_K)
-        k_tile = read_tile(k_base, key, k_t, 0, 0, D, BLOCK_D, TILE_K, False, UPCAST)
-        v_tile = read_tile(v_base, key, v_t, 0, 0, D, BLOCK_D, TILE_K, False, UPCAST)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        dscores = weights * (dweights - row_delta[:, None])
-        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
-
-    index = read_row(query_index, row, 0, length, 0, TILE_Q, True)
-    first = read_row(query_first, row, 0, length, 2147483647, TILE_Q, True)
+        dq_tile = _add_to_queries(
+            *(dq_tile, q_tile, g_tile, row_lse, row_delta, k_base, v_base),
+            *(key, low, high, seen_begin, seen_end, scale_log2, k_t, v_t),
+            *(D, BLOCK_D, TILE_K, False, False, UPCAST, PRECISION),
+        )
     for place in tl.range(begin, mixed):
-        key = tl.multiple_of(tl.load(masked + place) * TILE_K, TILE_K)
-        k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        keys = read_row(key_index, key, low, high, -1, TILE_K, True)
-        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= index[:, None])
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        dscores = tl.where(visible, weights * (dweights - row_delta[:, None]), 0.0)
-        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+        dq_tile = _add_to_queries(
+            *(dq_tile, q_tile, g_tile, row_lse, row_delta, k_base, v_base),
+            *(
+                tl.load(masked + place) * TILE_K,
+                low,
+                high,
+                seen_begin,
+                seen_end,
+                scale_log2,
+                k_t,
+                v_t,
+            ),
+            *(D, BLOCK_D, TILE_K, True, False, UPCAST, PRECISION),
+        )
     for place in tl.range(mixed, end):
-        key = tl.multiple_of(tl.load(masked + place) * TILE_K, TILE_K)
-        k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        k_tile, bad = clean(k_tile)
-        keys = read_row(key_index, key, low, high, -1, TILE_K, True)
-        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= index[:, None])
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        weights = tl.where(bad[None, :], float("nan"), weights)
-        dscores = tl.where(visible, weights * (dweights - row_delta[:, None]), 0.0)
-        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+        dq_tile = _add_to_queries(
+            *(dq_tile, q_tile, g_tile, row_lse, row_delta, k_base, v_base),
+            *(
+                tl.load(masked + place) * TILE_K,
+                low,
+                high,
+                seen_begin,
+                seen_end,
+                scale_log2,
+                k_t,
+                v_t,
+            ),
+            *(D, BLOCK_D, TILE_K, True, True, UPCAST, PRECISION),
+        )
 
     inside = row + tl.arange(0, TILE_Q) < length
     # Padding in a tile of one document shares that document's NaN, if it has any.
-    dq_tile = tl.where((first == 2147483647)[:, None], 0.0, dq_tile * scale)
+    dq_tile = tl.where((seen_end == seen_begin)[:, None], 0.0, dq_tile * scale)
     dq_base = dq + batch * dq_b + head_q * dq_h
     write_tile(dq_base, dq_tile, row, dq_t, inside, D, BLOCK_D, TILE_Q, not FIRST)
+
+
+@triton.jit
+def _add_to_queries(
+    dq_tile: tl.tensor,
+    q_tile: tl.tensor,
+    g_tile: tl.tensor,
+    row_lse: tl.tensor,
+    row_delta: tl.tensor,
+    k_base: tl.tensor,
+    v_base: tl.tensor,
+    key: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    seen_begin: tl.tensor,
+    seen_end: tl.tensor,
+    scale_log2: tl.tensor,
+    k_t: tl.tensor,
+    v_t: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    MIXED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Return dq_tile with the share of one tile of keys."""
+    key = tl.multiple_of(key, TILE_K)
+    k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, MASKED, UPCAST)
+    v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, MASKED, UPCAST)
+    if MIXED:
+        k_tile, bad = clean(k_tile)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+    dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+    dscores = weights * (dweights - row_delta[:, None])
+    if MIXED:
+        dscores = tl.where(bad[None, :], float("nan"), dscores)
+    if MASKED:
+        keys = tl.arange(0, TILE_K)[None, :]
+        visible = (keys >= (seen_begin - key)[:, None]) & (keys < (seen_end - key)[:, None])
+        dscores = tl.where(visible, dscores, 0.0)
+    return tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)

@@ -26,11 +26,9 @@ def attend_forward(
     v: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
-    query_index: tl.tensor,
-    query_first: tl.tensor,
-    key_index: tl.tensor,
     visits: tl.tensor,
     masked: tl.tensor,
+    ranges: tl.tensor,
     scale: tl.tensor,
     visit_count: tl.tensor,
     length: tl.tensor,
@@ -96,32 +94,20 @@ def attend_forward(
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
         highest = higher
 
-    index = read_row(query_index, row, 0, length, 0, TILE_Q, True)
-    first = read_row(query_first, row, 0, length, 2147483647, TILE_Q, True)
+    seen_begin = read_row(ranges, row, 0, length, 0, TILE_Q, True)
+    seen_end = read_row(ranges + length, row, 0, length, 0, TILE_Q, True)
     for place in tl.range(begin, mixed):
-        key = tl.multiple_of(tl.load(masked + place) * TILE_K, TILE_K)
-        k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        keys = read_row(key_index, key, low, high, -1, TILE_K, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if NEGATE:
-            scores = -scores
-        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= index[:, None])
-        scores = tl.where(visible, scores * scale, float("-inf"))
-        highest, total, result = _fold(highest, total, result, scores, v_tile, PRECISION)
+        highest, total, result = _fold_masked(
+            *(highest, total, result, q_tile, k_base, v_base, tl.load(masked + place) * TILE_K),
+            *(low, high, seen_begin, seen_end, scale, k_t, v_t),
+            *(D, BLOCK_D, TILE_K, False, NEGATE, UPCAST, PRECISION),
+        )
     for place in tl.range(mixed, end):
-        key = tl.multiple_of(tl.load(masked + place) * TILE_K, TILE_K)
-        k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
-        v_tile, bad = clean(v_tile)
-        keys = read_row(key_index, key, low, high, -1, TILE_K, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if NEGATE:
-            scores = -scores
-        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= index[:, None])
-        scores = tl.where(visible, scores * scale, float("-inf"))
-        scores = tl.where(visible & bad[None, :], float("nan"), scores)
-        highest, total, result = _fold(highest, total, result, scores, v_tile, PRECISION)
+        highest, total, result = _fold_masked(
+            *(highest, total, result, q_tile, k_base, v_base, tl.load(masked + place) * TILE_K),
+            *(low, high, seen_begin, seen_end, scale, k_t, v_t),
+            *(D, BLOCK_D, TILE_K, True, NEGATE, UPCAST, PRECISION),
+        )
 
     # A row that saw nothing has a total of 0, whatever its tile's keys left in its result.
     unseen = total == 0.0
@@ -146,15 +132,42 @@ def attend_forward(
 
 
 @triton.jit
-def _fold(
+def _fold_masked(
     highest: tl.tensor,
     total: tl.tensor,
     result: tl.tensor,
-    scores: tl.tensor,
-    v_tile: tl.tensor,
+    q_tile: tl.tensor,
+    k_base: tl.tensor,
+    v_base: tl.tensor,
+    key: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    seen_begin: tl.tensor,
+    seen_end: tl.tensor,
+    scale: tl.tensor,
+    k_t: tl.tensor,
+    v_t: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MIXED: tl.constexpr,
+    NEGATE: tl.constexpr,
+    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Fold scores, -inf where hidden, and their values into the running softmax."""
+    """Fold one tile of keys of which some are hidden into the running softmax."""
+    key = tl.multiple_of(key, TILE_K)
+    k_tile = read_tile(k_base, key, k_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    if NEGATE:
+        scores = -scores
+    v_tile = read_tile(v_base, key, v_t, low, high, D, BLOCK_D, TILE_K, True, UPCAST)
+    if MIXED:
+        v_tile, bad = clean(v_tile)
+        scores = tl.where(bad[None, :], float("nan"), scores)
+    keys = tl.arange(0, TILE_K)[None, :]
+    visible = (keys >= (seen_begin - key)[:, None]) & (keys < (seen_end - key)[:, None])
+    scores = tl.where(visible, scores * scale, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
     # Rows that have seen nothing yet: (-inf) - (-inf) is NaN.
     base = tl.where(higher == float("-inf"), 0.0, higher)

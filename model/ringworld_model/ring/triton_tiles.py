@@ -97,7 +97,7 @@ def read_row(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tensor:
-    """Return elements [row, row + TILE) of a vector; where MASKED, ``other`` outside [low, high)."""
+    """Return elements [row, row + TILE) of a vector; ``other`` outside [low, high) where MASKED."""
     at = row + tl.arange(0, TILE)
     if MASKED:
         return tl.load(base + at, mask=(at >= low) & (at < high), other=other)
