@@ -222,10 +222,13 @@ def right(bench: Bench) -> None:
             for dtype in (torch.bfloat16, torch.float32):
                 inputs = draw(bench.device, length, heads, width, dtype)
                 wanted = oracle(documents, inputs)
-                bars = {name: FP32_LIMIT for name in NAMES}
+                bars = dict.fromkeys(NAMES, FP32_LIMIT)
                 if dtype == torch.bfloat16:
-                    one = one_call_each(documents, inputs, SDPBackend.FLASH_ATTENTION)
-                    bars = {n: norm_error(a, b) for n, a, b in zip(NAMES, one, wanted, strict=True)}
+                    bars = dict.fromkeys(NAMES, 5e-3)  # where FA2 cannot say
+                    with bench.caught(f"right, FA2 in torch, {kind}, {heads} x {width}"):
+                        one = one_call_each(documents, inputs, SDPBackend.FLASH_ATTENTION)
+                        errors = [norm_error(a, b) for a, b in zip(one, wanted, strict=True)]
+                        bars = dict(zip(NAMES, errors, strict=True))
                 for name, (backend, kernel) in bench.kernels.items():
                     if dtype == torch.float32 and backend == "flash" and bench.device.type != "cpu":
                         continue

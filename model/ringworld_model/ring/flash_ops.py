@@ -315,16 +315,6 @@ def torch_flash() -> FlashOp:
             grad, q, k, v, out, lse, *sequences[:4], *settings, scale=scale
         )
 
-    check_arguments(
-        ops._flash_attention_forward,
-        "query key value cum_seq_q cum_seq_k max_q max_k "
-        "dropout_p is_causal return_debug_mask scale",
-    )
-    check_arguments(
-        ops._flash_attention_backward,
-        "grad_out query key value out logsumexp "
-        "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused scale",
-    )
     return FlashOp("torch's flash attention", forward, backward)
 
 
