@@ -71,7 +71,7 @@ def cut(batch: TrainBatch, plans: Sequence[RingPlan], rank: int) -> TrainBatch:
     Args:
         batch: whole rows, tensors [B, S].
         plans: one plan a row, over the same ring and of equal local_length.
-        rank: rank inside the ring, 0 .. ring_size - 1.
+        rank: rank inside the ring, 0 .. ring_size * heads_size - 1.
 
     Returns:
         Tensors [B, T] with T = local_length. Padding that the layout adds holds 0 everywhere: text
@@ -103,15 +103,14 @@ def restore(locals: Sequence[TrainBatch], plans: Sequence[RingPlan]) -> TrainBat
         Tensors [B, S] with S = context_length.
 
     Raises:
-        ValueError: the number of shares is not the ring size.
+        ValueError: the number of shares is not that of the ring's ranks.
     """
     first = locals[0]
     length = plans[0].context_length
     _check(first.tokens.shape[0], length, plans)
-    if len(locals) != plans[0].ring_size:
-        raise ValueError(
-            f"{len(locals)} shares for a ring of {plans[0].ring_size}; pass every rank's share"
-        )
+    ranks = plans[0].ring_size * plans[0].heads_size
+    if len(locals) != ranks:
+        raise ValueError(f"{len(locals)} shares for a ring of {ranks}; pass every rank's share")
     rows = first.tokens.shape[0]
     whole: dict[str, Any] = {
         name: torch.zeros(
@@ -140,9 +139,14 @@ def _check(rows: int, length: int, plans: Sequence[RingPlan]) -> None:
                 f"plans[{row}].context_length={plan.context_length} but the rows hold {length} "
                 "tokens; plan the ring with the rows' context_length"
             )
-        if plan.local_length != plans[0].local_length or plan.ring_size != plans[0].ring_size:
+        if _shape(plan) != _shape(plans[0]):
+            (ring, heads, tokens), (ring_0, heads_0, tokens_0) = _shape(plan), _shape(plans[0])
             raise ValueError(
-                f"plans[{row}] gives each of {plan.ring_size} ranks {plan.local_length} tokens, "
-                f"plans[0] gives {plans[0].ring_size} ranks {plans[0].local_length}; plan the rows "
-                "of one batch with the same ring size and layout"
+                f"plans[{row}] gives each of {ring * heads} ranks {tokens} tokens, "
+                f"plans[0] gives {ring_0 * heads_0} ranks {tokens_0}; plan the rows of one batch "
+                "with the same ring size, heads size and layout"
             )
+
+
+def _shape(plan: RingPlan) -> tuple[int, int, int]:
+    return plan.ring_size, plan.heads_size, plan.local_length

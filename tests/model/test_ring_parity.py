@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringworld_model.batch import TrainBatch, cut
+from ringworld_model.batch import TrainBatch, cut, restore
 from ringworld_model.config import ModelConfig
 from ringworld_model.loss import combine
 from ringworld_model.packing import pack_row, stack_rows
@@ -54,23 +57,37 @@ def rows() -> TrainBatch:
 
 
 def run(
-    mode: str, layout: str, dtype: torch.dtype, rank: int, world_size: int, group: object
+    mode: str,
+    layout: str,
+    dtype: torch.dtype,
+    rank: int,
+    world_size: int,
+    group: object,
+    split: tuple[int, object, object] | None = None,
 ) -> tuple[Found, list[int]]:
-    """Loss and gradients summed over the ring, and this rank's number of targets."""
+    """Loss and gradients summed over the ring, and this rank's number of targets.
+
+    ``split``: ranks of a ring place, this rank's ring and its heads group; a plain ring where None.
+    """
+    heads_size, ring_group, heads_group = split or (1, group, None)
     batch = rows()
     plans = [
         plan_ring(
             document_lengths=list(lengths),
             context_length=LENGTH,
-            ring_size=world_size,
+            ring_size=world_size // heads_size,
             layout=layout,
+            heads_size=heads_size,
         )
         for lengths in batch.document_lengths
     ]
     model = WorldModel(CONFIG, rope_theta=1e6, activation_checkpointing=mode, loss_tile_tokens=64)
     init_weights(model, 0)
     model.to(dtype)
-    sums = model(cut(batch, plans, rank), RingContext(plans=plans, group=group))
+    context = RingContext(plans=plans, group=ring_group, heads_group=heads_group)
+    shares = [cut(batch, plans, other) for other in range(world_size)]
+    assert torch.equal(restore(shares, plans).tokens, batch.tokens)
+    sums = model(shares[rank], context)
     weights = batch.loss_weights.double()
     vision = batch.target_modality == 1
     total = torch.stack([weights[~vision].sum(), weights[vision].sum()])
@@ -96,15 +113,27 @@ def on_a_ring(rank: int, world_size: int) -> list[tuple[Found, list[int]]]:
     return [run(*case, rank, world_size, dist.group.WORLD) for case in CASES]
 
 
-@pytest.mark.parametrize("ring_size", [2, 3])
-def test_ring_equals_one_device(ring_size: int) -> None:
-    ranks = run_distributed(on_a_ring, ring_size, timeout=50.0)
+def on_a_grid(rank: int, world_size: int) -> list[tuple[Found, list[int]]]:
+    """2 x 2 ranks, then all four at one place: the model has 4 query heads and 2 key heads."""
+    rings = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    places = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    world = dist.group.WORLD
+    splits = [(2, rings[rank % 2], places[rank // 2])] * 4 + [(4, None, world)]
+    return [
+        run(*case, rank, world_size, world, split)
+        for case, split in zip(CASES, splits, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("place", "num_ranks"), [(on_a_ring, 2), (on_a_ring, 3), (on_a_grid, 4)])
+def test_ring_equals_one_device(place: Callable[..., Any], num_ranks: int) -> None:
+    ranks = run_distributed(place, num_ranks, timeout=50.0)
     for i, (mode, layout, dtype) in enumerate(CASES):
         case = f"{mode} {layout} {dtype}"
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         (loss, gradients), count = run("none", "contiguous", torch.float64, 0, 1, None)
         (ring_loss, ring_gradients), _ = ranks[0][i]
-        counts = torch.tensor([ranks[rank][i][1] for rank in range(ring_size)])
+        counts = torch.tensor([ranks[rank][i][1] for rank in range(num_ranks)])
         assert counts.sum(0).tolist() == count, case
         if layout == "contiguous":
             assert counts[0, 1] == 0, "meant to show a rank without a vision target"

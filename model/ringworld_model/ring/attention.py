@@ -81,7 +81,7 @@ def ring_attention(
         problem = str(error)
     for name, members in (("group", group), ("heads_group", heads_group)):
         if members is not None and dist.get_rank(members) < 0:
-            raise ValueError(f"this rank is not in {name}; pass each rank the one it belongs to")
+            raise ValueError(f"this rank is not in the {name}; pass each rank its own")
     with stats.waiting(q.device):
         agree(group, heads_group, q.device, problem, terms)
     out: torch.Tensor = _RingAttention.apply(q, k, v, call, heads)
