@@ -126,6 +126,18 @@ CASES = [
     Case("every: 20 steps", "every: 0 steps", 8, "checkpoint.every", ("never due",)),
     Case("mlflow: off", "mlflow: false", 9, "tracking.mlflow", ("expected text", "quotes")),
     Case("300s", "300", 10, "recovery.stall_timeout", ("90s, 15min",)),
+    Case(
+        "zero_stage: 1", "parity: {layer: 1}", 13, "defaults.parity.layer", ("unknown",), "layers"
+    ),
+    Case("zero_stage: 1", "parity: {rows: 0}", 13, "defaults.parity.rows", ("at least 1",)),
+    Case("zero_stage: 1", "parity: 3", 13, "defaults.parity", ("true or false, or a mapping of",)),
+    Case(
+        "zero_stage: 1",
+        "parity: {context_length: 4K}",
+        13,
+        "defaults.parity.context_length",
+        ("4Ki",),
+    ),
     Case("peak: 1e-3", "peak: -1", 12, "defaults.learning_rate.peak", ("a number above 0",)),
     Case("peak: 1e-3", "peak: .nan", 12, "defaults.learning_rate.peak", ("finite",)),
     Case("peak: 1e-3", "peek: 1e-3", 12, "defaults.learning_rate.peek", ("unknown",), "peak"),
