@@ -31,7 +31,7 @@ WRONG = {
         2 * [{name: torch.zeros(1, 64, 1, 2000) for name in "qkv"}],
         "head_dim of 1 to 1024, not 2000",
     ),
-    "both: backend": (2 * [{"backend": "triton"}], "'triton' is not in this version"),
+    "both: backend": (2 * [{"backend": "triton"}], "triton needs a CUDA device"),
     "both: device": (2 * [{"v": torch.zeros(1, 64, 2, 8, device="meta")}], "cpu, cpu, meta"),
     "one: rows": ([{"plan": []}, {}], r"refused on 1 of 2 ranks: ring rank 0: 0 plans for 1 rows"),
     "one: length": ([{}, {"plan": plan_ring([90], 256, 2)}], "ring rank 1: q holds 64 tokens"),
