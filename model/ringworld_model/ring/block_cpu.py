@@ -30,6 +30,11 @@ class CpuKernel:
 
     head_dims = range(1, 1025)
 
+    def widens(self, dtype: torch.dtype, rectangle: Rectangle, backward: bool) -> bool:
+        """See ``BlockKernel.widens``."""
+        sides = rectangle.q1 - rectangle.q0, rectangle.k1 - rectangle.k0
+        return dtype.itemsize < 4 and (not backward or min(sides) < _LARGE)
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

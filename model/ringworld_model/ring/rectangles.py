@@ -5,13 +5,15 @@ B rows, T local tokens, H query heads, Hkv key heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ringworld_model.ring.kernel import RowGroup, accumulator
 from ringworld_model.ring.merge import merge_
+from ringworld_model.ring.plan import RingPlan
+from ringworld_model.ring.rectangle import Rectangle
 
 
 class BlockKernel(Protocol):
@@ -24,6 +26,12 @@ class BlockKernel(Protocol):
     @property
     def head_dims(self) -> range:
         """Values of D that the kernel takes."""
+
+    def widens(self, dtype: torch.dtype, rectangle: Rectangle, backward: bool) -> bool:
+        """Whether the kernel computes inputs of ``dtype`` in fp32.
+
+        It then gets them in fp32: neighbouring rectangles share their rows, which are widened once.
+        """
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
@@ -99,20 +107,33 @@ class _Forward:
         self._block, self._rank, self._rows, self._scale = block, rank, rows, scale
         self._q = q.transpose(1, 2)
         exact = accumulator(q.dtype)
-        self._out = torch.zeros(q.shape, dtype=exact, device=q.device).transpose(1, 2)
-        self._lse = q.new_full(self._q.shape[:3], -torch.inf, dtype=exact)
+        self._out = torch.empty(q.shape, dtype=exact, device=q.device).transpose(1, 2)
+        self._lse = q.new_empty(self._q.shape[:3], dtype=exact)
 
     def step(self, step: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """See ``ForwardPass``."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         for rows, plan in self._rows:
-            for q0, q1, k0, k1, diagonal in plan.rectangles(self._rank, step):
-                queries = (rows, slice(None), slice(q0, q1))
-                keys = (rows, slice(None), slice(k0, k1))
-                block = self._block.forward(
-                    self._q[queries], k[keys], v[keys], diagonal, self._scale
-                )
-                merge_(self._out[queries], self._lse[queries], *block)
+            if step == 0:
+                for gap in _padding(plan, self._rank):
+                    self._out[rows, :, gap], self._lse[rows, :, gap] = 0.0, -torch.inf
+            for cluster in _clusters(self._block, k.dtype, plan, self._rank, step, False):
+                (q_part,) = cluster.queries(rows, self._q)
+                k_part, v_part = cluster.keys(rows, k, v)
+                for rectangle in cluster.rectangles:
+                    queries, keys = cluster.inside(rectangle)
+                    out, lse = self._block.forward(
+                        q_part[queries],
+                        k_part[keys],
+                        v_part[keys],
+                        rectangle.diagonal,
+                        self._scale,
+                    )
+                    where = (rows, slice(None), slice(rectangle.q0, rectangle.q1))
+                    if step == 0:
+                        self._out[where], self._lse[where] = out, lse
+                    else:
+                        merge_(self._out[where], self._lse[where], out, lse)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``ForwardPass``."""
@@ -131,7 +152,7 @@ class _Backward:
         self._block, self._rank, self._rows, self._scale = block, rank, rows, scale
         grad_out, q, out, self._lse = saved
         self._grad, self._q, self._out = (tensor.transpose(1, 2) for tensor in (grad_out, q, out))
-        self._dq = torch.zeros(q.shape, dtype=self._lse.dtype, device=q.device).transpose(1, 2)
+        self._dq = torch.empty(q.shape, dtype=self._lse.dtype, device=q.device).transpose(1, 2)
 
     def step(
         self, step: int, k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
@@ -139,23 +160,102 @@ class _Backward:
         """See ``BackwardPass``."""
         k, v, dk, dv = (tensor.transpose(1, 2) for tensor in (k, v, dk, dv))
         for rows, plan in self._rows:
-            for q0, q1, k0, k1, diagonal in plan.rectangles(self._rank, step):
-                queries = (rows, slice(None), slice(q0, q1))
-                keys = (rows, slice(None), slice(k0, k1))
-                shares = self._block.backward(
-                    self._grad[queries],
-                    self._q[queries],
-                    k[keys],
-                    v[keys],
-                    self._out[queries],
-                    self._lse[queries],
-                    diagonal,
-                    self._scale,
-                )
-                self._dq[queries].add_(shares[0])
-                dk[keys].add_(shares[1])
-                dv[keys].add_(shares[2])
+            if step == 0:
+                for gap in _padding(plan, self._rank):
+                    self._dq[rows, :, gap] = 0.0
+            for cluster in _clusters(self._block, k.dtype, plan, self._rank, step, True):
+                grad_out, q, out = cluster.queries(rows, self._grad, self._q, self._out)
+                k_part, v_part = cluster.keys(rows, k, v)
+                for rectangle in cluster.rectangles:
+                    queries, keys = cluster.inside(rectangle)
+                    of_q = (rows, slice(None), slice(rectangle.q0, rectangle.q1))
+                    of_k = (rows, slice(None), slice(rectangle.k0, rectangle.k1))
+                    shares = self._block.backward(
+                        grad_out[queries],
+                        q[queries],
+                        k_part[keys],
+                        v_part[keys],
+                        out[queries],
+                        self._lse[of_q],
+                        rectangle.diagonal,
+                        self._scale,
+                    )
+                    if step == 0:
+                        self._dq[of_q] = shares[0]
+                    else:
+                        self._dq[of_q].add_(shares[0])
+                    dk[of_k].add_(shares[1])
+                    dv[of_k].add_(shares[2])
 
     def finish(self) -> torch.Tensor:
         """See ``BackwardPass``."""
         return self._dq.transpose(1, 2).to(self._q.dtype)
+
+
+class _Cluster(NamedTuple):
+    """Neighbouring rectangles that share rows, and whether those are widened to fp32."""
+
+    rectangles: list[Rectangle]
+    wide: bool
+
+    def queries(self, rows: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The cluster's rows of query-side tensors [B, H, T, D]."""
+        return self._part(rows, self._start(0), max(each.q1 for each in self.rectangles), tensors)
+
+    def keys(self, rows: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The cluster's rows of key-side tensors [B, Hkv, T, D]."""
+        return self._part(rows, self._start(2), max(each.k1 for each in self.rectangles), tensors)
+
+    def inside(self, rectangle: Rectangle) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where the cluster's parts hold a rectangle's queries, and its keys."""
+        q, k = self._start(0), self._start(2)
+        every = slice(None)
+        return (
+            (every, every, slice(rectangle.q0 - q, rectangle.q1 - q)),
+            (every, every, slice(rectangle.k0 - k, rectangle.k1 - k)),
+        )
+
+    def _start(self, field: int) -> int:
+        return min(each[field] for each in self.rectangles)
+
+    def _part(
+        self, rows: slice, start: int, stop: int, tensors: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        parts = [tensor[rows, :, start:stop] for tensor in tensors]
+        return [part.to(torch.float32) for part in parts] if self.wide else parts
+
+
+def _padding(plan: RingPlan, rank: int) -> Iterator[slice]:
+    """Local tokens between step 0's rectangles, in which each real token is once: it sees itself.
+
+    So what step 0 finds begins a token's sums, and they need no zeros to be added to.
+    """
+    end = 0
+    for each in plan.rectangles(rank, 0):
+        yield slice(end, each.q0)
+        end = each.q1
+    yield slice(end, plan.ring_length)
+
+
+def _clusters(
+    block: BlockKernel,
+    dtype: torch.dtype,
+    plan: RingPlan,
+    rank: int,
+    step: int,
+    backward: bool,
+) -> Iterator[_Cluster]:
+    """Cut a step's rectangles, in their order, into clusters."""
+    found: list[Rectangle] = []
+    q1 = k1 = 0
+    wide = False
+    for each in plan.rectangles(rank, step):
+        widens = block.widens(dtype, each, backward)
+        apart = each.q0 >= q1 and each.k0 >= k1
+        if found and (apart or widens != wide):
+            yield _Cluster(found, wide)
+            found, q1, k1 = [], 0, 0
+        found.append(each)
+        wide, q1, k1 = widens, max(q1, each.q1), max(k1, each.k1)
+    if found:
+        yield _Cluster(found, wide)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ringworld_model.ring.rectangle import Rectangle
+
 
 def dense_attention(
     q: torch.Tensor,
@@ -43,6 +45,10 @@ class ReferenceKernel:
     """A ``BlockKernel`` in fp64 matrix products, on any device; memory is queries times keys."""
 
     head_dims = range(1, 1025)
+
+    def widens(self, dtype: torch.dtype, rectangle: Rectangle, backward: bool) -> bool:
+        """See ``BlockKernel.widens``: everything is fp64 here."""
+        return False
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
