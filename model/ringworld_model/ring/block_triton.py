@@ -46,15 +46,20 @@ class Launches(NamedTuple):
     queries: Launch
 
 
-# By D (the next power of two) and whether inputs are half types. Chosen so that no kernel exceeds
-# the shared memory of its device or spills more than a few registers (compiled for sm_80, sm_90).
-_LAUNCHES = {
+# By D (64 or 128, the next that is enough) and whether inputs are half types. Chosen by what the
+# compiler makes of them: products by warp groups where there are some, shared memory under 99 KiB
+# where devices may have no more, and few or no spilled registers.
+_HOPPER = {
     (64, True): Launches(Launch(128, 128, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 3)),
     (128, True): Launches(Launch(128, 128, 8, 2), Launch(64, 128, 8, 2), Launch(128, 64, 8, 2)),
-    (256, True): Launches(Launch(128, 64, 8, 2), Launch(32, 64, 8, 1), Launch(64, 32, 8, 1)),
-    (64, False): Launches(Launch(64, 64, 4, 2), Launch(32, 64, 4, 2), Launch(64, 32, 4, 2)),
-    (128, False): Launches(Launch(64, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
-    (256, False): Launches(Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)),
+    (64, False): Launches(Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 32, 4, 2)),
+    (128, False): Launches(Launch(64, 32, 4, 2), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
+}
+_AMPERE = {
+    (64, True): Launches(Launch(128, 64, 4, 2), Launch(32, 64, 4, 2), Launch(128, 32, 4, 2)),
+    (128, True): Launches(Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 32, 8, 2)),
+    (64, False): Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+    (128, False): Launches(Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)),
 }
 
 
@@ -63,9 +68,17 @@ def block_width(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def launches(head_dim: int, dtype: torch.dtype) -> Launches:
-    """Return how the kernels are launched for a head width and a dtype."""
-    return _LAUNCHES[max(64, block_width(head_dim)), dtype.itemsize == 2]
+def launches(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launches:
+    """Return how the kernels are launched.
+
+    Args:
+        head_dim: 1 to 128.
+        dtype: bf16, fp16 or fp32.
+        capability: the device's compute capability.
+    """
+    # 9.x and 10.x are the data centre's; 12.x has Ampere's instructions and little shared memory.
+    table = _HOPPER if capability[0] in (9, 10) else _AMPERE
+    return table[max(64, block_width(head_dim)), dtype.itemsize == 2]
 
 
 def triton_missing(device: torch.device) -> str | None:
@@ -91,7 +104,7 @@ def triton_missing(device: torch.device) -> str | None:
 class TritonKernel:
     """A ``RingKernel`` in Triton for bf16, fp16 and fp32 on CUDA devices from capability 8.0 on."""
 
-    head_dims = range(1, 257)
+    head_dims = range(1, 129)
 
     def forward(
         self, rank: int, rows: Sequence[RowGroup], q: torch.Tensor, scale: float
@@ -120,7 +133,7 @@ class TritonForward:
         """See ``RingKernel.forward``."""
         _check(q, rows)
         self._rank, self._rows, self._q, self._scale = rank, rows, q, scale
-        self._launch = launches(q.shape[-1], q.dtype).forward
+        self._launch = launches(q.shape[-1], q.dtype, _capability(q.device)).forward
         # Step 0 writes every element: each token sees itself, and padding gets its zeros.
         self._out = torch.empty(q.shape, dtype=_sums(q, rows), device=q.device)
         batch, length, heads, _ = q.shape
@@ -175,7 +188,7 @@ class TritonBackward:
         _check(q, rows)
         self._rank, self._rows, self._scale = rank, rows, scale
         self._grad_out, self._q, self._lse = grad_out, q, lse.contiguous()
-        self._launches = launches(q.shape[-1], q.dtype)
+        self._launches = launches(q.shape[-1], q.dtype, _capability(q.device))
         self._dq = torch.empty(q.shape, dtype=_sums(q, rows), device=q.device)
         self._delta = torch.empty_like(self._lse)
         batch, length, heads, width = q.shape
@@ -278,6 +291,11 @@ def _check(q: torch.Tensor, rows: Sequence[RowGroup]) -> None:
         raise ValueError(
             f"q holds {q.shape[1]} tokens a row; its plans, {rows[0].plan.ring_length}"
         )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The interpreter works as Hopper does."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _sums(q: torch.Tensor, rows: Sequence[RowGroup]) -> torch.dtype:
