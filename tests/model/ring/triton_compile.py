@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -86,23 +87,27 @@ def spilled(ptx, capability):
     return max(int(size) for size in re.findall(r"(\d+) bytes spill stores", done.stderr))
 
 
+def build(variant):
+    kernel, dtype, width, capability = variant
+    launch = launch_of(kernel, width, dtype, capability)
+    built = triton.compile(
+        source(kernel, dtype, width, launch),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    return {
+        "shared": built.metadata.shared,
+        "cubin": len(built.asm["cubin"]),
+        "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
+        "spilled": spilled(built.asm["ptx"], capability),
+    }
+
+
 def main():
-    results = {}
-    for variant in json.loads(sys.argv[1]):
-        kernel, dtype, width, capability = variant
-        launch = launch_of(kernel, width, dtype, capability)
-        built = triton.compile(
-            source(kernel, dtype, width, launch),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": launch.warps, "num_stages": launch.stages},
-        )
-        results[str(variant)] = {
-            "shared": built.metadata.shared,
-            "cubin": len(built.asm["cubin"]),
-            "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
-            "spilled": spilled(built.asm["ptx"], capability),
-        }
-    json.dump(results, sys.stdout)
+    variants = json.loads(sys.argv[1])
+    with ProcessPoolExecutor(2) as pool:
+        results = list(pool.map(build, variants))
+    json.dump({str(key): found for key, found in zip(variants, results, strict=True)}, sys.stdout)
 
 
 if __name__ == "__main__":
