@@ -73,7 +73,7 @@ stages:
   rope_theta: 1e6
   steps: 6
   global_batch_tokens: 3000
-  mesh: {sequence_parallel: 2}
+  mesh: {sequence_parallel: {ring: 1, heads: 2}}
   mixture: {clips: 0.6, notes: 0.4}
   zero_stage: 2
 """

@@ -108,6 +108,7 @@ def test_awkward_values_survive_the_round_trip(tmp_path: Path) -> None:
         "every: 20 steps": "every: 0.0001s",
         "context_length: 1Ki": "context_length: 125Ki",
         "global_batch_tokens: 2Ki": "global_batch_tokens: 250Ki",
+        "sequence_parallel: 1, data_parallel: auto": "sequence_parallel: {ring: 1, heads: 2}",
         "seed: 0": "seed: -3\ntracking: {mlflow: off, experiment: 'true'}",
         "recipes/quickstart.yaml": str(JOBS / "recipes" / "quickstart.yaml"),
     }.items():

@@ -178,6 +178,20 @@ def test_a_finished_run_is_at_its_last_stage() -> None:
     assert stage_number({"stage_index": 0, "num_stages": 3}) == "1/3"
 
 
+def test_a_mesh_that_splits_heads_shows_them(recording: Recording) -> None:
+    run = ScriptedRun(recording, pace=1000)
+    for record in run.all_metrics:
+        if record["kind"] == "stage_start" and record["stage_index"] == 2:
+            record["heads_size"] = 4
+    run.final = run.final | {"heads_size": 4}
+    progress = RunProgress(run, "quickstart-1")
+    progress.poll()
+    shown = " ".join(text_of(full_view(progress), 200).split())
+    assert "ring 2 x heads 4 x dp 1" in shown
+    assert "ring x heads x dp" in shown and "16Ki 2 x 4 x 1 20/20" in shown
+    assert "8Ki 2 x 1 20/20" in shown
+
+
 def test_a_stage_that_has_proved_its_ring_says_so(recording: Recording) -> None:
     progress = RunProgress(ScriptedRun(recording, pace=1000), "quickstart-1")
     progress.poll()
