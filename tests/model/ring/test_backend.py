@@ -58,7 +58,7 @@ def test_reference_runs_anywhere_when_asked_for():
         ("cuda", "float32", "auto", 64, NO_TRITON, "install triton.*flash takes bfloat16.*float32"),
         ("cuda", "float32", "flash", 64, GPU, "flash takes bfloat16, float16, not float32; use"),
         ("cuda", "bfloat16", "flash", 12, GPU, "8 to 256 in steps of 8, not 12; use other heads"),
-        ("cuda", "bfloat16", "auto", 512, GPU, "1 to 256, not 512; use more heads"),
+        ("cuda", "bfloat16", "auto", 512, GPU, "1 to 128, not 512; use more heads"),
         (
             "cuda",
             "bfloat16",
