@@ -43,8 +43,9 @@ lint: $(VENV)/.installed-test ## Lint, types and import contracts
 	@echo "ringworld: mypy"; $(BIN)/mypy
 	@echo "ringworld: import contracts"; $(BIN)/lint-imports
 
+# Two workers: while one waits for Ray, the other computes. Files keep their order (tests/conftest.py).
 test: lint ## Lint, types, import contracts and the whole test suite
-	@echo "ringworld: tests"; $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "ringworld: tests"; $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 clean: ## Remove the environment and the caches (runs/ and prepared data stay)
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
