@@ -66,31 +66,18 @@ def ring_attention(
             inputs differ, before anything is sent.
     """
     stats = RingStats() if stats is None else stats
-    call, heads, problem, terms = None, None, None, ""
-    try:
-        plans = [plan] * len(q) if isinstance(plan, RingPlan) else list(plan)
-        check_inputs(q, k, v, plans)
-        chosen, _ = choose_backend(q.device.type, str(q.dtype), backend, q.shape[-1])
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        ring = Ring.over(group, plans[0].ring_size)
-        heads = Heads.over(heads_group, plans[0].heads_size)
-        check_head_split(q.shape[2], k.shape[2], heads.size)
-        call = RingCall(ring, ring_kernel(chosen), group_rows(plans), scale, stats)
-        terms = describe(q, k, plans, chosen, scale)
-    except ValueError as error:
-        problem = str(error)
-    for name, members in (("group", group), ("heads_group", heads_group)):
-        if members is not None and dist.get_rank(members) < 0:
-            raise ValueError(f"this rank is not in the {name}; pass each rank its own")
-    with stats.waiting(q.device):
-        agree(group, heads_group, q.device, problem, terms)
-    out: torch.Tensor = _RingAttention.apply(q, k, v, call, heads)
-    return out
+    return _attend(q, k, v, plan, group, heads_group, backend, softmax_scale, stats, set())
 
 
 @dataclass
 class RingContext:
     """What attention needs to know of the ring: passed down to every layer.
+
+    Before anything is sent, the ranks tell one another what they are about to do, and that costs
+    the host a wait for the device. So a context remembers what all ranks have agreed on: the first
+    layer of a step asks, the others with the same shapes, dtype, plans and gradients do not. That
+    rests on all ranks making, and using, their contexts alike, as the same program does; a rank
+    that goes astray later in the context leaves the others waiting until the group's timeout.
 
     Attributes:
         plans: one plan a row of the batch.
@@ -105,19 +92,62 @@ class RingContext:
     backend: str = "auto"
     stats: RingStats = field(default_factory=RingStats)
     heads_group: dist.ProcessGroup | None = None
+    _agreed: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return ``ring_attention`` of these tensors over this ring, adding to ``stats``."""
-        return ring_attention(
+        return _attend(
             q,
             k,
             v,
-            plan=self.plans,
-            group=self.group,
-            heads_group=self.heads_group,
-            backend=self.backend,
-            stats=self.stats,
+            self.plans,
+            self.group,
+            self.heads_group,
+            self.backend,
+            None,
+            self.stats,
+            self._agreed,
         )
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: RingPlan | Sequence[RingPlan],
+    group: dist.ProcessGroup | None,
+    heads_group: dist.ProcessGroup | None,
+    backend: str,
+    softmax_scale: float | None,
+    stats: RingStats,
+    agreed: set[str],
+) -> torch.Tensor:
+    """``ring_attention``; what the ranks agree on is added to ``agreed``, and not asked again."""
+    call, heads, problem, terms = None, None, None, ""
+    try:
+        plans = [plan] * len(q) if isinstance(plan, RingPlan) else list(plan)
+        check_inputs(q, k, v, plans)
+        chosen, _ = choose_backend(q.device.type, str(q.dtype), backend, q.shape[-1])
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        ring = Ring.over(group, plans[0].ring_size)
+        heads = Heads.over(heads_group, plans[0].heads_size)
+        check_head_split(q.shape[2], k.shape[2], heads.size)
+        call = RingCall(ring, ring_kernel(chosen), group_rows(plans), scale, stats)
+        terms = describe(q, k, v, plans, chosen, scale)
+    except ValueError as error:
+        problem = str(error)
+    for name, members in (("group", group), ("heads_group", heads_group)):
+        if members is not None and dist.get_rank(members) < 0:
+            raise ValueError(f"this rank is not in the {name}; pass each rank its own")
+    if problem is not None and agreed:
+        # The others may not be listening any more.
+        raise ValueError(problem)
+    if terms not in agreed:
+        with stats.waiting(q.device):
+            agree(group, heads_group, q.device, problem, terms)
+        agreed.add(terms)
+    out: torch.Tensor = _RingAttention.apply(q, k, v, call, heads)
+    return out
 
 
 class _RingAttention(torch.autograd.Function):

@@ -10,6 +10,9 @@ from ringworld_model.ring.rectangle import Rectangle
 
 _LARGE = 1024
 """Queries and keys from which half precision is faster than fp32."""
+_DIAGONAL = 256
+"""Rows from which a diagonal is cut. The op skips no hidden keys but whole blocks of 512, so that
+causal attention of up to 512 tokens costs it as much as all pairs (measured)."""
 
 
 class CpuKernel:
@@ -30,10 +33,17 @@ class CpuKernel:
 
     head_dims = range(1, 1025)
 
-    def widens(self, dtype: torch.dtype, rectangle: Rectangle, backward: bool) -> bool:
-        """See ``BlockKernel.widens``."""
-        sides = rectangle.q1 - rectangle.q0, rectangle.k1 - rectangle.k0
-        return dtype.itemsize < 4 and (not backward or min(sides) < _LARGE)
+    def pieces(
+        self, dtype: torch.dtype, rectangle: Rectangle, backward: bool
+    ) -> list[tuple[Rectangle, bool]]:
+        """See ``BlockKernel.pieces``."""
+        half = dtype.itemsize < 4
+
+        def widens(piece: Rectangle) -> bool:
+            small = min(piece.q1 - piece.q0, piece.k1 - piece.k0) < _LARGE
+            return half and (small or not backward)
+
+        return [(piece, widens(piece)) for piece in _halved(rectangle)]
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float
@@ -64,33 +74,24 @@ class CpuKernel:
         if out.stride(-1) != 1 or grad_out.stride(-1) != 1:
             raise ValueError("out and grad_out need a contiguous last dim")
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        if q.itemsize >= 4 or min(q.shape[2], k.shape[2]) < _LARGE:
-            dq, dk, dv = op(*_widened(grad_out, q, k, v, out), lse, 0.0, diagonal, scale=scale)
-            return dq, dk, dv
-        if not diagonal:
-            dq, dk, dv = op(grad_out, q, k, v, out, lse.contiguous(), 0.0, False, scale=scale)
-            return dq, dk, dv
-        sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (q, k, v)]
-        for q0, q1, k0, k1, square in _halved(0, q.shape[2]):
-            queries, keys = (..., slice(q0, q1), slice(None)), (..., slice(k0, k1), slice(None))
-            part = [grad_out[queries], q[queries], k[keys], v[keys], out[queries]]
-            part = _widened(*part) if square else part
-            part_lse = lse[..., q0:q1].contiguous()
-            shares = op(*part, part_lse, 0.0, square, scale=scale)
-            for total, where, share in zip(sums, (queries, keys, keys), shares, strict=True):
-                total[where].add_(share)
-        return sums[0], sums[1], sums[2]
+        if diagonal or min(q.shape[2], k.shape[2]) < _LARGE:
+            grad_out, q, k, v, out = _widened(grad_out, q, k, v, out)
+        # The half-precision op reads lse as if it were contiguous.
+        lse = lse.contiguous() if q.itemsize < 4 else lse
+        dq, dk, dv = op(grad_out, q, k, v, out, lse, 0.0, diagonal, scale=scale)
+        return dq, dk, dv
 
 
-def _halved(start: int, stop: int) -> Iterator[Rectangle]:
-    """Cut a diagonal into small diagonals and the large full rectangles below them."""
-    if stop - start < 2 * _LARGE:
-        yield Rectangle(start, stop, start, stop, True)
+def _halved(rectangle: Rectangle) -> Iterator[Rectangle]:
+    """Cut a diagonal into small diagonals and the full rectangles below them."""
+    start, stop, k0, _, diagonal = rectangle
+    if not diagonal or stop - start < _DIAGONAL:
+        yield rectangle
         return
-    middle = (start + stop) // 2
-    yield from _halved(start, middle)
-    yield Rectangle(middle, stop, start, middle, False)
-    yield from _halved(middle, stop)
+    rows = (stop - start) // 2
+    yield from _halved(Rectangle(start, start + rows, k0, k0 + rows, True))
+    yield Rectangle(start + rows, stop, k0, k0 + rows, False)
+    yield from _halved(Rectangle(start + rows, stop, k0 + rows, rectangle.k1, True))
 
 
 def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -63,11 +63,16 @@ def check_inputs(
 
 
 def describe(
-    q: torch.Tensor, k: torch.Tensor, plans: Sequence[RingPlan], backend: str, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plans: Sequence[RingPlan],
+    backend: str,
+    scale: float,
 ) -> str:
     """What must be the same on every rank of a ring, in words."""
     # A rank that skips the backward pass would leave the others waiting in theirs.
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     return (
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype}, backend {backend}, "
         f"softmax_scale {scale}, {'with' if backward else 'without'} gradients, "

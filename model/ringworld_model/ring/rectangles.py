@@ -27,10 +27,14 @@ class BlockKernel(Protocol):
     def head_dims(self) -> range:
         """Values of D that the kernel takes."""
 
-    def widens(self, dtype: torch.dtype, rectangle: Rectangle, backward: bool) -> bool:
-        """Whether the kernel computes inputs of ``dtype`` in fp32.
+    def pieces(
+        self, dtype: torch.dtype, rectangle: Rectangle, backward: bool
+    ) -> Sequence[tuple[Rectangle, bool]]:
+        """Cut a rectangle for speed; a query's first keys come first.
 
-        It then gets them in fp32: neighbouring rectangles share their rows, which are widened once.
+        Returns:
+            Rectangles that hold the same pairs, and whether the kernel computes inputs of ``dtype``
+            in fp32 there. It then gets them in fp32: neighbours share rows, widened once.
         """
 
     def forward(
@@ -120,7 +124,7 @@ class _Forward:
             for cluster in _clusters(self._block, k.dtype, plan, self._rank, step, False):
                 (q_part,) = cluster.queries(rows, self._q)
                 k_part, v_part = cluster.keys(rows, k, v)
-                for rectangle in cluster.rectangles:
+                for rectangle, first in cluster.pieces:
                     queries, keys = cluster.inside(rectangle)
                     out, lse = self._block.forward(
                         q_part[queries],
@@ -130,7 +134,7 @@ class _Forward:
                         self._scale,
                     )
                     where = (rows, slice(None), slice(rectangle.q0, rectangle.q1))
-                    if step == 0:
+                    if first:
                         self._out[where], self._lse[where] = out, lse
                     else:
                         merge_(self._out[where], self._lse[where], out, lse)
@@ -166,7 +170,7 @@ class _Backward:
             for cluster in _clusters(self._block, k.dtype, plan, self._rank, step, True):
                 grad_out, q, out = cluster.queries(rows, self._grad, self._q, self._out)
                 k_part, v_part = cluster.keys(rows, k, v)
-                for rectangle in cluster.rectangles:
+                for rectangle, first in cluster.pieces:
                     queries, keys = cluster.inside(rectangle)
                     of_q = (rows, slice(None), slice(rectangle.q0, rectangle.q1))
                     of_k = (rows, slice(None), slice(rectangle.k0, rectangle.k1))
@@ -180,7 +184,7 @@ class _Backward:
                         rectangle.diagonal,
                         self._scale,
                     )
-                    if step == 0:
+                    if first:
                         self._dq[of_q] = shares[0]
                     else:
                         self._dq[of_q].add_(shares[0])
@@ -193,18 +197,21 @@ class _Backward:
 
 
 class _Cluster(NamedTuple):
-    """Neighbouring rectangles that share rows, and whether those are widened to fp32."""
+    """Neighbouring pieces that share rows, and whether those are widened to fp32.
 
-    rectangles: list[Rectangle]
+    A piece is a rectangle, and whether it is the first that its queries see.
+    """
+
+    pieces: list[tuple[Rectangle, bool]]
     wide: bool
 
     def queries(self, rows: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The cluster's rows of query-side tensors [B, H, T, D]."""
-        return self._part(rows, self._start(0), max(each.q1 for each in self.rectangles), tensors)
+        return self._part(rows, self._start(0), max(each.q1 for each, _ in self.pieces), tensors)
 
     def keys(self, rows: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The cluster's rows of key-side tensors [B, Hkv, T, D]."""
-        return self._part(rows, self._start(2), max(each.k1 for each in self.rectangles), tensors)
+        return self._part(rows, self._start(2), max(each.k1 for each, _ in self.pieces), tensors)
 
     def inside(self, rectangle: Rectangle) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where the cluster's parts hold a rectangle's queries, and its keys."""
@@ -216,7 +223,7 @@ class _Cluster(NamedTuple):
         )
 
     def _start(self, field: int) -> int:
-        return min(each[field] for each in self.rectangles)
+        return min(each[field] for each, _ in self.pieces)
 
     def _part(
         self, rows: slice, start: int, stop: int, tensors: Sequence[torch.Tensor]
@@ -245,17 +252,17 @@ def _clusters(
     step: int,
     backward: bool,
 ) -> Iterator[_Cluster]:
-    """Cut a step's rectangles, in their order, into clusters."""
-    found: list[Rectangle] = []
+    """Cut a step's rectangles into pieces, in their order, and gather them to clusters."""
+    found: list[tuple[Rectangle, bool]] = []
     q1 = k1 = 0
     wide = False
-    for each in plan.rectangles(rank, step):
-        widens = block.widens(dtype, each, backward)
-        apart = each.q0 >= q1 and each.k0 >= k1
-        if found and (apart or widens != wide):
-            yield _Cluster(found, wide)
-            found, q1, k1 = [], 0, 0
-        found.append(each)
-        wide, q1, k1 = widens, max(q1, each.q1), max(k1, each.k1)
+    for whole in plan.rectangles(rank, step):
+        for each, widens in block.pieces(dtype, whole, backward):
+            apart = each.q0 >= q1 and each.k0 >= k1
+            if found and (apart or widens != wide):
+                yield _Cluster(found, wide)
+                found, q1, k1 = [], 0, 0
+            found.append((each, step == 0 and each.k0 == whole.k0))
+            wide, q1, k1 = widens, max(q1, each.q1), max(k1, each.k1)
     if found:
         yield _Cluster(found, wide)

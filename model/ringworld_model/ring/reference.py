@@ -46,9 +46,11 @@ class ReferenceKernel:
 
     head_dims = range(1, 1025)
 
-    def widens(self, dtype: torch.dtype, rectangle: Rectangle, backward: bool) -> bool:
-        """See ``BlockKernel.widens``: everything is fp64 here."""
-        return False
+    def pieces(
+        self, dtype: torch.dtype, rectangle: Rectangle, backward: bool
+    ) -> list[tuple[Rectangle, bool]]:
+        """See ``BlockKernel.pieces``: everything is whole, and fp64."""
+        return [(rectangle, False)]
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: bool, scale: float

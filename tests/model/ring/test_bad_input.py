@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringworld_model.ring import RingStats, plan_ring, ring_attention
+from ringworld_model.ring import RingContext, RingStats, plan_ring, ring_attention
 from ringworld_model.ring.backend import choose_backend
 from ringworld_model.ring.reference import dense_attention
 from ringworld_workers.testing import run_distributed
@@ -48,6 +48,10 @@ WRONG = {
         [{}, {"q": torch.zeros(1, 64, 4, 8, requires_grad=True)}],
         "without gradients.*with gradients",
     ),
+    "one: backward of v": (
+        [{"v": torch.zeros(1, 64, 2, 8, requires_grad=True)}, {}],
+        "with gradients.*without gradients",
+    ),
 }
 
 
@@ -67,7 +71,31 @@ def every_mistake(rank, world_size):
             ring_attention(**good(), group=lonely)
         except ValueError as error:
             said["stranger"] = str(error), 0
-    return said, tuple(out.shape)
+    return said, tuple(out.shape), exchanges_of_a_context()
+
+
+def exchanges_of_a_context():
+    """Exchanges of each of several layers of one context, and of what comes after."""
+    counts, gather = [], dist.all_gather
+
+    def counted(*arguments, **named):
+        counts[-1] += 1
+        return gather(*arguments, **named)
+
+    dist.all_gather = counted
+    q, k, v, plan = good().values()
+    for context in (RingContext([plan], dist.group.WORLD) for _ in range(2)):
+        for layer in (q, q, q.clone().requires_grad_(), q):
+            counts.append(0)
+            context.attend(layer, k, v)
+    counts.append(0)
+    try:
+        context.attend(q[:, :3], k, v)
+    except ValueError as error:
+        problem = str(error)
+    ring_attention(**good(), group=dist.group.WORLD)
+    dist.all_gather = gather
+    return counts, problem
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +115,14 @@ def test_every_rank_says_the_same_and_sends_nothing(ranks, name):
 def test_the_ring_works_after_refusals_and_refuses_strangers(ranks):
     assert ranks[0][1] == ranks[1][1] == (1, 64, 4, 8)
     assert "not in the group" in ranks[1][0]["stranger"][0]
+
+
+def test_a_context_asks_once_and_a_bare_call_always(ranks):
+    for rank in (0, 1):
+        counts, problem = ranks[rank][2]
+        assert counts == [1, 0, 1, 0] * 2 + [1]
+        # Said by the rank alone: the others do not listen any more.
+        assert "need equal B, T and D" in problem
 
 
 @pytest.mark.parametrize("requested", ["auto", "reference"])
@@ -117,3 +153,68 @@ def test_strided_and_broadcast_tensors_are_never_read_wrong(view):
     wanted = torch.autograd.grad(expected, tensors, grad)
     for one, other in zip(torch.autograd.grad(out, tensors, grad), wanted, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+PLAN = plan_ring([70, 30], 100, 1)
+
+
+def drawn(dtype=torch.float32):
+    torch.manual_seed(5)
+    return [torch.randn(1, 100, heads, 16).to(dtype) for heads in (4, 2, 2, 4)]
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qv"])
+def test_gradients_go_only_where_they_are_wanted(wanted):
+    *tensors, grad_out = drawn()
+    for tensor in tensors:
+        tensor.requires_grad_()
+    every = torch.autograd.grad(ring_attention(*tensors, plan=PLAN), tensors, grad_out)
+    some = [tensor.detach() for tensor in tensors]
+    for name, tensor in zip("qkv", some, strict=True):
+        tensor.requires_grad_(name in wanted)
+    ring_attention(*some, plan=PLAN).backward(grad_out)
+    for tensor, gradient in zip(some, every, strict=True):
+        assert (
+            tensor.grad is None if not tensor.requires_grad else torch.equal(tensor.grad, gradient)
+        )
+
+
+def test_without_gradients_nothing_is_kept():
+    q, k, v, _ = drawn()
+    with torch.no_grad():
+        out = ring_attention(q.requires_grad_(), k, v, plan=PLAN)
+    assert not out.requires_grad
+    assert torch.equal(out, ring_attention(q, k, v, plan=PLAN))
+
+
+def test_a_second_derivative_is_refused():
+    *tensors, grad_out = drawn()
+    q = tensors[0].requires_grad_()
+    out = ring_attention(*tensors, plan=PLAN)
+    (dq,) = torch.autograd.grad(out, q, grad_out.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_changes_no_bit(dtype, backend):
+    *tensors, grad_out = drawn(dtype)
+    for tensor in tensors:
+        tensor.requires_grad_()
+
+    def run():
+        out = ring_attention(*tensors, plan=PLAN, backend=backend)
+        return out, *torch.autograd.grad(out, tensors, grad_out)
+
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run()
+    for one, other in zip(plain, cast, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_the_scale_is_a_factor_of_the_scores():
+    q, k, v, _ = drawn(torch.float64)
+    out = ring_attention(q, k, v, plan=PLAN, softmax_scale=0.3)
+    assert torch.allclose(out, ring_attention(q * 0.3 * 4, k, v, plan=PLAN), rtol=0, atol=1e-13)

@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from ringworld_model.ring import plan_ring
+from ringworld_model.ring.backend import ring_kernel
 from ringworld_model.ring.block_cpu import CpuKernel
+from ringworld_model.ring.rectangle import Rectangle
 from ringworld_model.ring.reference import ReferenceKernel, dense_attention
+from ringworld_model.ring.simulation import simulate
 
 
 def block(queries, keys, heads, kv_heads, width, dtype=torch.float64):
@@ -102,24 +105,28 @@ def whole_bf16(length, seed):
     ],
 )
 def test_large_bf16_gradients_are_closer_than_one_full_call(length, ring_size, layout):
-    (grad_out, q, k, v), wanted, one_call = whole_bf16(length, seed=0)
-    kernel, scale = CpuKernel(), 32**-0.5
-    out, lse = kernel.forward(q, k, v, True, scale)
-    out = out.to(q.dtype)
+    inputs, wanted, one_call = whole_bf16(length, seed=0)
     plan = plan_ring([length], length, ring_size, layout)
-    sums = [torch.zeros(tensor.shape) for tensor in (q, k, v)]
-    for rank in range(ring_size):
-        for step in range(ring_size):
-            of_q = plan.local_indices(rank)
-            of_k = plan.local_indices((rank - step) % ring_size)
-            for q0, q1, k0, k1, diagonal in plan.rectangles(rank, step):
-                rows, cols = (..., of_q[q0:q1], slice(None)), (..., of_k[k0:k1], slice(None))
-                # A strided slice of lse, as the ring passes it.
-                some = torch.stack((lse, lse), -1)[..., of_q[q0:q1], 0]
-                parts = grad_out[rows], q[rows], k[cols], v[cols], out[rows], some
-                shares = kernel.backward(*parts, diagonal, scale)
-                for total, where, share in zip(sums, (rows, cols, cols), shares, strict=True):
-                    total[where] += share
+    grad_out, q, k, v = (tensor.transpose(1, 2) for tensor in inputs)
+    found = simulate(plan, q, k, v, grad_out, ring_kernel("cpu"))[1:]
+    sums = [tensor.transpose(1, 2) for tensor in found]
     for got, full, truth in zip(sums, one_call, wanted, strict=True):
-        error = (got.to(q.dtype).double() - truth).norm()
+        error = (got.bfloat16().double() - truth).norm()
         assert error <= (full.double() - truth).norm()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_kernel_cuts_diagonals_into_the_same_pairs(dtype, backward):
+    whole = Rectangle(100, 2701, 7, 2608, True)
+    covered = torch.zeros(2601, 2601, dtype=torch.int8)
+    begun = set()
+    for (q0, q1, k0, k1, diagonal), wide in CpuKernel().pieces(dtype, whole, backward):
+        part = torch.ones(q1 - q0, k1 - k0, dtype=torch.int8)
+        covered[q0 - 100 : q1 - 100, k0 - 7 : k1 - 7] += part.tril() if diagonal else part
+        # Sums begin with the piece of a query's first keys.
+        assert (k0 == 7) == begun.isdisjoint(range(q0, q1))
+        begun.update(range(q0, q1))
+        large = not diagonal and q1 - q0 >= 1024
+        assert wide == (dtype == torch.bfloat16 and not (backward and large))
+    assert torch.equal(covered, torch.ones_like(covered).tril())
