@@ -87,34 +87,15 @@ def ring_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
     for heads, kv_heads in _chunks(q, k):
-        with call.stats.computing(q.device):
-            mine = call.kernel.backward(
-                call.ring.rank,
-                call.rows,
-                grad_out[:, :, heads],
-                q[:, :, heads],
-                out[:, :, heads],
-                lse[:, heads],
-                call.scale,
-            )
-        exchange = Exchange(call.ring, call.stats)
-        keys = _Keys(call, k[:, :, kv_heads], v[:, :, kv_heads])
-        gradients = _Gradients(call, keys.pair[0])
-        for step in range(call.ring.size):
-            moment = zip(keys.leave(step), gradients.leave(step), strict=True)
-            exchange.post(*(first + second for first, second in moment))
-            with call.stats.computing(q.device):
-                mine.step(step, *keys.pair, *gradients.share(step))
-            exchange.finish()
-            gradients.arrive(step)
-            keys.arrive(step)
-        del keys
-        exchange.post(*gradients.leave(call.ring.size))
-        with call.stats.computing(q.device):
-            dq[:, :, heads] = mine.finish()
-        exchange.finish()
-        gradients.arrive(call.ring.size)
-        dk[:, :, kv_heads], dv[:, :, kv_heads] = gradients.own
+        dq[:, :, heads], (dk[:, :, kv_heads], dv[:, :, kv_heads]) = _backward(
+            call,
+            grad_out[:, :, heads],
+            q[:, :, heads],
+            k[:, :, kv_heads],
+            v[:, :, kv_heads],
+            out[:, :, heads],
+            lse[:, heads],
+        )
     return dq, dk, dv
 
 
@@ -135,6 +116,38 @@ def _forward(
     del keys
     with call.stats.computing(q.device):
         return mine.finish()
+
+
+def _backward(
+    call: RingCall,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ring_backward`` of one chunk: dq, and the sums of dk and dv as one tensor [2, ...]."""
+    with call.stats.computing(q.device):
+        mine = call.kernel.backward(call.ring.rank, call.rows, grad_out, q, out, lse, call.scale)
+    exchange = Exchange(call.ring, call.stats)
+    keys = _Keys(call, k, v)
+    gradients = _Gradients(call, k)
+    for step in range(call.ring.size):
+        moment = zip(keys.leave(step), gradients.leave(step), strict=True)
+        exchange.post(*(first + second for first, second in moment))
+        with call.stats.computing(q.device):
+            mine.step(step, *keys.pair, *gradients.share(step))
+        exchange.finish()
+        gradients.arrive(step)
+        keys.arrive(step)
+    del keys
+    exchange.post(*gradients.leave(call.ring.size))
+    with call.stats.computing(q.device):
+        dq = mine.finish()
+    exchange.finish()
+    gradients.arrive(call.ring.size)
+    return dq, gradients.own
 
 
 class _Keys:
@@ -168,11 +181,12 @@ class _Keys:
 
     def arrive(self, step: int) -> None:
         """Make ``pair`` the next step's."""
-        if self._arriving is None:
+        if self._arriving is None or self._arriving.numel() == 0:
             return
         loads = _loads(self._call, "keys_in", step + 1)
         if self._room is None and not is_complete(loads, self.pair[0].shape[1]):
-            self._room = (_contiguous_like(self.pair[0]), _contiguous_like(self.pair[1]))
+            shape = self.pair[0].shape
+            self._room = (self.pair[0].new_empty(shape), self.pair[1].new_empty(shape))
         self.pair = unpack(self._arriving, self._room or self.pair, loads)
 
 
@@ -191,7 +205,9 @@ class _Gradients:
 
     def share(self, step: int) -> Pair:
         """Where the step's source gets its gradients: [B, T, Hkv, D] each."""
-        if step > 0:
+        # Nothing is added at a step after which no gradient leaves.
+        ways = ("gradients_out", "home_out")
+        if step > 0 and any(load.spans for way in ways for load in _loads(self._call, way, step)):
             self._share = torch.zeros_like(self.own)
         return self._share[0], self._share[1]
 
@@ -247,7 +263,3 @@ def _chunks(q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice]]:
         (slice(start * ratio, stop * ratio), slice(start, stop))
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-
-
-def _contiguous_like(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.new_empty(tensor.shape)
