@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ringworld_model.ring.plan import RingPlan
+from ringworld_model.ring.upload import upload
 
 _CPU = torch.device("cpu")
 
@@ -155,16 +156,21 @@ def _place_index(plan: RingPlan, place: int, device: torch.device = _CPU) -> tor
     key = ("index", place, device)
     if key not in plan.cache:
         ranks = range(place * plan.heads_size, (place + 1) * plan.heads_size)
-        plan.cache[key] = torch.cat([plan.local_indices(rank) for rank in ranks]).to(device)
-    index: torch.Tensor = plan.cache[key]
-    return index
+        index = torch.cat([plan.local_indices(rank) for rank in ranks])
+        plan.cache[key] = upload(index, device)
+    found: torch.Tensor = plan.cache[key]
+    return found
 
 
 def _documents(plan: RingPlan, device: torch.device = _CPU) -> tuple[torch.Tensor, torch.Tensor]:
     """Row index where each document begins, and one past where it ends."""
-    lengths = torch.tensor(plan.document_lengths, dtype=torch.int64)
-    ends = lengths.cumsum(0)
-    return (ends - lengths).to(device), ends.to(device)
+    key = ("documents", device)
+    if key not in plan.cache:
+        lengths = torch.tensor(plan.document_lengths, dtype=torch.int64)
+        ends = lengths.cumsum(0)
+        plan.cache[key] = upload(torch.stack((ends - lengths, ends)), device).unbind(0)
+    found: tuple[torch.Tensor, torch.Tensor] = plan.cache[key]
+    return found
 
 
 def _cut(index: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, tile: int) -> _Pieces:
@@ -241,4 +247,4 @@ def _build(
     visits = rows[weight.argsort(descending=True, stable=True)].to(torch.int32)
     masked = (pairs % per_row).to(torch.int32)
     device = ranges.device
-    return TileTable(visits.to(device), masked.to(device), ranges, tile, other)
+    return TileTable(upload(visits, device), upload(masked, device), ranges, tile, other)
