@@ -148,10 +148,11 @@ def first_proved(
 
 
 def prove(op: FlashOp, device: torch.device, dtype: torch.dtype, head_dim: int) -> FlashOp:
-    """Compare an op with fp64 on a small problem, and find out its layout of lse.
+    """Compare an op with fp64, computed on the CPU, on small problems; find its layout of lse.
 
-    Sequences of 5, 19 and 1 tokens, causal and in full. The backward pass gets an out and an lse
-    that are not the forward pass's own, as a ring gives it.
+    Sequences of 5, 19 and 1 tokens, causal and in full, and sequences of one query each, for which
+    libraries have ways of their own. The backward pass gets an out and an lse that are not the
+    forward pass's own, as a ring gives it.
 
     Returns:
         The op, with ``tokens_first`` as it is.
@@ -160,29 +161,46 @@ def prove(op: FlashOp, device: torch.device, dtype: torch.dtype, head_dim: int) 
         ValueError: an unknown shape, or a wrong number.
     """
     generator = torch.Generator().manual_seed(0)
-    bounds = torch.tensor([0, 5, 24, 25], dtype=torch.int32, device=device)
-    q, grad_out, k, v = (
-        torch.randn(25, heads, head_dim, generator=generator).to(device, dtype)
-        for heads in (4, 4, 2, 2)
-    )
     reference, scale = BlockwiseOp(ReferenceKernel()), head_dim**-0.5
-    for causal in (True, False):
-        sequences = Sequences(bounds, bounds, 19, 19, causal)
-        lse = op.run_forward(q, k, v, sequences, scale)[1]
-        if lse.shape not in ((4, 25), (25, 4)):
-            raise ValueError(f"lse has the unknown shape {tuple(lse.shape)}")
-        op = replace(op, tokens_first=lse.shape[0] == 25)
-        out, lse = reference.forward(q, k, v, sequences, scale)
+    several, single = torch.tensor([0, 5, 24, 25]), torch.arange(4)
+    for causal, name, queries, keys in (
+        (True, "causal", several, several),
+        (False, "full", several, several),
+        (True, "causal one-token", single, single),
+        (False, "full one-query", single, several),
+    ):
+        total = int(queries[-1])
+        longest_queries, longest_keys = (int(of.diff().max()) for of in (queries, keys))
+        q, grad_out, k, v = (
+            torch.randn(int(of[-1]), heads, head_dim, generator=generator).to(dtype)
+            for of, heads in ((queries, 4), (queries, 4), (keys, 2), (keys, 2))
+        )
+        here = Sequences(queries.int(), keys.int(), longest_queries, longest_keys, causal)
+        out, lse = reference.forward(q, k, v, here, scale)
         # As if keys elsewhere weighed as much as all keys here, and held zeros.
-        rest = (out / 2).to(dtype), lse + 0.6931, sequences, scale
-        wanted = (out, lse, *reference.backward(grad_out, q, k, v, *rest))
-        got = (*op.forward(q, k, v, sequences, scale), *op.backward(grad_out, q, k, v, *rest))
-        for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
-            error = float((one.double() - other.double()).norm() / other.double().norm())
+        rest = [(out / 2).to(dtype), (lse + 0.6931).float()]
+        wanted = (out, lse, *reference.backward(grad_out, q, k, v, *rest, here, scale))
+
+        there = here._replace(cu_queries=queries.int().to(device), cu_keys=keys.int().to(device))
+        q, grad_out, k, v, *rest = (of.to(device) for of in (q, grad_out, k, v, *rest))
+        lse = op.run_forward(q, k, v, there, scale)[1]
+        if lse.shape not in ((4, total), (total, 4)):
+            raise ValueError(f"lse has the unknown shape {tuple(lse.shape)}")
+        op = replace(op, tokens_first=lse.shape[0] == total)
+        got = (
+            *op.forward(q, k, v, there, scale),
+            *op.backward(grad_out, q, k, v, *rest, there, scale),
+        )
+        for which, one, other in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
+            error = norm_error(one.cpu().double(), other.double())
             if not error <= _PROOF_ERROR:
-                mask = "causal" if causal else "full"
-                raise ValueError(f"wrong {name} of {mask} sequences, off by {error:.1e}")
+                raise ValueError(f"wrong {which} of {name} sequences, off by {error:.1e}")
     return op
+
+
+def norm_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the error over the norm."""
+    return float((got - wanted).norm() / wanted.norm())
 
 
 def flash_attn_4() -> FlashOp:

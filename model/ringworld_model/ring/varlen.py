@@ -21,6 +21,7 @@ import torch
 
 from ringworld_model.ring.plan import RingPlan
 from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring.upload import upload
 
 MANY_CALLS = 8
 """Flash calls of one ring step from which on a warning is given."""
@@ -62,8 +63,15 @@ class Tokens:
     def packed(self, tensor: torch.Tensor) -> torch.Tensor:
         """These tokens of [B, T, heads, D], row after row: [B * tokens, heads, D]."""
         packed = self.of(tensor).flatten(0, 1)
-        # Broadcast tensors, such as the gradient of a mean, are not for kernels that load tiles.
-        return packed.contiguous() if 0 in packed.stride() else packed
+        # Flash kernels load 16 bytes at a time: not broadcast tensors, such as the gradient of a
+        # mean, and no rows or heads that begin elsewhere.
+        offset, *strides = packed.storage_offset(), *packed.stride()[:2]
+        loads = all(of * packed.itemsize % 16 == 0 for of in (offset, *strides))
+        return (
+            packed
+            if loads and 0 not in strides
+            else packed.clone(memory_format=torch.contiguous_format)
+        )
 
     def add_(self, tensor: torch.Tensor, packed: torch.Tensor) -> None:
         """Add [B * tokens, heads, D] to these tokens of [B, T, heads, D], in place."""
@@ -174,11 +182,12 @@ def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tokens:
     if all(one[1] == other[0] for one, other in zip(ranges, ranges[1:], strict=False)):
         return Tokens(start, stop, None)
     index = torch.cat([torch.arange(*one) for one in ranges])
-    return Tokens(start, stop, index.to(device))
+    return Tokens(start, stop, upload(index, device))
 
 
 def _cumulative(
     ranges: Sequence[tuple[int, int]], num_rows: int, device: torch.device
 ) -> torch.Tensor:
     lengths = [stop - start for start, stop in ranges] * num_rows
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device)
+    bounds = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return upload(bounds, device)

@@ -182,7 +182,7 @@ def test_an_op_is_proved_and_its_lse_layout_found():
         return out, lse.t().contiguous()
 
     def backward(grad, q, k, v, out, lse, *rest):
-        assert lse.shape == (25, 4) and lse.is_contiguous()
+        assert lse.shape == (len(q), 4) and lse.is_contiguous()
         return op.run_backward(grad, q, k, v, out, lse.t(), *rest)
 
     turned = prove(FlashOp("turned", tokens_first, backward), CPU, torch.float16, 32)
