@@ -132,7 +132,7 @@ class TritonForward:
     def __init__(self, rank: int, rows: Sequence[RowGroup], q: torch.Tensor, scale: float) -> None:
         """See ``RingKernel.forward``."""
         _check(q, rows)
-        self._rank, self._rows, self._q, self._scale = rank, rows, q, scale
+        self._rank, self._rows, self._q, self._scale = rank, rows, q, float(scale)
         self._launch = launches(q.shape[-1], q.dtype, _capability(q.device)).forward
         # Step 0 writes every element: each token sees itself, and padding gets its zeros.
         self._out = torch.empty(q.shape, dtype=_sums(q, rows), device=q.device)
@@ -186,14 +186,14 @@ class TritonBackward:
         from ringworld_model.ring.triton_backward import sum_delta
 
         _check(q, rows)
-        self._rank, self._rows, self._scale = rank, rows, scale
+        self._rank, self._rows, self._scale = rank, rows, float(scale)
         self._grad_out, self._q, self._lse = grad_out, q, lse.contiguous()
         self._launches = launches(q.shape[-1], q.dtype, _capability(q.device))
         self._dq = torch.empty(q.shape, dtype=_sums(q, rows), device=q.device)
         self._delta = torch.empty_like(self._lse)
         batch, length, heads, width = q.shape
         with _on(q.device):
-            sum_delta[(-(-length // _DELTA_TILE), batch * heads)](
+            sum_delta[(-(-length // _DELTA_TILE) * batch * heads,)](
                 *(grad_out, out, self._delta, length, heads),
                 *(*_strides(grad_out), *_strides(out)),
                 D=width,

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 
 from ringworld_model.ring.triton_tiles import (
+    COUNTS,
     LOG2E,
+    VECTORS,
     clean,
     place_program,
     read_row,
@@ -22,7 +24,7 @@ from ringworld_model.ring.triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def sum_delta(
     grad_out: tl.tensor,
     out: tl.tensor,
@@ -41,7 +43,9 @@ def sum_delta(
     UPCAST: tl.constexpr,
 ) -> None:
     """Write delta fp32 [B, H, T], the sum over D of grad_out * out, both [B, T, H, D]."""
-    row, head = tl.program_id(0) * TILE, tl.cast(tl.program_id(1), tl.int64)
+    tiles = tl.cdiv(length, TILE)
+    row = tl.program_id(0) % tiles * TILE
+    head = tl.cast(tl.program_id(0) // tiles, tl.int64)
     batch, head_q = head // heads, head % heads
     grad_base = grad_out + batch * grad_b + head_q * grad_h
     out_base = out + batch * out_b + head_q * out_h
@@ -52,7 +56,7 @@ def sum_delta(
     tl.store(delta + head * length + rows, total, mask=rows < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def attend_backward_keys(
     grad_out: tl.tensor,
     q: tl.tensor,
@@ -223,7 +227,7 @@ def _add_to_keys(
     return dk_tile, dv_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def attend_backward_queries(
     grad_out: tl.tensor,
     q: tl.tensor,

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from ringworld_model.ring.triton_tiles import (
+    COUNTS,
     LN2,
+    VECTORS,
     clean,
     place_program,
     read_row,
@@ -19,7 +21,7 @@ from ringworld_model.ring.triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def attend_forward(
     q: tl.tensor,
     k: tl.tensor,

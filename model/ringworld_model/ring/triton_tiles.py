@@ -12,6 +12,13 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+COUNTS = ("visit_count", "length", "all_heads", "heads", "group", "heads_at_once")
+"""Arguments that differ from batch to batch and rank to rank: no kernel is compiled anew for them,
+which would halt the whole ring."""
+
+VECTORS = ("lse", "delta", "visits", "masked", "ranges")
+"""Pointers whose alignment, for the same reason, is not asked for."""
+
 
 @triton.jit
 def place_program(visits: tl.tensor, heads: tl.tensor, heads_at_once: tl.tensor) -> tl.tensor:
@@ -49,7 +56,9 @@ def read_tile(
     """
     rows = tl.arange(0, TILE)
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + row * tl.cast(stride, tl.int64) + rows[:, None] * stride + columns[None, :]
+    # 32 bits but for the tile's own place, or pointers take most registers.
+    within = rows[:, None] * stride + columns[None, :]
+    pointers = base + row * tl.cast(stride, tl.int64) + within
     if MASKED:
         inside = (row + rows >= low) & (row + rows < high)
         if D == BLOCK_D:
@@ -80,7 +89,8 @@ def write_tile(
     """Write or add ``tile`` [TILE, BLOCK_D] to the ``wanted`` [TILE] rows from ``row`` on."""
     rows = tl.arange(0, TILE)
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + row * tl.cast(stride, tl.int64) + rows[:, None] * stride + columns[None, :]
+    within = rows[:, None] * stride + columns[None, :]
+    pointers = base + row * tl.cast(stride, tl.int64) + within
     mask = wanted[:, None] & (columns < D)[None, :]
     if ADD:
         tile += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)

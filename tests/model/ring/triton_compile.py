@@ -23,7 +23,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INPUTS = ("grad_out", "q", "k", "v")
 TABLES = ("visits", "masked", "ranges")
 SUMS = ("lse", "delta", "dk", "dv", "dq")
-COUNTS = ("visit_count", "length", "all_heads", "heads", "group", "heads_at_once")
 
 
 def launch_of(kernel, width, dtype, capability):
@@ -65,7 +64,9 @@ def source(kernel, dtype, width, launch):
             types[name] = "*i32"
         else:
             types[name] = "fp32" if name == "scale" else "i32"
-        if name != "scale" and name not in COUNTS:
+        param = function.params[at]
+        skips = param.do_not_specialize or param.do_not_specialize_on_alignment
+        if name != "scale" and not skips:
             attributes[(at,)] = [["tt.divisibility", 16]]
     return ASTSource(function, types, values, attributes)
 
