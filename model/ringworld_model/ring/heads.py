@@ -80,9 +80,10 @@ def scatter_heads(
         if tensor.shape[2] < size:
             tensor = tensor.repeat_interleave(size // tensor.shape[2], 2)
         part.copy_(tensor.unflatten(2, (size, -1)).movedim(2, 0))
+    arrived = _exchange(message, heads, stats)
+    del message, part
     # Tokens of the ring place follow one another by rank: a view where there is one row.
-    arrived = _exchange(message, heads, stats).transpose(0, 1).flatten(1, 2)
-    return list(arrived.split(counts, 2))
+    return list(arrived.transpose(0, 1).flatten(1, 2).split(counts, 2))
 
 
 def gather_heads(
@@ -111,11 +112,12 @@ def gather_heads(
     found: list[torch.Tensor] = list(tensors)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [at for at, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        parts = [tensors[at] for at in alike]
-        together = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-        message = together.unflatten(1, (heads.size, -1)).transpose(0, 1).contiguous()
-        arrived = _exchange(message, heads, stats).split([part.shape[2] for part in parts], 3)
-        for at, part in zip(alike, arrived, strict=True):
+        parts = [tensors[at].unflatten(1, (heads.size, -1)).transpose(0, 1) for at in alike]
+        message = (torch.cat(parts, 3) if len(parts) > 1 else parts[0]).contiguous()
+        arrived = _exchange(message, heads, stats)
+        del message
+        sizes = [part.shape[3] for part in parts]
+        for at, part in zip(alike, arrived.split(sizes, 3), strict=True):
             whole = part.movedim(0, 2).flatten(2, 3)
             if num_heads[at] < heads.size:
                 whole = whole.unflatten(2, (num_heads[at], -1)).sum(3)
