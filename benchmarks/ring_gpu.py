@@ -36,7 +36,8 @@ from ringworld_model.ring import RingPlan, plan_ring
 from ringworld_model.ring.backend import choose_backend, optional_kernels, ring_kernel
 from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.block_flash import FlashKernel
-from ringworld_model.ring.flash_ops import MAKERS, first_proved
+from ringworld_model.ring.flash_libraries import MAKERS
+from ringworld_model.ring.flash_ops import first_proved
 from ringworld_model.ring.kernel import RingKernel, group_rows
 from ringworld_model.ring.reference import dense_attention
 from ringworld_model.ring.simulation import simulate

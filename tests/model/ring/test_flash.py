@@ -12,14 +12,9 @@ import torch
 from ringworld_model.ring import plan_ring
 from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.block_flash import FlashKernel
-from ringworld_model.ring.flash_ops import (
-    FlashOp,
-    check_arguments,
-    choose_op,
-    first_proved,
-    prove,
-    torch_flash,
-)
+from ringworld_model.ring.flash_libraries import check_arguments, torch_flash
+from ringworld_model.ring.flash_op import FlashOp, prove
+from ringworld_model.ring.flash_ops import choose_op, first_proved
 from ringworld_model.ring.kernel import group_rows
 from ringworld_model.ring.layout import LAYOUTS
 from ringworld_model.ring.reference import ReferenceKernel, dense_attention
