@@ -5,6 +5,7 @@ The ranks are spawned, not forked: each has a fresh interpreter and no inherited
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import importlib.util
 import os
@@ -147,6 +148,8 @@ def _child(
 ) -> None:
     torch.set_num_threads(1)
     failed = False
+    # The parent asks where this rank is before it kills it.
+    faulthandler.register(signal.SIGUSR1, file=Path(folder, f"stack-{rank}").open("w"))
     try:
         fn = _load(target)
         # The path is unique to this call, so concurrent tests share no port and no file.
@@ -187,7 +190,18 @@ def _join(processes: list[Any], folder: Path, timeout: float) -> bool:
             shortened = True
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         running[0].join(_POLL_SECONDS)
+    if not shortened:
+        _ask_for_stacks(processes)
     return not shortened
+
+
+def _ask_for_stacks(processes: list[Any]) -> None:
+    """Let the ranks that are late write where they are; a moment is all that they get."""
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        os.kill(process.pid, signal.SIGUSR1)
+    for process in late:
+        process.join(_POLL_SECONDS)
 
 
 def _collect(
@@ -203,7 +217,11 @@ def _collect(
             # Written by our own child a moment ago, so any pickled type is fine.
             results.append(torch.load(result, map_location="cpu", weights_only=False))
         elif late:
-            problems.append(f"rank {rank} was still running after {timeout:g} s and was killed")
+            stack = folder / f"stack-{rank}"
+            place = f":\n{stack.read_text()}" if stack.exists() else ""
+            problems.append(
+                f"rank {rank} was still running after {timeout:g} s and was killed{place}"
+            )
         else:
             problems.append(f"rank {rank} ended with exit code {process.exitcode} and no result")
     if problems:
