@@ -14,8 +14,6 @@ from ringworld_model.ring.flash_op import FlashOp, prove
 HEAD_DIMS = range(8, 257, 8)
 """Widths that the ops take; where one of them takes less, the proof at start finds out."""
 
-DTYPES = ("bfloat16", "float16")
-
 
 class ChosenOp(NamedTuple):
     """An op, and why it was taken: its name, and what kept each better one away."""
