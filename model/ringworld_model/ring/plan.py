@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -202,12 +203,17 @@ def plan_rows(
     Raises:
         ValueError: see ``plan_ring``.
     """
+    context_length = _whole("context_length", context_length)
+    ring_size, heads_size = _whole("ring_size", ring_size), _whole("heads_size", heads_size)
     if context_length < 1 or ring_size < 1 or heads_size < 1:
         raise ValueError(
             f"context_length={context_length}, ring_size={ring_size} and heads_size={heads_size} "
             "must be at least 1"
         )
-    rows = [tuple(int(length) for length in lengths) for lengths in document_lengths]
+    rows = [
+        tuple(_whole("a document's length", length) for length in lengths)
+        for lengths in document_lengths
+    ]
     for row, lengths in enumerate(rows):
         if any(length < 1 for length in lengths):
             at = next(at for at, length in enumerate(lengths) if length < 1)
@@ -224,6 +230,14 @@ def plan_rows(
     if layout == "auto":
         return list(_choose(tuple(rows), context_length, ring_size, heads_size, backend))
     return [_plan(row, context_length, ring_size, heads_size, layout) for row in rows]
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    """The value as an int: of NumPy and torch too, but nothing that would have to be rounded."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: {value!r} is not a whole number; give an int") from None
 
 
 @lru_cache(maxsize=64)
