@@ -17,7 +17,6 @@ from ringworld_model.packing import pack_row, stack_rows
 from ringworld_model.ring import RingContext, plan_ring
 from ringworld_model.tokens import clip_example, text_example
 from ringworld_model.transformer import WorldModel, init_weights
-from ringworld_workers.testing import run_distributed
 
 LENGTH = 601
 CONFIG = ModelConfig(
@@ -126,8 +125,10 @@ def on_a_grid(rank: int, world_size: int) -> list[tuple[Found, list[int]]]:
 
 
 @pytest.mark.parametrize(("place", "num_ranks"), [(on_a_ring, 2), (on_a_ring, 3), (on_a_grid, 4)])
-def test_ring_equals_one_device(place: Callable[..., Any], num_ranks: int) -> None:
-    ranks = run_distributed(place, num_ranks, timeout=50.0)
+def test_ring_equals_one_device(
+    place: Callable[..., Any], num_ranks: int, run_gang: Callable[..., list[Any]]
+) -> None:
+    ranks = run_gang(place, num_ranks, timeout=50.0)
     for i, (mode, layout, dtype) in enumerate(CASES):
         case = f"{mode} {layout} {dtype}"
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ringworld_model.config import check_head_split
 from ringworld_model.ring.backend import choose_backend, ring_kernel
-from ringworld_model.ring.check import agree, check_inputs, describe
+from ringworld_model.ring.check import agree, check_inputs, check_kinds, describe
 from ringworld_model.ring.comm import Ring, RingStats
 from ringworld_model.ring.heads import Heads, gather_heads, scatter_heads
 from ringworld_model.ring.kernel import group_rows
@@ -125,6 +125,7 @@ def _attend(
     """``ring_attention``; what the ranks agree on is added to ``agreed``, and not asked again."""
     call, heads, problem, terms = None, None, None, ""
     try:
+        check_kinds(q, k, v, plan, softmax_scale)
         plans = [plan] * len(q) if isinstance(plan, RingPlan) else list(plan)
         check_inputs(q, k, v, plans)
         chosen, _ = choose_backend(q.device.type, str(q.dtype), backend, q.shape[-1])
@@ -143,8 +144,9 @@ def _attend(
         # The others may not be listening any more.
         raise ValueError(problem)
     if terms not in agreed:
-        with stats.waiting(q.device):
-            agree(group, heads_group, q.device, problem, terms)
+        device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
+        with stats.waiting(device):
+            agree(group, heads_group, problem, terms)
         agreed.add(terms)
     out: torch.Tensor = _RingAttention.apply(q, k, v, call, heads)
     return out

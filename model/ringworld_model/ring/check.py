@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -11,6 +12,44 @@ import torch.distributed as dist
 from ringworld_model.ring.plan import RingPlan
 
 _MESSAGE_BYTES = 1024
+
+
+def check_kinds(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: RingPlan | Sequence[RingPlan],
+    softmax_scale: float | None,
+) -> None:
+    """Refuse arguments of another kind altogether, on which ``check_inputs`` would stumble.
+
+    Args:
+        q: should be a tensor of four dimensions.
+        k: likewise.
+        v: likewise, of k's shape.
+        plan: should be a plan, or a sequence of them.
+        softmax_scale: should be a finite number, or None.
+
+    Raises:
+        ValueError: what is of the wrong kind.
+    """
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)):
+        kinds = ", ".join(type(tensor).__name__ for tensor in (q, k, v))
+        raise ValueError(f"q, k, v are of type {kinds}; give three tensors")
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q must be [B, T, H, D] and k, v the same [B, T, Hkv, D]; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    plans = [plan] if isinstance(plan, RingPlan) else plan
+    if not isinstance(plans, Sequence) or not all(isinstance(each, RingPlan) for each in plans):
+        raise ValueError(
+            f"plan is {str(plan)[:40]!r}; give what plan_ring returns, or a list of one a row"
+        )
+    if softmax_scale is not None and not (
+        isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale)
+    ):
+        raise ValueError(f"softmax_scale={softmax_scale!r} must be a finite number, or None")
 
 
 def check_inputs(
@@ -27,11 +66,6 @@ def check_inputs(
     Raises:
         ValueError: what does not fit, with the remedy.
     """
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(
-            "q must be [B, T, H, D] and k, v the same [B, T, Hkv, D]; got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
     if q.numel() == 0 or k.numel() == 0:
         raise ValueError(
             f"q {tuple(q.shape)} or k {tuple(k.shape)} is empty; every rank brings at least one "
@@ -41,6 +75,10 @@ def check_inputs(
         raise ValueError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} need equal B, T and D, and H must be a "
             "multiple of Hkv"
+        )
+    if not q.layout == k.layout == v.layout == torch.strided:
+        raise ValueError(
+            f"q, k, v are {q.layout}, {k.layout}, {v.layout}; make them dense with to_dense()"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
@@ -84,7 +122,6 @@ def describe(
 def agree(
     group: dist.ProcessGroup | None,
     heads_group: dist.ProcessGroup | None,
-    device: torch.device,
     problem: str | None,
     terms: str,
 ) -> None:
@@ -96,7 +133,6 @@ def agree(
     Args:
         group: the ring; None: one rank, which agrees with itself.
         heads_group: the ranks of this ring place, likewise.
-        device: where a group that cannot exchange CPU tensors wants them.
         problem: why this rank's inputs are refused, or None.
         terms: what this rank is about to do, see ``describe``.
 
@@ -108,17 +144,15 @@ def agree(
         if members is not None:
             # Groups that do not cross at right angles would wait for each other.
             at = dist.get_rank(others) if others is not None else 0
-            problem = _problem_of(members, name, device, problem, f"{terms}, column {at}")
+            problem = _problem_of(members, name, problem, f"{terms}, column {at}")
     if problem is not None:
         raise ValueError(problem)
 
 
-def _problem_of(
-    group: dist.ProcessGroup, name: str, device: torch.device, problem: str | None, terms: str
-) -> str | None:
+def _problem_of(group: dist.ProcessGroup, name: str, problem: str | None, terms: str) -> str | None:
     """Why the ranks of one group cannot go on, the same words on each of them; None if they can."""
-    # gloo exchanges CPU tensors wherever the inputs are.
-    where = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+    # Where the group takes tensors, not where the inputs are: they may be on the wrong device.
+    where = torch.cuda.current_device() if dist.get_backend(group) == "nccl" else "cpu"
     words = terms if problem is None else problem
     mine = torch.tensor([problem is not None, zlib.crc32(words.encode())], device=where)
     flags = torch.stack(_gathered(mine, group)).tolist()

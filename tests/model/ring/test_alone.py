@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ringworld_model.ring import plan_ring, ring_attention
-from ringworld_workers.testing import run_distributed
 
 _IMPORT = """
 import sys
@@ -68,9 +67,9 @@ def train(rank, world_size):
     return [parameter.detach() for parameter in layer.parameters()]
 
 
-def test_two_ranks_train_as_one():
-    (alone,) = run_distributed(train, 1, timeout=60.0)
-    for rank in run_distributed(train, 2, timeout=60.0):
+def test_two_ranks_train_as_one(run_gang):
+    (alone,) = run_gang(train, 1, timeout=60.0)
+    for rank in run_gang(train, 2, timeout=60.0):
         for one, other in zip(rank, alone, strict=True):
             assert torch.allclose(one, other, rtol=0, atol=1e-12)
     assert not torch.equal(alone[0], Layer().qkv.weight)

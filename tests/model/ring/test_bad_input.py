@@ -7,7 +7,6 @@ import torch.distributed as dist
 from ringworld_model.ring import RingContext, RingStats, plan_ring, ring_attention
 from ringworld_model.ring.backend import choose_backend
 from ringworld_model.ring.reference import dense_attention
-from ringworld_workers.testing import run_distributed
 
 
 def good():
@@ -99,8 +98,8 @@ def exchanges_of_a_context():
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return run_distributed(every_mistake, 2, timeout=90.0)
+def ranks(run_gang):
+    return run_gang(every_mistake, 2, timeout=90.0)
 
 
 @pytest.mark.parametrize("name", WRONG)

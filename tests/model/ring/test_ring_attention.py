@@ -13,7 +13,6 @@ import torch.distributed as dist
 from ringworld_model.ring import RingContext, plan_ring, plan_rows, ring_attention
 from ringworld_model.ring.comm import Exchange, Message, Parcel, Ring, RingStats
 from ringworld_model.ring.reference import dense_attention
-from ringworld_workers.testing import run_distributed
 
 TENSORS = ("out", "dq", "dk", "dv")
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6}
@@ -195,8 +194,8 @@ def every_case(rank, world_size):
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return run_distributed(every_case, 8, timeout=200.0)
+def ranks(run_gang):
+    return run_gang(every_case, 8, timeout=200.0)
 
 
 def restored(ranks, case, dtype):

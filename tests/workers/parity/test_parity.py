@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,7 +21,6 @@ from ringworld_workers.parity.case import ParityCase, Precision, build_case
 from ringworld_workers.parity.compare import compare_rank
 from ringworld_workers.parity.report import TOLERANCES, ParityReport, RingParity
 from ringworld_workers.parity.rows import JobData, as_one_document, shortened
-from ringworld_workers.testing import run_distributed
 
 
 def small_case(job: tuple[JobSpec, JobData], precision: Precision = "fp64") -> ParityCase:
@@ -110,9 +110,11 @@ def everything(
 
 
 @pytest.fixture(scope="module")
-def found(job: tuple[JobSpec, JobData]) -> dict[str, list[RingParity]]:
+def found(
+    job: tuple[JobSpec, JobData], run_gang: Callable[..., list[Any]]
+) -> dict[str, list[RingParity]]:
     cases = {precision: small_case(job, precision) for precision in ("fp32", "fp64")}
-    return run_distributed(everything, 3, cases, timeout=240.0)[0]
+    return run_gang(everything, 3, cases, timeout=240.0)[0]
 
 
 def failing(results: list[RingParity]) -> set[tuple[str, int]]:

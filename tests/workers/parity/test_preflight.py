@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
@@ -18,7 +19,6 @@ from ringworld_workers.parity.preflight import prove_ring
 from ringworld_workers.parity.rows import JobData
 from ringworld_workers.recorder import Recorder
 from ringworld_workers.stage_job import StageJob
-from ringworld_workers.testing import run_distributed
 from ringworld_workers.train_loop import run_stage
 
 RANKS = 4
@@ -103,7 +103,7 @@ def everything(rank: int, world_size: int, jobs: dict[str, StageJob]) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def found(job: tuple[JobSpec, JobData]) -> list[dict[str, Any]]:
+def found(job: tuple[JobSpec, JobData], run_gang: Callable[..., list[Any]]) -> list[dict[str, Any]]:
     little = {"layers": 1, "context_length": "640"}
     jobs = {
         "ring": stage_job(job, 4, parity=little),
@@ -112,7 +112,7 @@ def found(job: tuple[JobSpec, JobData]) -> list[dict[str, Any]]:
         "bf16": stage_job(job, 4, parity=little, precision="bf16"),
         "wrong": stage_job(job, 4, parity=little, precision="bf16"),
     }
-    return run_distributed(everything, RANKS, jobs, timeout=120.0)
+    return run_gang(everything, RANKS, jobs, timeout=120.0)
 
 
 def proof_of(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
