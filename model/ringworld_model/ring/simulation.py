@@ -5,13 +5,12 @@ For checks of a kernel or a plan at any ring size, without processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ringworld_model.ring.kernel import RingKernel, accumulator, group_rows
 from ringworld_model.ring.plan import RingPlan
-from ringworld_model.ring.travel import Spans
 
 
 def simulate(
@@ -25,7 +24,8 @@ def simulate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of whole rows and its gradients, as the ranks of a ring compute them.
 
-    What a rank is not sent is NaN here, and so is padding past the rows' documents.
+    What a rank is not sent, or may not read, is NaN here, and so is padding past the rows'
+    documents.
 
     Args:
         plan: one plan for all rows, or one for each.
@@ -55,16 +55,18 @@ def simulate(
             room[row, :real] = whole[row, :real]
         return [room[:, indices] for indices in places]
 
-    def sent(rank: int, step: int) -> tuple[torch.Tensor, ...]:
-        source = (rank - step) % size
-        if step == 0:
-            return all_k[source], all_v[source]
-        found = []
+    def given(rank: int, step: int) -> list[torch.Tensor]:
+        """K and V of a step: what has travelled, and of that what the plan names."""
+        source, found = (rank - step) % size, []
         for local in (all_k[source], all_v[source]):
             found.append(torch.full_like(local, torch.nan))
             for part, of in rows:
-                _copy(local[part], found[-1][part], of.travel(rank).keys_in[step])
-        return tuple(found)
+                named = {(one.k0, one.k1) for one in of.rectangles(rank, step)}
+                travelled = torch.full_like(local[part], torch.nan) if step else local[part]
+                if step:
+                    _copy(local[part], travelled, of.travel(rank).keys_in[step])
+                _copy(travelled, found[-1][part], named)
+        return found
 
     all_q, all_k, all_v, all_grad = (spread(whole) for whole in (q, k, v, grad_out))
     exact = accumulator(q.dtype)
@@ -73,11 +75,11 @@ def simulate(
     for rank in range(size):
         forward = kernel.forward(rank, rows, all_q[rank], scale)
         for step in range(size):
-            forward.step(step, *sent(rank, step))
+            forward.step(step, *given(rank, step))
         out, lse = forward.finish()
         backward = kernel.backward(rank, rows, all_grad[rank], all_q[rank], out, lse, scale)
         for step in range(size):
-            keys, values = sent(rank, step)
+            keys, values = given(rank, step)
             backward.step(step, keys, values, *shares[(rank - step) % size].unbind(0))
         outs.append(out)
         dqs.append(backward.finish())
@@ -87,6 +89,6 @@ def simulate(
     return out, dq, dk, dv
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor, spans: Spans) -> None:
+def _copy(source: torch.Tensor, target: torch.Tensor, spans: Iterable[tuple[int, int]]) -> None:
     for start, stop in spans:
         target[:, start:stop] = source[:, start:stop]

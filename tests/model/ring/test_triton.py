@@ -78,6 +78,10 @@ def test_a_document_of_nan_changes_no_bit_of_another(case):
     assert results()[case] == {"out": 0, "dq": 0, "dk": 0, "dv": 0}
 
 
+def test_padding_sees_nothing():
+    assert results()["padding"] == {"padding": 0, "tokens": 0}
+
+
 def test_the_kernels_say_why_they_cannot_run():
     assert triton_missing(torch.device("cpu")) in ("the device is a cpu", "triton is not installed")
     assert "mps" in (triton_missing(torch.device("mps")) or "")

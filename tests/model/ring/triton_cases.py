@@ -12,6 +12,7 @@ from ringworld_model.ring import plan_ring
 from ringworld_model.ring.block_triton import TritonKernel, triton_missing
 from ringworld_model.ring.kernel import group_rows
 from ringworld_model.ring.reference import dense_attention
+from ringworld_model.ring.simulation import simulate
 
 SHORT = (1, 127, 5, 5, 40, 7, 128, 30)
 # name: documents of each row, row length, ring size, layout, heads, key heads, head_dim, dtype
@@ -41,56 +42,6 @@ def inputs(batch, length, heads, kv_heads, width, dtype):
     ]
 
 
-def simulate(plans, q, k, v, grad_out, scale):
-    """out, dq, dk, dv of whole rows as the ring computes them, one rank after another.
-
-    What a rank may not read is NaN: padding, and keys that its plan does not name.
-    """
-    kernel, rows = TritonKernel(), group_rows(plans)
-    size = plans[0].ring_size
-    indices = [plans[0].local_indices(rank) for rank in range(size)]
-
-    def cut(whole, rank):
-        padded = whole.new_full((len(whole), size * len(indices[0]), *whole.shape[2:]), torch.nan)
-        padded[:, : whole.shape[1]] = whole
-        for row, plan in enumerate(plans):
-            padded[row, sum(plan.document_lengths) :] = torch.nan
-        return padded[:, indices[rank]]
-
-    def named(local, rank, step):
-        kept = torch.full_like(local, torch.nan)
-        for row, plan in enumerate(plans):
-            for part in plan.rectangles(rank, step):
-                kept[row, part.k0 : part.k1] = local[row, part.k0 : part.k1]
-        return kept
-
-    def place(whole, rank, local):
-        real = indices[rank] < plans[0].context_length
-        whole[:, indices[rank][real]] += local[:, real]
-
-    results = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (q, q, k, v)]
-    for rank in range(size):
-        local_q, local_grad = cut(q, rank), cut(grad_out, rank)
-        pairs = [
-            [named(cut(tensor, (rank - step) % size), rank, step) for tensor in (k, v)]
-            for step in range(size)
-        ]
-        forward = kernel.forward(rank, rows, local_q, scale)
-        for step, (keys, values) in enumerate(pairs):
-            forward.step(step, keys, values)
-        out, lse = forward.finish()
-        assert out.dtype == q.dtype and (lse.isneginf().any(1) == (out == 0).all(-1).any(2)).all()
-        backward = kernel.backward(rank, rows, local_grad, local_q, out, lse, scale)
-        for step, (keys, values) in enumerate(pairs):
-            sums = [torch.zeros(keys.shape), torch.zeros(keys.shape)]
-            backward.step(step, keys, values, *sums)
-            for whole, part in zip(results[2:], sums, strict=True):
-                place(whole, (rank - step) % size, part)
-        place(results[0], rank, out)
-        place(results[1], rank, backward.finish())
-    return [tensor.to(q.dtype) for tensor in results]
-
-
 def oracle(documents, q, k, v, grad_out, scale):
     segment_ids = torch.zeros(q.shape[:2], dtype=torch.int64)
     for row, lengths in enumerate(documents):
@@ -105,9 +56,11 @@ def errors(case, scale=0.3):
     documents, length, size, layout, heads, kv_heads, width, dtype = case
     tensors = inputs(len(documents), length, heads, kv_heads, width, getattr(torch, dtype))
     plans = [plan_ring(lengths, length, size, layout) for lengths in documents]
-    got, wanted = simulate(plans, *tensors, scale), oracle(documents, *tensors, scale)
+    got = simulate(plans, *tensors, TritonKernel(), scale)
+    assert got[0].dtype == got[1].dtype == tensors[0].dtype
+    wanted = oracle(documents, *tensors, scale)
     return {
-        name: ((one - other).abs().max() / other.abs().max()).item()
+        name: ((one.to(tensors[0].dtype) - other).abs().max() / other.abs().max()).item()
         for name, one, other in zip(NAMES, got, wanted, strict=True)
     }
 
@@ -117,17 +70,28 @@ def bits_changed(changed, layout):
     lengths = (60, 129, 1, 20)
     plans = [plan_ring(lengths, 215, 2, layout)]
     tensors = inputs(1, 215, 1, 1, 32, torch.float32)
-    before = simulate(plans, *tensors, 0.3)
+    before = simulate(plans, *tensors, TritonKernel())
     start = sum(lengths[:changed])
     part = slice(start, start + lengths[changed])
     for tensor in tensors:
         tensor[:, part] = torch.nan
     counts = {}
-    for name, one, other in zip(NAMES, before, simulate(plans, *tensors, 0.3), strict=True):
+    after = simulate(plans, *tensors, TritonKernel())
+    for name, one, other in zip(NAMES, before, after, strict=True):
         kept = (one == other).clone()
         kept[:, part] = other[:, part].isnan()
         counts[name] = int((~kept).sum())
     return counts
+
+
+def padding_seen():
+    """How many tokens of padding have an lse, and how many others have none."""
+    rows = group_rows([plan_ring([70], 80, 1)])
+    q, k, v, _ = inputs(1, 80, 1, 1, 32, torch.float32)
+    forward = TritonKernel().forward(0, rows, q, 1.0)
+    forward.step(0, k, v)
+    unseen = forward.finish()[1][0, 0] == -torch.inf
+    return {"padding": int((~unseen[70:]).sum()), "tokens": int(unseen[:70].sum())}
 
 
 def main():
@@ -137,6 +101,7 @@ def main():
     results["scale below 0"] = errors(([(70,)], 80, 2, "zigzag", 1, 1, 32, "float32"), -0.2)
     for changed, layout in ((0, "zigzag"), (1, "block_cyclic"), (3, "striped")):
         results[f"document {changed} is NaN, {layout}"] = bits_changed(changed, layout)
+    results["padding"] = padding_seen()
     json.dump(results, sys.stdout)
 
 
