@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ringworld_model.config import check_head_split
-from ringworld_model.ring.backend import choose_backend, ring_kernel
+from ringworld_model.ring.backend import choose_backend, explain_kernel, ring_kernel
 from ringworld_model.ring.check import agree, check_inputs, check_kinds, describe
 from ringworld_model.ring.comm import Ring, RingStats
 from ringworld_model.ring.heads import Heads, gather_heads, scatter_heads
@@ -92,7 +92,7 @@ class RingContext:
     backend: str = "auto"
     stats: RingStats = field(default_factory=RingStats)
     heads_group: dist.ProcessGroup | None = None
-    _agreed: set[str] = field(default_factory=set, repr=False, compare=False)
+    _agreed: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return ``ring_attention`` of these tensors over this ring, adding to ``stats``."""
@@ -133,6 +133,8 @@ def _attend(
         ring = Ring.over(group, plans[0].ring_size)
         heads = Heads.over(heads_group, plans[0].heads_size)
         check_head_split(q.shape[2], k.shape[2], heads.size)
+        # A rank without an op of the backend must say so while the others listen.
+        explain_kernel(chosen, q.device, q.dtype, q.shape[-1])
         call = RingCall(ring, ring_kernel(chosen), group_rows(plans), scale, stats)
         terms = describe(q, k, v, plans, chosen, scale)
     except ValueError as error:

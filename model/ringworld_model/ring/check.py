@@ -112,7 +112,7 @@ def describe(
     # A rank that skips the backward pass would leave the others waiting in theirs.
     backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     return (
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype}, backend {backend}, "
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, {q.dtype} on {q.device.type}, backend {backend}, "
         f"softmax_scale {scale}, {'with' if backward else 'without'} gradients, "
         f"{plans[0].layout} plans {' '.join(dict.fromkeys(plan.digest for plan in plans))} "
         f"({zlib.crc32(' '.join(plan.digest for plan in plans).encode()):08x})"

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ringworld_model.ring import plan_ring
+from ringworld_model.ring import plan_ring, ring_attention
 from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.block_flash import FlashKernel
+from ringworld_model.ring.check import agree
 from ringworld_model.ring.flash_libraries import check_arguments, torch_flash
 from ringworld_model.ring.flash_op import FlashOp, prove
 from ringworld_model.ring.flash_ops import choose_op, first_proved
@@ -256,3 +257,20 @@ def test_what_no_flash_op_takes_is_refused(dtype, width):
 def test_without_a_gpu_no_op_is_found_and_the_reasons_are_told():
     with pytest.raises(ValueError, match=r"no op .* on cpu: not flash_attn_4 \(No module"):
         choose_op(CPU, torch.bfloat16, 64)
+
+
+def test_a_rank_without_an_op_tells_the_others_before_anything_is_sent(monkeypatch):
+    told = []
+
+    def overheard(group, heads_group, problem, terms):
+        told.append(problem)
+        agree(group, heads_group, problem, terms)
+
+    monkeypatch.setattr("ringworld_model.ring.attention.agree", overheard)
+    monkeypatch.setattr(
+        "ringworld_model.ring.attention.choose_backend", lambda *_: ("flash", "as on a GPU")
+    )
+    q = torch.zeros(1, 16, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="has no op for") as caught:
+        ring_attention(q, q, q, plan=plan_ring([16], 16, 1))
+    assert told == [str(caught.value)]
