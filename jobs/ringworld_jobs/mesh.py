@@ -125,9 +125,13 @@ def _misfit(mesh: MeshSize, stage: StageSpec, resources: ResourcesSpec) -> MeshE
     world_size = mesh.world_size
     given = stage.mesh.sequence_parallel != "auto"
     field = "mesh.sequence_parallel" if given else "mesh.data_parallel"
-    heads = f" x heads {mesh.heads_size}" if mesh.heads_size > 1 else ""
+    sequence = (
+        f"ring {mesh.ring_size} x heads {mesh.heads_size}"
+        if mesh.heads_size > 1
+        else f"sequence_parallel {mesh.ring_size}"
+    )
     product = (
-        f"sequence_parallel {mesh.ring_size}{heads} x data_parallel {mesh.data_parallel_size} = "
+        f"{sequence} x data_parallel {mesh.data_parallel_size} = "
         f"{world_size} worker{'s' if world_size > 1 else ''}"
     )
     if world_size > most:

@@ -246,7 +246,7 @@ CASES = [
         "sequence_parallel: {ring: 3, heads: 2}",
         20,
         "stages[0].mesh.sequence_parallel",
-        ("sequence_parallel 3 x heads 2 x data_parallel 1 = 6", "raise it to 6"),
+        ("ring 3 x heads 2 x data_parallel 1 = 6", "raise it to 6"),
     ),
     Case("books: 0.2", "boks: 0.2", 21, "stages[0].mixture.boks", ("books, clips",), "books"),
     Case("books: 0.2", "books: -1", 21, "stages[0].mixture.books", ("above 0",)),

@@ -78,7 +78,7 @@ def test_automatic_axes(spec: StageSpec, resources: ResourcesSpec, mesh: tuple[i
             stage(2**12, 8, sequence_parallel={"ring": 4, "heads": 2}, data_parallel=2),
             workers(1, 8),
             "mesh.sequence_parallel",
-            "sequence_parallel 4 x heads 2 x data_parallel 2 = 16 .* raise it to 16",
+            "ring 4 x heads 2 x data_parallel 2 = 16 .* raise it to 16",
         ),
     ],
 )
