@@ -16,11 +16,12 @@ import torch
 
 from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.block_flash import FlashKernel
-from ringworld_model.ring.block_triton import TritonKernel, triton_missing
+from ringworld_model.ring.block_triton import TritonKernel
 from ringworld_model.ring.flash_ops import choose_op
 from ringworld_model.ring.kernel import RingKernel
 from ringworld_model.ring.rectangles import RectangleKernel
 from ringworld_model.ring.reference import ReferenceKernel
+from ringworld_model.ring.triton_launch import triton_missing
 
 _KERNELS: dict[str, RingKernel] = {
     "cpu": RectangleKernel(CpuKernel()),

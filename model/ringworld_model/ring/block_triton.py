@@ -6,99 +6,20 @@ when a pass begins, so that this module imports without it.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ringworld_model.ring.kernel import RowGroup
 from ringworld_model.ring.tiles import TileTable, key_table, query_table
+from ringworld_model.ring.triton_launch import Launch, block_width, capability_of, launches
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DELTA_TILE = 64
 _L2_BYTES = 32 << 20
 """What the heads worked on at one time may share: most of an H100's L2 cache of 50 MB."""
-
-
-class Launch(NamedTuple):
-    """How one kernel is launched.
-
-    Attributes:
-        tile_q: queries of a tile.
-        tile_k: keys of a tile.
-        warps: warps of a program.
-        stages: stages of the pipelined loads.
-    """
-
-    tile_q: int
-    tile_k: int
-    warps: int
-    stages: int
-
-
-class Launches(NamedTuple):
-    """How the three kernels are launched."""
-
-    forward: Launch
-    keys: Launch
-    queries: Launch
-
-
-# By D (64 or 128, the next that is enough) and whether inputs are half types. Chosen by what the
-# compiler makes of them: products by warp groups where there are some, shared memory under 99 KiB
-# where devices may have no more, and few or no spilled registers.
-_HOPPER = {
-    (64, True): Launches(Launch(128, 128, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 3)),
-    (128, True): Launches(Launch(128, 128, 8, 2), Launch(64, 128, 8, 2), Launch(128, 64, 8, 2)),
-    (64, False): Launches(Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 32, 4, 2)),
-    (128, False): Launches(Launch(64, 32, 4, 2), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
-}
-_AMPERE = {
-    (64, True): Launches(Launch(128, 64, 4, 2), Launch(32, 64, 4, 2), Launch(128, 32, 4, 2)),
-    (128, True): Launches(Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 32, 8, 2)),
-    (64, False): Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
-    (128, False): Launches(Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)),
-}
-
-
-def block_width(head_dim: int) -> int:
-    """Columns of the kernels' tiles: ``head_dim`` rounded up to a power of two, from 32."""
-    return max(32, 1 << (head_dim - 1).bit_length())
-
-
-def launches(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launches:
-    """Return how the kernels are launched.
-
-    Args:
-        head_dim: 1 to 128.
-        dtype: bf16, fp16 or fp32.
-        capability: the device's compute capability.
-    """
-    # 9.x and 10.x are the data centre's; 12.x has Ampere's instructions and little shared memory.
-    table = _HOPPER if capability[0] in (9, 10) else _AMPERE
-    return table[max(64, block_width(head_dim)), dtype.itemsize == 2]
-
-
-def triton_missing(device: torch.device) -> str | None:
-    """Say why the kernels cannot run on ``device``; None where they can.
-
-    On a CPU they run where Triton interprets (TRITON_INTERPRET=1 before its import), for tests.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu":
-        from triton.runtime.interpreter import InterpretedFunction
-
-        from ringworld_model.ring.triton_forward import attend_forward
-
-        interpreted = isinstance(attend_forward, InterpretedFunction)
-        return None if interpreted else "the device is a cpu"
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"no kernel for device {device.type!r}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
 class TritonKernel:
@@ -133,7 +54,7 @@ class TritonForward:
         """See ``RingKernel.forward``."""
         _check(q, rows)
         self._rank, self._rows, self._q, self._scale = rank, rows, q, float(scale)
-        self._launch = launches(q.shape[-1], q.dtype, _capability(q.device)).forward
+        self._launch = launches(q.shape[-1], q.dtype, capability_of(q.device)).forward
         # Step 0 writes every element: each token sees itself, and padding gets its zeros.
         self._out = torch.empty(q.shape, dtype=_sums(q, rows), device=q.device)
         batch, length, heads, _ = q.shape
@@ -183,12 +104,12 @@ class TritonBackward:
         scale: float,
     ) -> None:
         """See ``RingKernel.backward``."""
-        from ringworld_model.ring.triton_backward import sum_delta
+        from ringworld_model.ring.triton_backward_queries import sum_delta
 
         _check(q, rows)
         self._rank, self._rows, self._scale = rank, rows, float(scale)
         self._grad_out, self._q, self._lse = grad_out, q, lse.contiguous()
-        self._launches = launches(q.shape[-1], q.dtype, _capability(q.device))
+        self._launches = launches(q.shape[-1], q.dtype, capability_of(q.device))
         self._dq = torch.empty(q.shape, dtype=_sums(q, rows), device=q.device)
         self._delta = torch.empty_like(self._lse)
         batch, length, heads, width = q.shape
@@ -231,7 +152,7 @@ class TritonBackward:
         dk: torch.Tensor,
         dv: torch.Tensor,
     ) -> None:
-        from ringworld_model.ring.triton_backward import attend_backward_keys
+        from ringworld_model.ring.triton_backward_keys import attend_backward_keys
 
         rows, plan = group
         grad, q, lse, delta = (
@@ -255,7 +176,7 @@ class TritonBackward:
     def _queries_step(
         self, step: int, group: RowGroup, table: TileTable, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        from ringworld_model.ring.triton_backward import attend_backward_queries
+        from ringworld_model.ring.triton_backward_queries import attend_backward_queries
 
         rows, plan = group
         grad, q, lse, delta, dq = (
@@ -291,11 +212,6 @@ def _check(q: torch.Tensor, rows: Sequence[RowGroup]) -> None:
         raise ValueError(
             f"q holds {q.shape[1]} tokens a row; its plans, {rows[0].plan.ring_length}"
         )
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The interpreter works as Hopper does."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _sums(q: torch.Tensor, rows: Sequence[RowGroup]) -> torch.dtype:

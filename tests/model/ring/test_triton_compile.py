@@ -15,18 +15,12 @@ SHARED = {80: 163 * KIB, 90: 227 * KIB}
 
 # Spilled registers in bytes a thread, at most. Half types on Hopper are what the kernels are for.
 VARIANTS = {
-    ("attend_forward", "bf16", 128, 90): 64,
+    ("attend_forward", "bf16", 128, 90): 0,
     ("attend_backward_keys", "bf16", 128, 90): 480,
     ("attend_backward_queries", "bf16", 128, 90): 0,
-    ("attend_forward", "bf16", 64, 90): 0,
     ("attend_backward_keys", "bf16", 64, 90): 48,
-    ("attend_backward_queries", "bf16", 64, 90): 0,
     ("attend_forward", "fp32", 64, 90): 0,
-    ("attend_backward_keys", "fp32", 64, 90): 160,
-    ("attend_backward_queries", "fp32", 64, 90): 0,
-    ("attend_forward", "bf16", 128, 80): 80,
-    ("attend_backward_keys", "bf16", 128, 80): 256,
-    ("attend_backward_queries", "bf16", 128, 80): 64,
+    ("attend_forward", "bf16", 128, 80): 32,
     ("sum_delta", "bf16", 128, 80): 0,
 }
 

@@ -9,10 +9,11 @@ import sys
 import torch
 
 from ringworld_model.ring import plan_ring
-from ringworld_model.ring.block_triton import TritonKernel, triton_missing
+from ringworld_model.ring.block_triton import TritonKernel
 from ringworld_model.ring.kernel import group_rows
 from ringworld_model.ring.reference import dense_attention
 from ringworld_model.ring.simulation import simulate
+from ringworld_model.ring.triton_launch import triton_missing
 
 SHORT = (1, 127, 5, 5, 40, 7, 128, 30)
 # name: documents of each row, row length, ring size, layout, heads, key heads, head_dim, dtype

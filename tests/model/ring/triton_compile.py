@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ringworld_model.ring import triton_backward, triton_forward
-from ringworld_model.ring.block_triton import Launch, block_width, launches
+from ringworld_model.ring import triton_backward_keys, triton_backward_queries, triton_forward
+from ringworld_model.ring.triton_launch import Launch, block_width, launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INPUTS = ("grad_out", "q", "k", "v")
@@ -37,7 +37,8 @@ def launch_of(kernel, width, dtype, capability):
 
 def source(kernel, dtype, width, launch):
     """What a launch with aligned tensors of a later ring step asks the compiler for."""
-    function = getattr(triton_forward, kernel, None) or getattr(triton_backward, kernel)
+    modules = (triton_forward, triton_backward_keys, triton_backward_queries)
+    function = next(getattr(one, kernel) for one in modules if hasattr(one, kernel))
     constants = {
         "D": width,
         "BLOCK_D": block_width(width),
