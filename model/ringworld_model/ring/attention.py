@@ -16,7 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from ringworld_model.config import check_head_split
 from ringworld_model.ring.backend import choose_backend, explain_kernel, ring_kernel
-from ringworld_model.ring.check import agree, check_inputs, check_kinds, describe
+from ringworld_model.ring.check import (
+    agree,
+    check_inputs,
+    check_kinds,
+    describe,
+    waits_for_device,
+)
 from ringworld_model.ring.comm import Ring, RingStats
 from ringworld_model.ring.heads import Heads, gather_heads, scatter_heads
 from ringworld_model.ring.kernel import group_rows
@@ -73,11 +79,12 @@ def ring_attention(
 class RingContext:
     """What attention needs to know of the ring: passed down to every layer.
 
-    Before anything is sent, the ranks tell one another what they are about to do, and that costs
-    the host a wait for the device. So a context remembers what all ranks have agreed on: the first
-    layer of a step asks, the others with the same shapes, dtype, plans and gradients do not. That
-    rests on all ranks making, and using, their contexts alike, as the same program does; a rank
-    that goes astray later in the context leaves the others waiting until the group's timeout.
+    Before anything is sent, the ranks tell one another what they are about to do. On NCCL that
+    costs the host a wait for the device, so there a context remembers what all ranks have agreed
+    on: the first layer of a step asks, the others with the same shapes, dtype, plans and gradients
+    do not. That rests on all ranks making, and using, their contexts alike, as the same program
+    does; a rank that goes astray later in the context leaves the others waiting until the group's
+    timeout. On other backends every call asks.
 
     Attributes:
         plans: one plan a row of the batch.
@@ -106,7 +113,7 @@ class RingContext:
             self.backend,
             None,
             self.stats,
-            self._agreed,
+            self._agreed if waits_for_device(self.group, self.heads_group) else set(),
         )
 
 

@@ -119,6 +119,11 @@ def describe(
     )
 
 
+def waits_for_device(*groups: dist.ProcessGroup | None) -> bool:
+    """Whether the host waits for its device where ``agree`` asks these groups."""
+    return any(group is not None and dist.get_backend(group) == "nccl" for group in groups)
+
+
 def agree(
     group: dist.ProcessGroup | None,
     heads_group: dist.ProcessGroup | None,
@@ -152,7 +157,7 @@ def agree(
 def _problem_of(group: dist.ProcessGroup, name: str, problem: str | None, terms: str) -> str | None:
     """Why the ranks of one group cannot go on, the same words on each of them; None if they can."""
     # Where the group takes tensors, not where the inputs are: they may be on the wrong device.
-    where = torch.cuda.current_device() if dist.get_backend(group) == "nccl" else "cpu"
+    where = torch.cuda.current_device() if waits_for_device(group) else "cpu"
     words = terms if problem is None else problem
     mine = torch.tensor([problem is not None, zlib.crc32(words.encode())], device=where)
     flags = torch.stack(_gathered(mine, group)).tolist()
