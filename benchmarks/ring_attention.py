@@ -151,6 +151,7 @@ def run_rank(rank: int, store: str, options: argparse.Namespace) -> None:
                 rows += run_case(rank, length, dtype, kind, options.repetitions, peers, missing)
     if rank == 0:
         Path(store + ".json").write_text(json.dumps({"rows": rows, "missing": missing}))
+    dist.barrier()  # nobody leaves while another still writes
     dist.destroy_process_group()
 
 
