@@ -240,7 +240,8 @@ def _whole(name: str, value: SupportsIndex) -> int:
         raise ValueError(f"{name}: {value!r} is not a whole number; give an int") from None
 
 
-@lru_cache(maxsize=64)
+# Plans keep the tables that kernels make of them, on a GPU some 24 bytes a token of the row: few.
+@lru_cache(maxsize=16)
 def _choose(
     rows: tuple[tuple[int, ...], ...],
     context_length: int,
@@ -279,7 +280,7 @@ def _choose(
     return tuple(replace(plan, _reason=reason) for plan in plans(best))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _plan(
     lengths: tuple[int, ...], context_length: int, ring_size: int, heads_size: int, name: str
 ) -> RingPlan:
