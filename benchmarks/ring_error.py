@@ -27,6 +27,7 @@ from ringworld_model.ring import plan_ring, ring_attention
 from ringworld_model.ring.block_cpu import CpuKernel
 from ringworld_model.ring.merge import merge_
 from ringworld_model.ring.plan import RingPlan
+from ringworld_model.ring.rectangle import Rectangle
 from ringworld_model.ring.reference import ReferenceKernel
 
 ROOT = Path(__file__).resolve().parent
@@ -102,7 +103,7 @@ def _forward(
 ) -> None:
     """Merge one ring step of one rank into ``out`` and ``lse``."""
     q, k, v = qkv
-    for q0, q1, k0, k1, diagonal in plan.rectangles(rank, step):
+    for q0, q1, k0, k1, diagonal in _pieces(plan, rank, step, q.dtype, backward=False):
         block = KERNEL.forward(
             q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], diagonal, HEAD_DIM**-0.5
         )
@@ -113,7 +114,7 @@ def _backward(plan: RingPlan, rank: int, step: int, saved: Tensors) -> Tensors:
     """dq, dk, dv in fp32 of one ring step of one rank; lse is the last of ``saved``."""
     grad, q, k, v, out, lse = saved
     totals = tuple(torch.zeros(tensor.shape) for tensor in (q, k, v))
-    for q0, q1, k0, k1, diagonal in plan.rectangles(rank, step):
+    for q0, q1, k0, k1, diagonal in _pieces(plan, rank, step, q.dtype, backward=True):
         rows, keys = (..., slice(q0, q1), slice(None)), (..., slice(k0, k1), slice(None))
         blocks = KERNEL.backward(
             *(grad[rows], q[rows], k[keys], v[keys], out[rows], lse[..., q0:q1]),
@@ -123,6 +124,14 @@ def _backward(plan: RingPlan, rank: int, step: int, saved: Tensors) -> Tensors:
         for total, block, where in zip(totals, blocks, (rows, keys, keys), strict=True):
             total[where] += block
     return totals
+
+
+def _pieces(
+    plan: RingPlan, rank: int, step: int, dtype: torch.dtype, backward: bool
+) -> list[Rectangle]:
+    """A ring step's rectangles as the kernel cuts them."""
+    wholes = plan.rectangles(rank, step)
+    return [piece for whole in wholes for piece, _ in KERNEL.pieces(dtype, whole, backward)]
 
 
 def _rounded(tensor: torch.Tensor) -> torch.Tensor:
