@@ -295,6 +295,7 @@ def test_documents_that_repeat_are_not_planned_again():
         (([4, 0], 8, 1), r"document_lengths\[1\]=0 is below 1"),
         (([4, 2.5], 8, 1), r"a document's length: 2\.5 is not a whole number; give an int"),
         ((["4"], 8, 1), r"a document's length: '4' is not"),
+        ((5, 8, 1), r"document_lengths: 5 is no list; give \[5\]"),
         (([4], 8.5, 1), r"context_length: 8\.5"),
         (([4], 8, 2.0), r"ring_size: 2\.0"),
         (([4], 0, 1), r"context_length=0"),
