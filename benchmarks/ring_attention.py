@@ -19,7 +19,6 @@ import ctypes
 import json
 import os
 import platform
-import random
 import resource
 import sys
 import tempfile
@@ -32,27 +31,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from documents import documents_of
 from ring_attention_peers import BACKWARD, FORWARD, Inputs, Method, find_peers, peer, torch_ring
 
 from ringworld_model.ring import RingStats, plan_ring, ring_attention
 
 HEADS, WIDTH, RANKS = 8, 64, 2
-
-
-def documents_of(kind: str, length: int) -> list[int]:
-    """One document, short ones of about 910 tokens, or a long tail of about 6,000."""
-    if kind == "dense":
-        return [length]
-    rng = random.Random(1)
-    if kind == "packed":
-        num = max(1, round(length * 72 / 65536))
-        cuts = sorted(rng.sample(range(1, length), num - 1))
-    else:
-        num = max(1, round(length * 11 / 65536))
-        weights = [rng.paretovariate(1.0) for _ in range(num)]
-        sums = [sum(weights[: at + 1]) for at in range(num - 1)]
-        cuts = [max(at + 1, int(length * part / sum(weights))) for at, part in enumerate(sums)]
-    return [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
 
 
 def ideal(inputs: Inputs, documents: list[int], rank: int) -> Method:
@@ -169,7 +153,7 @@ def run_case(
     shape = (1, length, HEADS, WIDTH)
     drawn = [torch.randn(shape).to(getattr(torch, dtype)) for _ in range(4)]
     inputs = (drawn[0], drawn[1], drawn[2], drawn[3])
-    documents = documents_of(kind, length)
+    documents = documents_of("short" if kind == "packed" else kind, length)
     stats = RingStats()
     methods = {
         "ideal": ideal(inputs, documents, rank),
@@ -241,7 +225,7 @@ def visited_area(documents: list[int], size: int, layout: str) -> float:
 def balance_table() -> list[dict[str, Any]]:
     """Counted, not timed: balance and tile area of packed 64Ki rows."""
     rows = []
-    for kind, name in (("packed", "72 short"), ("tail", "11 long-tail")):
+    for kind, name in (("short", "72 short"), ("long tail", "11 long-tail")):
         documents = documents_of(kind, 65536)
         for size in (4, 8):
             plan = plan_ring(documents, 65536, size)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
 import time
 import traceback
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from documents import documents_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ringworld_model.ring import RingPlan, plan_ring
@@ -173,22 +173,6 @@ class Bench:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-
-
-def documents_of(kind: str, length: int) -> list[int]:
-    """One document, short ones of about 910 tokens, or a long tail of about 6,000."""
-    if kind == "dense":
-        return [length]
-    rng = random.Random(1)
-    if kind == "short":
-        num = max(2, round(length * 72 / 65536))
-        cuts = sorted(rng.sample(range(1, length), num - 1))
-    else:
-        num = max(2, round(length * 11 / 65536))
-        weights = [rng.paretovariate(1.0) for _ in range(num)]
-        sums = [sum(weights[: at + 1]) for at in range(num - 1)]
-        cuts = [max(at + 1, int(length * part / sum(weights))) for at, part in enumerate(sums)]
-    return [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
 
 
 def draw(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -97,8 +97,8 @@ class RingStats:
 
 
 @dataclass(frozen=True)
-class Ring:
-    """This rank's place in a ring.
+class Members:
+    """This rank's place among the ranks of one group.
 
     Attributes:
         rank: this rank within the group.
@@ -110,9 +110,16 @@ class Ring:
     size: int
     group: dist.ProcessGroup | None
 
+    argument: ClassVar[str]
+    """Name of the argument that the group came in."""
+    kind: ClassVar[str]
+    """What kind of group that is."""
+    planned: ClassVar[str]
+    """Name of the plan's field that says how many ranks it has."""
+
     @classmethod
-    def over(cls, group: dist.ProcessGroup | None, size: int) -> Ring:
-        """Return this rank's place in a ring of all of ``group``.
+    def over(cls, group: dist.ProcessGroup | None, size: int) -> Self:
+        """Return this rank's place among all of ``group``.
 
         Raises:
             ValueError: the group is missing or has another size.
@@ -120,15 +127,21 @@ class Ring:
         if group is None:
             if size != 1:
                 raise ValueError(
-                    f"plan.ring_size={size} needs a process group of {size} ranks; group is None"
+                    f"plan.{cls.planned}={size} needs a {cls.kind} of {size} ranks; it is None"
                 )
             return cls(0, 1, None)
         if dist.get_world_size(group) != size:
             raise ValueError(
-                f"plan.ring_size={size}, but the group has {dist.get_world_size(group)} ranks; "
-                "plan for the group's size"
+                f"plan.{cls.planned}={size}, but the {cls.argument} has "
+                f"{dist.get_world_size(group)} ranks; plan for its size"
             )
         return cls(dist.get_rank(group), size, group)
+
+
+class Ring(Members):
+    """This rank's place in a ring."""
+
+    argument, kind, planned = "group", "process group", "ring_size"
 
 
 class Message(IntEnum):

@@ -10,47 +10,17 @@ B rows, T tokens of a rank, N ranks, H heads of a tensor, D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ringworld_model.ring.comm import RingStats
+from ringworld_model.ring.comm import Members, RingStats
 
 
-@dataclass(frozen=True)
-class Heads:
-    """This rank's place among those that split the heads of one ring place.
+class Heads(Members):
+    """This rank's place among those of one ring place: it holds the rank-th part of the tokens."""
 
-    Attributes:
-        rank: this rank within the group: it holds the rank-th part of the tokens.
-        size: number of ranks.
-        group: the process group; None only at size 1.
-    """
-
-    rank: int
-    size: int
-    group: dist.ProcessGroup | None
-
-    @classmethod
-    def over(cls, group: dist.ProcessGroup | None, size: int) -> Heads:
-        """Return this rank's place among all of ``group``.
-
-        Raises:
-            ValueError: the group is missing or has another size.
-        """
-        if group is None:
-            if size != 1:
-                raise ValueError(
-                    f"plan.heads_size={size} needs a heads_group of {size} ranks; it is None"
-                )
-            return cls(0, 1, None)
-        if dist.get_world_size(group) != size:
-            raise ValueError(
-                f"plan.heads_size={size}, but heads_group has {dist.get_world_size(group)} ranks; "
-                "plan with heads_size of the group's size"
-            )
-        return cls(dist.get_rank(group), size, group)
+    argument, kind, planned = "heads_group", "heads_group", "heads_size"
 
 
 def scatter_heads(
