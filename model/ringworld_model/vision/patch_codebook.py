@@ -12,16 +12,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
+from ringworld_model.vision.codes import checked_codes, fit_centroids, nearest_codes
 from ringworld_model.vision.frames import Frames, as_frames, patchify, unpatchify
 
-BATCH_PATCHES = 8_192
-"""Patches compared with the whole codebook at one time: bounds memory to this times K floats."""
+CODEBOOK_FILE = "codebook.npz"
+"""A patch codebook's file in the folder that it is saved into."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class PatchCodebook:
                 f"{self.frame_size}x{self.frame_size}; resize_and_crop them first"
             )
         patches = patchify(source, self.patch_size).flatten(0, 1)
-        codes, _ = _nearest(patches, torch.from_numpy(self.centroids))
+        codes, _ = nearest_codes(patches, torch.from_numpy(self.centroids))
         return codes.to(torch.int32).reshape(len(source), self.codes_per_frame).numpy()
 
     def decode(self, codes: ArrayLike) -> NDArray[np.uint8]:
@@ -95,9 +96,13 @@ class PatchCodebook:
 
         Returns:
             uint8 [F, N, N, 3].
+
+        Raises:
+            ValueError: another number of codes a frame, or one out of range.
         """
+        ids = checked_codes(codes, self.codebook_size, self.codes_per_frame)
         pixels = np.rint(self.centroids * 255).clip(0, 255).astype(np.uint8)
-        patches = torch.from_numpy(pixels[np.asarray(codes)])
+        patches = torch.from_numpy(pixels[ids])
         return unpatchify(patches, self.patch_size).numpy()
 
     def digest(self) -> str:
@@ -106,9 +111,24 @@ class PatchCodebook:
         sha.update(np.ascontiguousarray(self.centroids, "<f4").tobytes())
         return sha.hexdigest()
 
-    def save(self, path: Path | str) -> None:
-        """Write an .npz file to exactly this path."""
-        with Path(path).open("wb") as file:
+    def describe(self) -> dict[str, Any]:
+        """What a dataset's meta.json says of the codebook."""
+        return {
+            "kind": "patch",
+            "size": self.codebook_size,
+            "codes_per_frame": self.codes_per_frame,
+            "frame_size": self.frame_size,
+            "patch_size": self.patch_size,
+            "digest": self.digest(),
+        }
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``codebook.npz`` into a folder, or exactly the file where a path ends in .npz."""
+        path = Path(folder)
+        if path.suffix != ".npz":
+            path.mkdir(parents=True, exist_ok=True)
+            path /= CODEBOOK_FILE
+        with path.open("wb") as file:
             np.savez(
                 file,
                 centroids=self.centroids,
@@ -178,37 +198,5 @@ class PatchCodebook:
             : max(max_samples, codebook_size)
         ]
         samples = patches[chosen].float() / 255
-        # The sample is in random order, so its head is a random choice.
-        centroids = samples[:codebook_size].clone()
-        for _ in range(iterations):
-            codes, distances = _nearest(samples, centroids)
-            counts = torch.bincount(codes, minlength=codebook_size)
-            sums = torch.zeros_like(centroids).index_add_(0, codes, samples)
-            centroids = sums / counts.clamp(min=1)[:, None]
-            dead = (counts == 0).nonzero().squeeze(1)
-            if len(dead):
-                centroids[dead] = samples[distances.topk(len(dead)).indices]
+        centroids = fit_centroids(samples, codebook_size, iterations)
         return cls(centroids.numpy(), int(source.shape[1]), patch_size)
-
-
-def _nearest(patches: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centroid of each patch and the squared distance to it, in batches.
-
-    Args:
-        patches: uint8 or float32 (0..1) [M, P * P * 3].
-        centroids: float32 [K, P * P * 3].
-
-    Returns:
-        int64 [M] and float32 [M].
-    """
-    halved_norms = centroids.square().sum(1) / 2
-    codes = torch.empty(len(patches), dtype=torch.int64)
-    distances = torch.empty(len(patches))
-    for start in range(0, len(patches), BATCH_PATCHES):
-        batch = patches[start : start + BATCH_PATCHES]
-        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-        # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2): the bracket alone decides which c is nearest.
-        score, code = torch.addmm(-halved_norms, batch, centroids.T).max(1)
-        codes[start : start + len(batch)] = code
-        distances[start : start + len(batch)] = batch.square().sum(1) - 2 * score
-    return codes, distances

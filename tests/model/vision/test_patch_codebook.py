@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ringworld_model.vision import patch_codebook
+from ringworld_model.vision import codes as code_search
 from ringworld_model.vision.frames import psnr, resize_and_crop
 from ringworld_model.vision.patch_codebook import PatchCodebook
 
@@ -40,7 +40,7 @@ def test_round_trip_is_close(codebook: PatchCodebook, frames: torch.Tensor) -> N
 def test_encode_takes_the_nearest_code(
     codebook: PatchCodebook, frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patch_codebook, "BATCH_PATCHES", 100)
+    monkeypatch.setattr(code_search, "TILE_VECTORS", 100)
     codes = codebook.encode(frames[:3])
     tiles = frames[:3].numpy().reshape(3, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = tiles.reshape(3, 64, 1, 48) / 255
@@ -74,9 +74,8 @@ def test_the_seed_decides(codebook: PatchCodebook, frames: torch.Tensor) -> None
 
 
 def test_files(codebook: PatchCodebook, tmp_path: Path) -> None:
-    path = tmp_path / "codebook"
-    codebook.save(path)
-    loaded = PatchCodebook.load(path)
+    codebook.save(tmp_path / "prepared")
+    loaded = PatchCodebook.load(tmp_path / "prepared" / "codebook.npz")
     assert loaded.digest() == codebook.digest()
     assert (loaded.frame_size, loaded.patch_size) == (32, 4)
     np.savez(tmp_path / "other.npz", centroids=codebook.centroids)
