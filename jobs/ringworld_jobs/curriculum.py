@@ -16,7 +16,7 @@ from typing import Any
 from ringworld_jobs.document import Document
 from ringworld_jobs.mesh import MeshError, resolve_mesh
 from ringworld_jobs.problem import NO_VALUE, KeyPath, kind_of, nearest
-from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
+from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec, VideoTextDataset
 from ringworld_jobs.spec import JobSpec, SequenceParallelSpec, StageSpec
 from ringworld_jobs.units import format_tokens
 from ringworld_jobs.validate import Checked
@@ -88,9 +88,12 @@ def sources_of(spec: JobSpec, recipe: RecipeSpec | None) -> dict[str, Source]:
     known = {name: Source() for name in spec.data.sources}
     for name, dataset in recipe.datasets.items() if recipe else ():
         if not isinstance(dataset, VideoTextDataset):
-            known[name] = Source()
+            known[name] = Source(vision=isinstance(dataset, MediaTextDataset))
             continue
         codes = recipe.codebook.codes_per_frame if recipe and recipe.codebook else 0
+        if codes == 0:
+            known[name] = Source(vision=True)  # only the tokenizer at codebook.path knows
+            continue
         frames = dataset.frames_per_clip
         known[name] = Source(
             frames * (codes + 1) + CAPTION_TOKENS,
@@ -154,7 +157,8 @@ def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) 
             )
     codebook = recipe.spec.codebook
     codes = model.vision.codebook_size
-    if codebook and codes and codes < codebook.codebook_size and recipe.sound(("codebook",)):
+    known = codebook is not None and not codebook.path and recipe.sound(("codebook",))
+    if codebook and known and codes and codes < codebook.codebook_size:
         report(
             ("model", "vision", "codebook_size"),
             f"the recipe's codebook has {codebook.codebook_size} codes ({recipe.document.file}); "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ringworld_jobs.document import Document
 from ringworld_jobs.problem import KeyPath, nearest
-from ringworld_jobs.recipe import RecipeSpec, TextDataset
+from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec
 from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.validate import Checked
 
@@ -168,15 +168,20 @@ def check_recipe_files(checked: Checked[RecipeSpec], base: Path) -> None:
         return
     if spec.tokenizer.path is not None and checked.sound(("tokenizer",)):
         _check_file(document, ("tokenizer", "path"), spec.tokenizer.path, base)
+    if spec.codebook is not None and spec.codebook.path and checked.sound(("codebook",)):
+        _check_file(document, ("codebook", "path"), spec.codebook.path, base)
     if checked.sound(("videos",)):
         for name, video in spec.videos.items():
             _check_file(document, ("videos", name, "path"), video.path, base)
     if not checked.sound(("datasets",)):
         return
     for name, dataset in spec.datasets.items():
-        if isinstance(dataset, TextDataset):
-            for index, pattern in enumerate(dataset.files):
-                _check_file(document, ("datasets", name, "files", index), pattern, base)
+        field = "captions" if isinstance(dataset, MediaTextDataset) else "files"
+        for index, pattern in enumerate(getattr(dataset, field, [])):
+            _check_file(document, ("datasets", name, field, index), pattern, base)
+        root = getattr(dataset, "media_root", "")
+        if root:
+            _check_file(document, ("datasets", name, "media_root"), root, base)
 
 
 def _check_file(document: Document, path: KeyPath, reference: str, base: Path) -> None:

@@ -11,7 +11,12 @@ from ringworld_jobs.curriculum import check_curriculum, merge_defaults
 from ringworld_jobs.document import Document, read_document
 from ringworld_jobs.files import check_recipe_files, check_sources, check_store, check_tracking
 from ringworld_jobs.problem import JobSpecError, KeyPath, Problem, nearest
-from ringworld_jobs.recipe import RecipeSpec, VideoTextDataset
+from ringworld_jobs.recipe import (
+    LwmDataset,
+    MediaTextDataset,
+    RecipeSpec,
+    VideoTextDataset,
+)
 from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.validate import Checked, validate
 
@@ -116,10 +121,18 @@ def _check_references(checked: Checked[RecipeSpec]) -> None:
     if spec is None or not checked.sound(("datasets",)):
         return
     for name, dataset in spec.datasets.items():
-        if not isinstance(dataset, VideoTextDataset):
+        if isinstance(dataset, LwmDataset) and spec.codebook is None and dataset.codes is None:
+            if "vision" in dataset.fields and checked.sound(("codebook",)):
+                report(
+                    ("datasets", name, "codes"),
+                    "missing; fields names vision codes, so say which codebook they come from",
+                )
+        if not isinstance(dataset, VideoTextDataset | MediaTextDataset):
             continue
         if spec.codebook is None and checked.sound(("codebook",)):
             report(("datasets", name), "a dataset of video needs a codebook; add `codebook: {}`")
+        if isinstance(dataset, MediaTextDataset):
+            continue
         for index, video in enumerate(dataset.videos):
             if video not in spec.videos and checked.sound(("videos",)):
                 known = ", ".join(spec.videos) or "none"

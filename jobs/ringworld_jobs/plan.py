@@ -112,8 +112,8 @@ def model_config(spec: JobSpec, recipe: RecipeSpec | None = None) -> ModelConfig
         recipe = load_recipe(spec.data.recipe, check_files=False)
     if recipe is None:
         return spec.model.config()
-    training = recipe.tokenizer.train
+    training, codebook = recipe.tokenizer.train, recipe.codebook
     return spec.model.config(
         text_vocab_size=training.vocabulary_size if training else None,
-        codebook_size=recipe.codebook.codebook_size if recipe.codebook else None,
+        codebook_size=codebook.codebook_size if codebook and not codebook.path else None,
     )

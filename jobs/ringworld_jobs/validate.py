@@ -239,7 +239,7 @@ def _report(
 
 
 def _tags(detail: ErrorDetails) -> str:
-    return str(detail.get("ctx", {}).get("expected_tags", "text, video_text")).replace("'", "")
+    return str(detail.get("ctx", {}).get("expected_tags", "")).replace("'", "")
 
 
 def _quoting(model: type[Spec], path: KeyPath, value: Any) -> str:

@@ -1,0 +1,173 @@
+"""Datasets of text: documents, LWM's JSONL, chat, and questions about long documents."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ringworld_jobs.recipe_dataset import DatasetBase, Longer
+from ringworld_jobs.spec import Positive, Share, Size, Spec
+from ringworld_jobs.units import ContextLength, Seconds
+
+Files = Annotated[list[str], Field(min_length=1)]
+CHAT_SYSTEM = "You are a helpful assistant."
+"""LWM's system line."""
+
+
+class TextDataset(DatasetBase):
+    """Text documents."""
+
+    kind: Literal["text"]
+    """text"""
+    files: Files
+    """Glob patterns relative to the recipe, or package:NAME/pattern; with `format: hf`, folders."""
+    format: Literal["auto", "txt", "jsonl", "parquet", "hf"] = "auto"
+    """txt: a file a document; jsonl: a line; parquet: a row; hf: a folder that Hugging Face
+    datasets' save_to_disk wrote. auto goes by the file's suffix (.jsonl, .parquet, else txt) and
+    takes folders as hf."""
+    text_field: str = "text"
+    """Key or column of the text in jsonl, parquet and hf."""
+    min_chars: Size = 1
+    """Shorter documents are left out, and counted."""
+    longer: Longer = "split"
+    """What a stage does with a document longer than its context: split cuts it into rows, drop
+    leaves it out and counts it, refuse stops with an error."""
+
+
+class LwmCodesSpec(Spec):
+    """The codebook that precomputed codes come from."""
+
+    codebook: str
+    """Its name or digest; datasets of different codebooks cannot be mixed."""
+    codebook_size: Size = 8_192
+    """Codes; eof and eov follow them."""
+    codes_per_frame: Size = 256
+    """Codes of one frame."""
+
+
+class LwmDataset(DatasetBase):
+    """JSONL as the Large World Model's release reads it: text, or text and precomputed codes."""
+
+    kind: Literal["lwm"]
+    """lwm"""
+    files: Files
+    """Glob patterns relative to the recipe, or package:NAME/pattern."""
+    fields: str = ""
+    """The layout of every example: keys joined at token level by comma and at text level by plus;
+    [key] carries no loss; <|bos|> and <|eos|> are tokens; a key whose name holds "vision" is a list
+    of codes. `[prompt],vision`."""
+    fields_from_example: str = ""
+    """Key of each example that holds its layout, or a list of layouts, of which one is drawn by the
+    line's number."""
+    fields_index: Annotated[int, Field(ge=0)] | None = None
+    """Which of a list of layouts to take, instead of drawing one."""
+    subfield_separator: str = " "
+    """What plus puts between two texts."""
+    add_bos_token: bool = True
+    """Start each example with bos, without loss."""
+    add_eos_token: bool = True
+    """End each example with eos, with loss."""
+    prepend_text: str = ""
+    """Text before the first field."""
+    max_frames: Annotated[int, Field(ge=0)] = 0
+    """Frames of a clip at most, subsampled evenly; 0 keeps all."""
+    codes: LwmCodesSpec | None = None
+    """The codebook that the codes come from; empty: the recipe's."""
+
+    @model_validator(mode="after")
+    def _one(self) -> LwmDataset:
+        if bool(self.fields) == bool(self.fields_from_example):
+            raise ValueError(
+                "give fields (one layout for all) or fields_from_example (the key of each "
+                "example's own), one of them"
+            )
+        return self
+
+
+class ChatDataset(DatasetBase):
+    """Conversations; the answers carry loss."""
+
+    kind: Literal["chat"]
+    """chat"""
+    files: Files
+    """Glob patterns of .jsonl and .parquet files, relative to the recipe, or
+    package:NAME/pattern."""
+    format: Literal["auto", "messages", "ultrachat"] = "auto"
+    """messages: `{"messages": [{"role", "content"}, ...]}`, where content is text or a list of
+    parts {"type": "text"|"image"|"video", "text"|"path"}; ultrachat: `{"data": [question, answer,
+    ...]}`. auto looks at each record."""
+    system: str = CHAT_SYSTEM
+    """The line before a conversation that has no system message of its own."""
+    user_prefix: str = "USER:"
+    """What comes before a question."""
+    assistant_prefix: str = "ASSISTANT:"
+    """What comes before an answer. An answer ends in eos, and both carry loss."""
+    media_root: str = ""
+    """Folder of the images and videos that messages name; empty: the recipe's."""
+    fps: Positive = 4.0
+    """Frames taken per second of a message's video."""
+    max_frames: Size | None = None
+    """Frames of a video at most, subsampled evenly."""
+    longer: Longer = "drop"
+    """What a stage does with a conversation longer than its context: drop leaves it out and counts
+    it, split cuts it into rows, refuse stops with an error."""
+
+
+class GeneratorSpec(Spec):
+    """Who asks and answers a question about a chunk of text."""
+
+    url: str = ""
+    """Base URL of an OpenAI-compatible endpoint, such as http://host:8000/v1; empty: the built-in
+    extractive generator, which needs no server and asks for facts that stand in the chunk."""
+    model: str = ""
+    """The endpoint's model."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, if the endpoint wants one."""
+    concurrency: Size = 8
+    """Requests in flight for each worker."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """Tries after the first, with growing pauses, where trying again can help."""
+    timeout: Seconds = Field(default=60.0, validate_default=False)
+    """Deadline of one request."""
+    temperature: Share = 0.0
+    """Sampling temperature."""
+
+    @model_validator(mode="after")
+    def _model_named(self) -> GeneratorSpec:
+        if self.url and not self.model:
+            raise ValueError("an endpoint needs the name of its model; give model")
+        return self
+
+
+class LongQaDataset(DatasetBase):
+    """Long documents, and questions about their parts at the end; answers alone carry loss.
+
+    A document is cut into chunks, each chunk gets a question and an answer, and neighbouring chunks
+    are joined to examples of the target length, with their questions after them as a chat.
+    """
+
+    kind: Literal["long_qa"]
+    """long_qa"""
+    files: Files
+    """Glob patterns of text documents (txt, jsonl, parquet), relative to the recipe, or
+    package:NAME/pattern."""
+    text_field: str = "text"
+    """Key or column of the text in jsonl and parquet."""
+    target_tokens: ContextLength
+    """Tokens of an example, questions included, at most."""
+    chunk_tokens: Size = 1_000
+    """Tokens of a chunk."""
+    questions: Size | None = None
+    """Questions of an example at most, spread over its chunks; empty: one a chunk."""
+    generator: GeneratorSpec = GeneratorSpec()
+    """Who asks and answers."""
+    system: str = CHAT_SYSTEM
+    """The line before the document."""
+    user_prefix: str = "USER:"
+    """What comes before the document and before each question."""
+    assistant_prefix: str = "ASSISTANT:"
+    """What comes before an answer."""
+    pack_apart: bool = True
+    """Rows hold examples of this dataset alone: less than a hundredth of their tokens carry loss,
+    which dense chat in the same row would drown."""
