@@ -12,6 +12,45 @@ RopeForm = Literal["half", "interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's stretch of RoPE: slow pairs turn slower, fast ones stay, those between are mixed.
+
+    It works on the frequencies that the stage's rope_theta gives, whatever theta that is. So a
+    curriculum that raises theta on a scaled model stretches twice; most want no scaling then.
+
+    Attributes:
+        factor: what the slow pairs' frequencies are divided by.
+        low_freq_factor: pairs that turn fewer times than this within the original length are slow.
+        high_freq_factor: pairs that turn more often than this are fast.
+        original_max_position_embeddings: the original length, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that order no pairs.
+
+        Raises:
+            ValueError: names the field, its value and the rule it breaks.
+        """
+        if self.factor < 1:
+            raise ValueError(f"model.rope_scaling.factor={self.factor:g} is below 1")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor:g} is not between 0 and "
+                f"high_freq_factor={self.high_freq_factor:g}"
+            )
+        if self.original_max_position_embeddings < 1:
+            raise ValueError(
+                "model.rope_scaling.original_max_position_embeddings="
+                f"{self.original_max_position_embeddings} is below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The shape of one decoder with a text and a vision table and head.
 
@@ -27,6 +66,7 @@ class ModelConfig:
         norm_eps: epsilon of every RMSNorm.
         rope_form: "half" rotates (i, i + head_dim/2), Hugging Face's layout; "interleaved"
             rotates (2i, 2i + 1), Meta's and LWM's.
+        rope_scaling: Llama 3's stretch of the rotary frequencies; None leaves them as they are.
         tie_text_embeddings: the text head shares the text table.
         tie_vision_embeddings: the vision head shares the vision table.
         init_std: standard deviation of the initial weights.
@@ -42,6 +82,7 @@ class ModelConfig:
     vision_codebook_size: int = 8_192
     norm_eps: float = 1e-6
     rope_form: RopeForm = "half"
+    rope_scaling: RopeScaling | None = None
     tie_text_embeddings: bool = False
     tie_vision_embeddings: bool = False
     init_std: float = 0.02
@@ -150,13 +191,34 @@ PRESETS: dict[str, ModelConfig] = {
     "llama2-13b": _llama(5_120, 13_824, 40, 40, 40, norm_eps=1e-5),
     "llama3-8b": _llama(4_096, 14_336, 32, 32, 8, text_vocab_size=128_256, norm_eps=1e-5),
     "llama3.2-1b": _llama(
-        2_048, 8_192, 16, 32, 8, text_vocab_size=128_256, norm_eps=1e-5, tie_text_embeddings=True
+        2_048,
+        8_192,
+        16,
+        32,
+        8,
+        text_vocab_size=128_256,
+        norm_eps=1e-5,
+        tie_text_embeddings=True,
+        rope_scaling=RopeScaling(
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8_192,
+        ),
     ),
 }
 
+LLAMA_ROPE_THETA = 1e4
+"""What LWM's presets and Llama 2 were released with; a folder that names none means it too."""
+
+
+def preset_rope_theta(name: str) -> float:
+    """The rope_theta that a preset's namesake was released with; a stage always names its own."""
+    return 5e5 if name.startswith("llama3") else LLAMA_ROPE_THETA
+
 
 def preset(name: str, **overrides: object) -> ModelConfig:
-    """Return the preset ``name`` with some fields replaced.
+    """The preset ``name`` with some fields replaced.
 
     Args:
         name: a key of ``PRESETS``.

@@ -9,14 +9,20 @@ Source: arXiv 2104.09864, equation 34.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ringworld_model.config import RopeForm
+from ringworld_model.config import RopeForm, RopeScaling
 
 
 def rope_tables(
-    position_ids: Tensor, head_dim: int, rope_theta: float, dtype: torch.dtype
+    position_ids: Tensor,
+    head_dim: int,
+    rope_theta: float,
+    dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles.
 
@@ -25,14 +31,45 @@ def rope_tables(
         head_dim: D, even.
         rope_theta: base; pair i turns by ``position / rope_theta^(2 i / D)``.
         dtype: of the tables: float32, or float64 for a model in double precision.
+        scaling: applied to the frequencies that ``rope_theta`` gives.
 
     Returns:
         cos and sin, [B, T, 1, D / 2].
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=position_ids.device)
     frequencies = rope_theta ** (-pairs / head_dim)
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
     angles = position_ids[:, :, None, None].double() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide slow pairs' frequencies by the factor; the share of it fades out towards fast pairs.
+
+    Source: the Llama 3.1 release; arXiv 2407.21783, section 3.4.2, for its purpose.
+    """
+    turns = frequencies * (scaling.original_max_position_embeddings / (2 * math.pi))
+    between = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / between).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def reorder_pairs(weight: Tensor, head_dim: int, to: RopeForm) -> Tensor:
+    """Move the rows of a query or key projection from the other pairing to this one.
+
+    The heads that come out are the same numbers in another order, so that scores do not change.
+
+    Args:
+        weight: [H D, E]; an output row a dim.
+        head_dim: D.
+        to: ``half`` takes interleaved rows, ``interleaved`` takes those of halves.
+
+    Returns:
+        [H D, E], contiguous.
+    """
+    inner = (2, head_dim // 2) if to == "interleaved" else (head_dim // 2, 2)
+    return weight.unflatten(0, (-1, *inner)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def apply_rope(heads: Tensor, cos: Tensor, sin: Tensor, form: RopeForm) -> Tensor:

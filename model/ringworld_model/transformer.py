@@ -12,7 +12,7 @@ Legend: B rows, T tokens of this rank, E hidden size, H query heads, Hkv key hea
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,13 +69,19 @@ class WorldModel(nn.Module):
         )
         self.norm = nn.RMSNorm(hidden, config.norm_eps)
         self.text_head = VocabularyHead(hidden, config.text_vocab_size, tile)
-        if config.tie_text_embeddings:
+        self.vision_head = (
+            VocabularyHead(hidden, config.vision_vocab_size, tile)
+            if config.vision_vocab_size
+            else None
+        )
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make tied heads share their table's parameter; ``to_empty`` parts them."""
+        if self.config.tie_text_embeddings:
             self.text_head.weight = self.text_embed.weight
-        self.vision_head = None
-        if self.vision_embed is not None:
-            self.vision_head = VocabularyHead(hidden, config.vision_vocab_size, tile)
-            if config.tie_vision_embeddings:
-                self.vision_head.weight = self.vision_embed.weight
+        if self.config.tie_vision_embeddings and self.vision_embed and self.vision_head:
+            self.vision_head.weight = self.vision_embed.weight
 
     def forward(self, batch: TrainBatch, ring: RingContext) -> LossSums:
         """Loss sums over this rank's share of the rows.
@@ -136,7 +142,13 @@ class WorldModel(nn.Module):
     def _trunk(self, hidden: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """All layers and the final norm: [B, T, E] -> [B, T, E]."""
         table_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        cos, sin = rope_tables(position_ids, self.config.head_dim, self.rope_theta, table_dtype)
+        cos, sin = rope_tables(
+            position_ids,
+            self.config.head_dim,
+            self.rope_theta,
+            table_dtype,
+            self.config.rope_scaling,
+        )
         for layer in self.layers:
             # By keyword: ZeRO-3 warns of positional arguments that are no tensors.
             if self.activation_checkpointing == "full":
@@ -220,8 +232,8 @@ class SwiGLU(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: WorldModel, seed: int) -> None:
-    """Draw every weight anew: norms 1, all else normal with the config's init_std.
+def init_weights(model: WorldModel, seed: int, names: Container[str] | None = None) -> None:
+    """Draw weights anew: norms 1, all else normal with the config's init_std.
 
     Each parameter has its own generator, seeded by its name and ``seed``, so that the weights
     depend on neither the order of the modules nor the mesh. Call it before the engine shards the
@@ -230,8 +242,11 @@ def init_weights(model: WorldModel, seed: int) -> None:
     Args:
         model: with whole parameters, on any device.
         seed: the job's.
+        names: of the parameters to draw; all of them where None.
     """
     for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         if parameter.ndim == 1:
             parameter.fill_(1.0)
             continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import cmath
+import math
 
 import pytest
 import torch
 
-from ringworld_model.config import RopeForm
-from ringworld_model.rope import apply_rope, rope_tables
+from ringworld_model.config import PRESETS, RopeForm, RopeScaling
+from ringworld_model.rope import apply_rope, reorder_pairs, rope_tables
 
 THETA = 5e7
 
@@ -62,3 +63,72 @@ def test_bf16_is_turned_in_fp32_and_laid_out_plainly() -> None:
         assert got.dtype == torch.bfloat16
         assert got.is_contiguous()
         assert torch.equal(got, exact.bfloat16())
+
+
+def test_llama_3_scaling_slows_only_the_slow_pairs() -> None:
+    scaling = PRESETS["llama3.2-1b"].rope_scaling
+    assert scaling == RopeScaling(
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    dim, theta = 64, 5e5
+    positions = torch.tensor([[1]])
+    plain, scaled = (
+        rope_tables(positions, dim, theta, torch.float64, chosen) for chosen in (None, scaling)
+    )
+    found = {"fast": 0, "mixed": 0, "slow": 0}
+    for i in range(dim // 2):
+        frequency = theta ** (-2 * i / dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength > 8192 / 1.0:
+            kind, expected = "slow", frequency / 32
+        elif wavelength < 8192 / 4.0:
+            kind, expected = "fast", frequency
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            kind, expected = "mixed", (1 - smooth) * frequency / 32 + smooth * frequency
+        found[kind] += 1
+        angle = math.atan2(scaled[1][0, 0, 0, i].item(), scaled[0][0, 0, 0, i].item())
+        assert angle == pytest.approx(expected, rel=1e-12)
+        same = scaled[0][0, 0, 0, i] == plain[0][0, 0, 0, i]
+        assert bool(same) == (kind == "fast")
+    assert all(found.values()), found
+
+
+def test_scaling_refuses_numbers_that_order_no_pairs() -> None:
+    sound = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for field, value in (
+        ("factor", 0.5),
+        ("low_freq_factor", 4.0),
+        ("low_freq_factor", 0.0),
+        ("original_max_position_embeddings", 0),
+    ):
+        with pytest.raises(ValueError, match=rf"model\.rope_scaling\.{field}={value:g}"):
+            RopeScaling(**sound | {field: value})  # type: ignore[arg-type]
+
+
+def test_reordered_projections_give_the_other_pairing_the_same_scores() -> None:
+    heads, dim, width = 3, 8, 10
+    q, k = torch.randn(2, heads * dim, width, dtype=torch.float64)
+    x = torch.randn(1, 5, width, dtype=torch.float64)
+    positions = torch.tensor([[0, 3, 40, 41, 9000]])
+
+    def scores(q: torch.Tensor, k: torch.Tensor, form: RopeForm) -> torch.Tensor:
+        turned = [
+            rotated((x @ weight.T).unflatten(-1, (heads, dim)), positions, form)
+            for weight in (q, k)
+        ]
+        return torch.einsum("bqhd,bkhd->bhqk", *turned)
+
+    half = scores(q, k, "half")
+    interleaved = [reorder_pairs(weight, dim, to="interleaved") for weight in (q, k)]
+    torch.testing.assert_close(scores(*interleaved, "interleaved"), half, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(scores(q, k, "interleaved"), half)
+    assert torch.equal(reorder_pairs(interleaved[0], dim, to="half"), q)
