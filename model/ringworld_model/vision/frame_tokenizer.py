@@ -14,9 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ringworld_model.vision.frames import Frames
 from ringworld_model.vision.patch_codebook import CODEBOOK_FILE, PatchCodebook
+from ringworld_model.vision.vqgan_config import CONFIG_FILE
+from ringworld_model.vision.vqgan_tokenizer import CODEBOOK_FOLDER, Precision, VQGANTokenizer
 
-CODEBOOK_FOLDER = "codebook"
-"""Folder of a VQGAN inside a prepared or trained folder; a patch codebook is one file there."""
+_VQGAN_FOLDERS = (".", CODEBOOK_FOLDER, "vqvae")
+"""Where a VQGAN lies in a folder: here, in one of ours, in a pipeline of diffusers."""
 
 
 class FrameTokenizer(Protocol):
@@ -78,13 +80,17 @@ class FrameTokenizer(Protocol):
         ...
 
 
-def load_frame_tokenizer(path: Path | str, device: str = "cpu") -> FrameTokenizer:
+def load_frame_tokenizer(
+    path: Path | str, device: str = "cpu", precision: Precision = "fp32"
+) -> FrameTokenizer:
     """Load whatever frame tokenizer lies at a path.
 
     Args:
         path: a patch codebook's .npz; a prepared folder or a result of ``data train-codebook``;
-            or the folder of a VQModel in the layout of diffusers (aMUSEd's ``vqvae``).
+            or the folder of a VQModel in the layout of diffusers (aMUSEd, or its ``vqvae``).
         device: where a VQGAN computes; a patch codebook stays on the CPU.
+        precision: of a VQGAN's convolutions; ``bf16`` is faster on a GPU, and gives other codes
+            here and there, so that it counts as another tokenizer (its digest differs).
 
     Raises:
         ValueError: there is none, or one that this program cannot represent; names the file.
@@ -94,6 +100,9 @@ def load_frame_tokenizer(path: Path | str, device: str = "cpu") -> FrameTokenize
         return PatchCodebook.load(path)
     if (path / CODEBOOK_FILE).is_file():
         return PatchCodebook.load(path / CODEBOOK_FILE)
+    for name in _VQGAN_FOLDERS:
+        if (path / name / CONFIG_FILE).is_file():
+            return VQGANTokenizer.load(path / name, device, precision)
     raise ValueError(
         f"{path} holds no frame tokenizer; name a {CODEBOOK_FILE}, a folder with one, "
         "or a VQModel folder (config.json and its safetensors)"
