@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Container
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,8 @@ from ringworld_model.batch import VISION, TrainBatch
 from ringworld_model.config import ModelConfig
 from ringworld_model.loss import LossSums, Sums, VocabularyHead
 from ringworld_model.memory import check_mode, recomputed
+from ringworld_model.mlp import SwiGLU
+from ringworld_model.offload import ActivationOffload
 from ringworld_model.rope import apply_rope, rope_tables
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ class WorldModel(nn.Module):
         *,
         rope_theta: float,
         activation_checkpointing: str = "none",
+        activation_offload: bool = False,
+        mlp_tile_tokens: int | None = None,
         loss_tile_tokens: int = 2048,
     ) -> None:
         """Build the modules in fp32; call ``init_weights`` or load weights before use.
@@ -49,22 +54,32 @@ class WorldModel(nn.Module):
             config: the shape.
             rope_theta: base of the rotary embedding, the stage's.
             activation_checkpointing: none, attention_saved or full (``memory.py``).
+            activation_offload: keep in host memory what checkpointing keeps (``offload.py``).
+            mlp_tile_tokens: tokens whose MLP is computed at one time; None takes all at once.
             loss_tile_tokens: targets whose logits exist at one time.
 
         Raises:
-            ValueError: unknown activation_checkpointing.
+            ValueError: unknown activation_checkpointing, offload without it, a tile below 1.
         """
         super().__init__()
         self.config = config
         self.rope_theta = rope_theta
         self.activation_checkpointing = check_mode(activation_checkpointing)
+        if activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "memory.activation_offload moves what checkpointing keeps, and "
+                "activation_checkpointing is none; use full or attention_saved"
+            )
+        self.offload = ActivationOffload() if activation_offload else None
         hidden, tile = config.hidden_size, loss_tile_tokens
         self.text_embed = nn.Embedding(config.text_vocab_size, hidden)
         self.vision_embed = (
             nn.Embedding(config.vision_vocab_size, hidden) if config.vision_vocab_size else None
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, self.activation_checkpointing == "attention_saved")
+            DecoderLayer(
+                config, self.activation_checkpointing == "attention_saved", mlp_tile_tokens
+            )
             for _ in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(hidden, config.norm_eps)
@@ -149,12 +164,16 @@ class WorldModel(nn.Module):
             table_dtype,
             self.config.rope_scaling,
         )
+        moved = None
+        if self.offload is not None and torch.is_grad_enabled():
+            moved = self.offload.forward_pass(hidden.device, len(self.layers), (cos, sin))
         for layer in self.layers:
-            # By keyword: ZeRO-3 warns of positional arguments that are no tensors.
-            if self.activation_checkpointing == "full":
-                hidden = recomputed(layer, hidden, cos, sin, attend=attend)
-            else:
-                hidden = layer(hidden, cos, sin, attend=attend)
+            with moved.layer() if moved else nullcontext():
+                # By keyword: ZeRO-3 warns of positional arguments that are no tensors.
+                if self.activation_checkpointing == "full":
+                    hidden = recomputed(layer, hidden, cos, sin, attend=attend)
+                else:
+                    hidden = layer(hidden, cos, sin, attend=attend)
         return self.norm(hidden)
 
     def _refuse_vision(self, vision: Tensor) -> None:
@@ -168,14 +187,16 @@ class WorldModel(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on a normed copy, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, attention_saved: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, attention_saved: bool, mlp_tile_tokens: int | None = None
+    ) -> None:
         """Build the parts; ``attention_saved`` recomputes all but the attention in the backward."""
         super().__init__()
         self.attention_saved = attention_saved
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, mlp_tile_tokens)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """[B, T, E] -> [B, T, E]; ``cos`` and ``sin`` from ``rope_tables``."""
@@ -213,22 +234,6 @@ class Attention(nn.Module):
         )
         form = self.rope_form
         return apply_rope(q, cos, sin, form), apply_rope(k, cos, sin, form), v
-
-
-class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``. Source: arXiv 2002.05202, section 2."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Build the three projections."""
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, E] -> [B, T, E]."""
-        gated = F.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
-        return self.down_proj(gated)
 
 
 @torch.no_grad()
