@@ -18,10 +18,29 @@ from ringworld_workers.data.files import InputFile
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text, tokenized by itself and joined to its neighbours as tokens."""
+    """Text, tokenized by itself and joined to its neighbours as tokens.
+
+    Attributes:
+        text: the text.
+        loss: whether the model learns to predict it.
+        after_space: a space parts it from the text before it; see ``spelled``.
+    """
 
     text: str
     loss: bool = True
+    after_space: bool = False
+
+    def spelled(self, marks_words: bool) -> str:
+        """What to tokenize.
+
+        A tokenizer that marks the start of a word (SentencePiece, as LWM's) writes the space of its
+        own accord, so ``ASSISTANT:`` and ``Yes`` join to ``ASSISTANT: Yes``; for any other the
+        space is part of the text, or it would be lost.
+
+        Args:
+            marks_words: the tokenizer's ``marks_words``.
+        """
+        return " " + self.text if self.after_space and not marks_words else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +106,7 @@ class WorkItem:
         file: the file.
         start: first byte, row group or record of the part; the reader knows which.
         stop: one past its last; None: to the end.
+        first: number of the part's first line or row, counted from 1, for messages and names.
     """
 
     dataset: str
@@ -94,6 +114,7 @@ class WorkItem:
     file: InputFile
     start: int = 0
     stop: int | None = None
+    first: int = 1
 
 
 class DatasetReader(Protocol):

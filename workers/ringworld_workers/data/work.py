@@ -1,0 +1,133 @@
+"""Work of a build, cut into tasks that do not depend on who does them.
+
+Whether a build runs in one process or on a hundred machines, its tasks are the same, and each
+leaves its result in a file of its own: so what a killed build has done is there when it is started
+again, and the whole comes out the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from ringworld_workers.data.draft import WorkItem
+
+TASK_BYTES = 8 << 20
+"""Small files are read together until they hold so many bytes."""
+TASK_FILES = 256
+"""And no more files than this: a task that dies is done again whole."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and of how much (0: not known)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Neighbouring items of one dataset, read by one worker at once.
+
+    Attributes:
+        dataset: name of the dataset.
+        number: place among its tasks.
+        items: in order.
+        weight: bytes of input, roughly.
+    """
+
+    dataset: str
+    number: int
+    items: tuple[WorkItem, ...]
+    weight: int
+
+    @property
+    def name(self) -> str:
+        """File name of its result: another cut of the files is another name."""
+        parts = [f"{item.file.label}\0{item.start}\0{item.stop}" for item in self.items]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return f"{self.number:06d}-{digest[:12]}"
+
+
+def cut_tasks(dataset: str, items: Iterable[WorkItem]) -> list[Task]:
+    """Group a dataset's items: a part of a file alone, small files together."""
+    tasks: list[Task] = []
+    group: list[WorkItem] = []
+    weight = 0
+
+    def close() -> None:
+        nonlocal group, weight
+        if group:
+            tasks.append(Task(dataset, len(tasks), tuple(group), weight))
+        group, weight = [], 0
+
+    for item in items:
+        size = weigh(item)
+        if item.stop is not None or weight + size > TASK_BYTES or len(group) >= TASK_FILES:
+            close()
+        group.append(item)
+        weight += size
+        if item.stop is not None:
+            close()
+    close()
+    return tasks
+
+
+def weigh(item: WorkItem) -> int:
+    """Bytes of input of an item; a part of a file counts as one task's, for its unit is unknown."""
+    if item.stop is not None:
+        return TASK_BYTES
+    try:
+        return item.file.path.stat().st_size
+    except OSError:
+        return 0
+
+
+class Mapper(Protocol):
+    """Who does the tasks."""
+
+    place: str
+    """Where, for messages."""
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[Result]:
+        """Results in any order, each as soon as it is there.
+
+        Args:
+            function: picklable; each worker unpickles it once, so it may keep what it loads.
+            items: picklable.
+        """
+
+
+class InProcess:
+    """Does the tasks one after the other, here; libraries may use every core."""
+
+    place = "in this process"
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[Result]:
+        """Results in the items' order."""
+        return map(function, items)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file to write, which appears under its name complete or not at all.
+
+    Several writers of the same content do no harm: the last one's stays.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
