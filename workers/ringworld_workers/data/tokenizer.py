@@ -17,6 +17,8 @@ BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftex
 """What published tokenizers call the token at the start of a document."""
 EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>")
 """What published tokenizers call the token at the end of a document."""
+WORD_MARKS = ("\u2581", "\u0120")
+"""How SentencePiece and byte-level BPE spell a space within a piece."""
 STORED_NAMES = ("tokenizer.json", "tokenizer.model")
 """File names under which ``save`` stores a tokenizer."""
 
@@ -30,6 +32,8 @@ class TextTokenizer(Protocol):
     """The token at the start of a document."""
     eos_id: int
     """The token at its end."""
+    marks_words: bool
+    """A text's first word is encoded as if a space stood before it."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -62,6 +66,7 @@ class JsonTokenizer:
         self.size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_id = self._id(bos)
         self.eos_id = self._id(eos)
+        self.marks_words = _marks_words(tokenizer.id_to_token(id_) for id_ in self.encode("a"))
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
@@ -118,6 +123,9 @@ class SentencePieceTokenizer:
         self.eos_id = int(self._processor.eos_id())
         if min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{path}: the model has no bos or no eos token; documents need both")
+        self.marks_words = _marks_words(
+            self._processor.id_to_piece(id_) for id_ in self.encode("a")
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -140,6 +148,11 @@ class SentencePieceTokenizer:
         path = folder / "tokenizer.model"
         path.write_bytes(self._content)
         return path
+
+
+def _marks_words(pieces: Iterable[str | None]) -> bool:
+    """Whether the pieces of a lone word start with a mark."""
+    return (next(iter(pieces), None) or "").startswith(WORD_MARKS)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> JsonTokenizer:
