@@ -46,13 +46,35 @@ class Timeline:
         inside = np.full(len(self.shown), -1, dtype=np.int64)
         first = np.minimum(self.shown, self.starts)
         for number, span in enumerate(spans):
-            touches = (first < span.end - _EPSILON) & (
-                self.starts + 1 / self.fps > span.start + _EPSILON
-            )
+            touches = touching(self.starts, self.shown, self.fps, [span])
             whole = (first >= span.start - _EPSILON) & (self.starts < span.end - _EPSILON)
             inside[touches] = -2
             inside[whole] = number
         return inside
+
+
+def touching(
+    times: npt.NDArray[np.float64],
+    shown: npt.NDArray[np.float64],
+    fps: float,
+    spans: Sequence[SpanSpec],
+) -> npt.NDArray[np.bool_]:
+    """Whether frames have anything of a span in them, wholly or at an edge.
+
+    Args:
+        times: [F] the frames' moments.
+        shown: [F] when their pictures appeared.
+        fps: a frame stands for the 1 / fps seconds from its moment on.
+        spans: stretches of the same clock.
+
+    Returns:
+        [F] bool.
+    """
+    inside = np.zeros(len(times), dtype=np.bool_)
+    first = np.minimum(times, shown)
+    for span in spans:
+        inside |= (first < span.end - _EPSILON) & (times + 1 / fps > span.start + _EPSILON)
+    return inside
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -13,24 +12,10 @@ import numpy.typing as npt
 from ringworld_jobs.recipe import CropSpec
 from ringworld_model.vision.frames import resize_and_crop
 from ringworld_workers.data.files import DataError
+from ringworld_workers.data.sampling import SampledFrame
 
 _EPSILON = 1e-6
 """Seconds; forgives the rounding of timestamps and of k / fps."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledFrame:
-    """What a player would show at one moment.
-
-    Attributes:
-        time: the moment, k / fps seconds from the video's first frame.
-        shown: timestamp of the picture shown then, at most ``time``.
-        pixels: [size, size, 3] uint8 RGB.
-    """
-
-    time: float
-    shown: float
-    pixels: npt.NDArray[np.uint8]
 
 
 def sample_frames(
