@@ -30,6 +30,8 @@ class Example:
         targets: int32 [n], what each position predicts: the next token.
         target_modality: uint8 [n].
         loss_mask: uint8 [n], 1 where the prediction counts.
+        whole_targets: counted targets of text and of vision in the whole example that this is a
+            piece of; empty: this is all of it.
     """
 
     tokens: NDArray[np.int32]
@@ -37,6 +39,7 @@ class Example:
     targets: NDArray[np.int32]
     target_modality: NDArray[np.uint8]
     loss_mask: NDArray[np.uint8]
+    whole_targets: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays of unequal length.

@@ -119,7 +119,10 @@ class DatasetWriter:
             "format": FORMAT_VERSION,
             **meta,
             **self._vocabulary.meta(),
-            "splits": {split: counts.summary() for split, counts in self._counts.items()},
+            "splits": {
+                split: {**counts.summary(), "shards": self._shards[split].entries()}
+                for split, counts in self._counts.items()
+            },
             "held_out_entropy_nats": held_out.entropy(),
             "train_unigram_counts": {
                 name: counts.tolist() for name, counts in train.counts.items()

@@ -308,7 +308,8 @@ class _Build:
         meta: dict[str, Any] = {
             "name": name,
             "kind": dataset.kind,
-            "splittable": isinstance(dataset, TextDataset),
+            "longer": dataset.longer,
+            "pack_apart": dataset.pack_apart,
             "videos": sampled,
             "credits": dataset_credits(dataset, self.recipe.videos),
             "skipped": self.skipped.of(labels),

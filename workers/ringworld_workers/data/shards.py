@@ -1,17 +1,13 @@
-"""Token shards: one Arrow file a split, memory-mapped, and a length index beside it.
-
-A shard row is one document or one clip with its caption: ``tokens`` (int32), ``modality`` (uint8,
-0 text, 1 vision) and ``loss`` (uint8, 1 where predicting this token carries loss), and its
-``name``. The lengths lie in an .npy of their own, so that planning reads no tokens.
-"""
+"""Prepared datasets, read through memory maps: whole examples and pieces of them."""
 
 from __future__ import annotations
 
 import bisect
-import json
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,142 +15,95 @@ import pyarrow as pa
 
 from ringworld_model.packing import Example
 from ringworld_workers.data.files import DataError
-
-FORMAT_VERSION = 1
-"""Raised whenever prepared data of before can no longer be read, or would come out otherwise."""
-
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
-
-_SCHEMA = pa.schema(
-    [
-        ("tokens", pa.list_(pa.int32())),
-        ("modality", pa.list_(pa.uint8())),
-        ("loss", pa.list_(pa.uint8())),
-        ("name", pa.string()),
-    ]
+from ringworld_workers.data.shard_format import (
+    FORMAT_VERSION,
+    META_FILE,
+    SPLITS,
+    ShardEntry,
+    Split,
+    lengths_digest,
+    lengths_file,
+    parse_meta,
+    read_meta,
 )
+from ringworld_workers.data.shard_places import LocalShards
+from ringworld_workers.data.shard_writer import ShardWriter
 
-
-class ShardWriter:
-    """Writes one split of one dataset; use it as a context manager."""
-
-    def __init__(self, folder: Path, split: Split, batch_tokens: int = 1 << 22) -> None:
-        """Open ``<folder>/<split>.arrow``.
-
-        Args:
-            folder: it exists.
-            split: which split.
-            batch_tokens: a record batch is written once it holds so many tokens: 24 MiB of host
-                memory, the last document apart.
-        """
-        self._batch_tokens = batch_tokens
-        self._lengths_path = folder / f"{split}.lengths.npy"
-        self._file = pa.OSFile(str(folder / f"{split}.arrow"), "wb")
-        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
-        self._lengths: list[int] = []
-        self._rows: list[tuple[Any, Any, Any, str]] = []
-        self._pending = 0
-
-    def add(
-        self,
-        tokens: npt.NDArray[np.int32],
-        modality: npt.NDArray[np.uint8],
-        loss: npt.NDArray[np.uint8],
-        name: str,
-    ) -> None:
-        """Append one example.
-
-        Args:
-            tokens: [n] int32, at least two.
-            modality: [n] uint8, of each token.
-            loss: [n] uint8, 1 where predicting the token carries loss.
-            name: what messages call the example.
-        """
-        self._lengths.append(len(tokens))
-        self._rows.append((tokens, modality, loss, name))
-        self._pending += len(tokens)
-        if self._pending >= self._batch_tokens:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        offsets = np.zeros(len(self._rows) + 1, dtype=np.int32)
-        np.cumsum([len(row[0]) for row in self._rows], out=offsets[1:])
-        columns: list[pa.Array] = []
-        for column, kind in ((0, pa.int32()), (1, pa.uint8()), (2, pa.uint8())):
-            values = pa.array(np.concatenate([row[column] for row in self._rows]), type=kind)
-            columns.append(pa.ListArray.from_arrays(pa.array(offsets), values))
-        columns.append(pa.array([row[3] for row in self._rows], type=pa.string()))
-        self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        self._rows, self._pending = [], 0
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Write what is pending and the length index, and close the file."""
-        if kind is None:
-            self._flush()
-            np.save(self._lengths_path, np.asarray(self._lengths, dtype=np.int32))
-        self._writer.close()
-        self._file.close()
+__all__ = ["FORMAT_VERSION", "SPLITS", "Dataset", "ShardWriter", "Split", "read_meta"]
 
 
 class Dataset:
-    """One split of a prepared dataset, read through a memory map.
+    """One split of a prepared dataset.
 
     Attributes:
-        folder: where it lies.
+        place: the folder or URL where it lies.
         split: "train" or "held_out".
         meta: the dataset's meta.json.
         lengths: [N] int32, tokens of each example.
-        splittable: whether an example may be cut into pieces (text documents) or not (clips).
+        longer: what happens to an example that is longer than a row: split, drop or refuse.
+        pack_apart: whether its rows hold no other dataset's examples.
     """
 
-    def __init__(self, folder: Path | str, split: Split) -> None:
-        """Open a split.
+    def __init__(self, place: Path | str, split: Split) -> None:
+        """Open a split; its shards are opened as they are read.
 
         Raises:
-            DataError: the folder holds no prepared dataset, or one of another format version.
+            DataError: the place holds no prepared dataset, one of another format version, or a
+                length index that is not the one of its shards.
         """
-        self.folder = Path(folder)
-        self.split = split
-        self.meta = read_meta(self.folder)
-        self.splittable = bool(self.meta["splittable"])
-        self.lengths: npt.NDArray[np.int32] = np.load(self.folder / f"{split}.lengths.npy")
-        self._map = pa.memory_map(str(self.folder / f"{split}.arrow"), "r")
-        reader = pa.ipc.open_file(self._map)
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        rows = np.cumsum([0] + [batch.num_rows for batch in self._batches])
-        self._starts: list[int] = rows.tolist()
+        self.place, self.split = str(place), split
+        self._shards = LocalShards(Path(place))
+        self.meta: Mapping[str, Any] = parse_meta(
+            self._shards.read(META_FILE), self._shards.where(META_FILE)
+        )
+        self.longer: str = self.meta["longer"]
+        self.pack_apart = bool(self.meta["pack_apart"])
+        self.entries: list[ShardEntry] = self.meta["splits"][split]["shards"]
+        self.lengths: npt.NDArray[np.int32] = np.load(
+            io.BytesIO(self._shards.read(lengths_file(split))), allow_pickle=False
+        )
+        starts = np.cumsum([0] + [entry["examples"] for entry in self.entries])
+        self._starts: list[int] = starts.tolist()
+        self._open: dict[int, _Shard] = {}
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        where = self._shards.where(lengths_file(self.split))
         if self._starts[-1] != len(self.lengths):
             raise DataError(
-                f"{self.folder}/{split}.arrow holds {self._starts[-1]} examples, its length index "
-                f"{len(self.lengths)}; build the data again"
+                f"{where} counts {len(self.lengths)} examples, the shards hold "
+                f"{self._starts[-1]}; build the data again"
             )
+        for entry, start, stop in zip(self.entries, self._starts, self._starts[1:], strict=False):
+            if lengths_digest(self.lengths[start:stop]) != entry["lengths_sha256"]:
+                raise DataError(
+                    f"{where} is damaged: its examples {start}-{stop - 1} are not those of "
+                    f"{entry['file']}; build the data again"
+                )
+
+    @property
+    def splittable(self) -> bool:
+        """Whether an example may be cut into pieces."""
+        return self.longer == "split"
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.lengths)
 
-    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _locate(self, index: int) -> tuple[_Batch, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)} in {self.folder}/{self.split}.arrow")
-        batch = bisect.bisect_right(self._starts, index) - 1
-        return self._batches[batch], index - self._starts[batch]
+            raise IndexError(f"example {index} of {len(self)} in {self.place} ({self.split})")
+        number = bisect.bisect_right(self._starts, index) - 1
+        shard = self._open.get(number)
+        if shard is None:
+            entry = self.entries[number]
+            shard = self._open[number] = _Shard(self._shards.open(entry), entry)
+        return shard.locate(index - self._starts[number])
 
     def name(self, index: int) -> str:
         """What the example is called: a file, or a clip's place in a video and its layout."""
         batch, row = self._locate(index)
-        return str(batch.column("name")[row])
+        return str(batch.names[row])
 
     def read(self, index: int, start: int = 0, stop: int | None = None) -> Example:
         """One example, or a piece of it.
@@ -170,60 +119,76 @@ class Dataset:
         Raises:
             IndexError: no such example.
             ValueError: not a piece of it, or a piece of an example that may not be cut.
+            DataError: the shard is damaged or cannot be had.
         """
+        length = int(self.lengths[index]) if 0 <= index < len(self) else 0
         batch, row = self._locate(index)
-        length = int(self.lengths[index])
         stop = length if stop is None else stop
         if not 0 <= start < stop <= length:
             raise ValueError(f"tokens {start}-{stop} of an example of {length} tokens")
         if not self.splittable and (start, stop) != (0, length):
-            raise ValueError(f"{self.folder} is not splittable; asked for {start}-{stop}/{length}")
-        end = min(stop + 1, length)
-        tokens = _slice(batch, "tokens", row, start, end)
-        modality = _slice(batch, "modality", row, start, end)
-        loss = _slice(batch, "loss", row, start, end)
-        n = stop - start
-        targets, target_modality, loss_mask = (
-            np.zeros(n, np.int32),
-            np.zeros(n, np.uint8),
-            np.zeros(n, np.uint8),
-        )
-        follows = end - start - 1
-        targets[:follows] = tokens[1:]
-        target_modality[:follows] = modality[1:]
-        loss_mask[:follows] = loss[1:]
+            raise ValueError(
+                f"{self.place} may not be cut (longer: {self.longer}); asked for "
+                f"{start}-{stop}/{length}"
+            )
+        first = int(batch.offsets[row]) + start
+        n, follows = stop - start, min(stop + 1, length) - start - 1
+        after = slice(first + 1, first + 1 + follows)
         return Example(
-            tokens=tokens[:n],
-            modality=modality[:n],
-            targets=targets,
-            target_modality=target_modality,
-            loss_mask=loss_mask,
+            tokens=batch.tokens[first : first + n],
+            modality=batch.modality[first : first + n],
+            targets=_padded(batch.tokens[after], n),
+            target_modality=_padded(batch.modality[after], n),
+            loss_mask=_padded(batch.loss[after], n),
+            whole_targets=(int(batch.text_targets[row]), int(batch.vision_targets[row])),
         )
 
 
-def _slice(batch: pa.RecordBatch, column: str, row: int, start: int, stop: int) -> Any:
-    """Tokens [start, stop) of a row: a view into the memory map, no copy."""
-    lists = batch.column(column)
-    first = lists.offsets[row].as_py()
-    return lists.values.slice(first + start, stop - start).to_numpy(zero_copy_only=True)
+def _padded(values: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """The values, and a zero where the document has ended."""
+    if len(values) == length:
+        return values
+    return np.concatenate([values, np.zeros(length - len(values), values.dtype)])
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """A prepared dataset's meta.json.
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A record batch as views into the memory map; nothing is copied."""
 
-    Raises:
-        DataError: there is none, or its format version is another.
-    """
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise DataError(
-            f"{folder} holds no meta.json; point it at a dataset's folder as "
-            f"`ringworld data build` wrote it"
+    offsets: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.uint8]
+    loss: npt.NDArray[np.uint8]
+    names: pa.Array
+    text_targets: npt.NDArray[np.int32]
+    vision_targets: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> _Batch:
+        lists = {name: batch.column(name) for name in ("tokens", "modality", "loss")}
+        return cls(
+            offsets=lists["tokens"].offsets.to_numpy(),
+            **{name: column.values.to_numpy() for name, column in lists.items()},
+            names=batch.column("name"),
+            text_targets=batch.column("text_targets").to_numpy(),
+            vision_targets=batch.column("vision_targets").to_numpy(),
         )
-    meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if meta.get("format") != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format {meta.get('format')}, this version reads {FORMAT_VERSION}; "
-            f"build the data again"
-        )
-    return meta
+
+
+class _Shard:
+    """An open shard."""
+
+    def __init__(self, file: pa.MemoryMappedFile, entry: ShardEntry) -> None:
+        reader = pa.ipc.open_file(file)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._batches = [_Batch.of(batch) for batch in batches]
+        self._starts: list[int] = np.cumsum([0] + [b.num_rows for b in batches]).tolist()
+        if self._starts[-1] != entry["examples"]:
+            raise DataError(
+                f"{entry['file']} holds {self._starts[-1]} examples, meta.json says "
+                f"{entry['examples']}; build the data again"
+            )
+
+    def locate(self, row: int) -> tuple[_Batch, int]:
+        number = bisect.bisect_right(self._starts, row) - 1
+        return self._batches[number], row - self._starts[number]
