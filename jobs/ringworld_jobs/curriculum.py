@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringworld_jobs.document import Document
+from ringworld_jobs.memory import check_memory
 from ringworld_jobs.mesh import MeshError, resolve_mesh
 from ringworld_jobs.problem import NO_VALUE, KeyPath, kind_of, nearest
 from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec, VideoTextDataset
@@ -123,6 +124,7 @@ def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | No
         _check_learning_rate(checked, stage, here)
         _check_loss(checked, stage, here)
         _check_precision(checked, stage, here)
+        check_memory(checked, stage, here)
 
 
 def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> bool:

@@ -243,12 +243,23 @@ class LossSpec(Spec):
 
 
 class MemorySpec(Spec):
-    """What is recomputed rather than kept."""
+    """What is recomputed, moved or cut into tiles to fit a longer context; docs/memory.md says when
+    to take which. None changes what is computed."""
 
     activation_checkpointing: Literal["none", "attention_saved", "full"] = "none"
     """none keeps all; attention_saved keeps the attention's inputs and output and recomputes the
     rest, so that the backward pass does not run the ring's forward again; full keeps one tensor a
     layer."""
+    activation_offload: bool = False
+    """Keep what activation_checkpointing keeps in page-locked host memory until the backward pass
+    needs it."""
+    mlp_tile_tokens: Annotated[int, Field(ge=16)] | None = None
+    """Tokens whose MLP is computed at one time; empty computes all of a worker's at once."""
+    optimizer_offload: bool = False
+    """Keep master weights and optimizer moments in host memory and update them on the CPU; needs
+    zero_stage 1 or more."""
+    parameter_offload: bool = False
+    """Keep the sharded parameters in host memory too; needs zero_stage 3."""
 
 
 class AttentionSpec(Spec):
@@ -298,7 +309,7 @@ class StageSpec(Spec):
     loss: LossSpec = LossSpec()
     """How token losses are weighed."""
     memory: MemorySpec = MemorySpec()
-    """What is recomputed rather than kept."""
+    """What is recomputed, moved or cut into tiles to fit a longer context."""
     attention: AttentionSpec = AttentionSpec()
     """How attention is computed over the ring."""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -36,7 +36,7 @@ class HostPool:
         self._addresses: set[int] = set()
 
     def take(self, num_bytes: int) -> list[Tensor]:
-        """Uint8 pieces that hold ``num_bytes`` together; only the last may be larger than needed."""
+        """Uint8 pieces that hold ``num_bytes`` together; the last may be larger than needed."""
         sizes = [PIECE_BYTES] * (num_bytes // PIECE_BYTES)
         if rest := num_bytes % PIECE_BYTES:
             sizes.append(max(_LEAST_BYTES, 1 << (rest - 1).bit_length()))

@@ -195,7 +195,7 @@ def _unpack(kept: Tensor | _Kept) -> Tensor:
 
 def _key(tensor: Tensor) -> _Key:
     storage = tensor.untyped_storage()
-    return storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return storage.data_ptr(), int(tensor.storage_offset()), tensor.shape, tensor.stride()
 
 
 def _split(flat: Tensor, pieces: list[Tensor]) -> Iterator[Tensor]:

@@ -107,6 +107,8 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
         job.model_config,
         rope_theta=stage.rope_theta,
         activation_checkpointing=stage.memory.activation_checkpointing,
+        activation_offload=stage.memory.activation_offload,
+        mlp_tile_tokens=stage.memory.mlp_tile_tokens,
         loss_tile_tokens=stage.loss.tile_tokens,
     )
     init_weights(model, job.spec.seed)

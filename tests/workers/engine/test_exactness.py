@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringworld_jobs.spec import LearningRateSpec, OptimizerSpec, StageSpec
+from ringworld_jobs.spec import LearningRateSpec, MemorySpec, OptimizerSpec, StageSpec
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.mesh import build_mesh
 
@@ -19,6 +19,10 @@ ROWS = 12
 NUM_STEPS = 3
 
 Gang = Callable[..., list[Any]]
+
+DEVICE = MemorySpec()
+HOST = MemorySpec(optimizer_offload=True)
+ALL_HOST = MemorySpec(optimizer_offload=True, parameter_offload=True)
 
 
 class Net(nn.Module):
@@ -53,7 +57,7 @@ def rate_of(step: int) -> float:
     return 0.002 * (step + 1)
 
 
-def stage_of(num_rows: int, zero_stage: int, precision: str) -> StageSpec:
+def stage_of(num_rows: int, zero_stage: int, precision: str, memory: MemorySpec) -> StageSpec:
     return StageSpec.model_validate(
         {
             "name": "a",
@@ -65,6 +69,7 @@ def stage_of(num_rows: int, zero_stage: int, precision: str) -> StageSpec:
             "learning_rate": LearningRateSpec(peak=1.0),
             "zero_stage": zero_stage,
             "precision": precision,
+            "memory": memory,
         }
     )
 
@@ -78,6 +83,7 @@ def train(
     accumulation: int,
     clip_norm: float,
     precision: str = "fp32",
+    memory: MemorySpec = DEVICE,
 ) -> dict[str, Any]:
     gc.freeze()  # what the fork inherited need not be searched by DeepSpeed's collections
     mesh = build_mesh(1, world_size)
@@ -85,7 +91,7 @@ def train(
         name,
         make_net(),
         OptimizerSpec(name=optimizer, clip_norm=clip_norm),
-        stage_of(world_size * accumulation, zero_stage, precision),
+        stage_of(world_size * accumulation, zero_stage, precision, memory),
         mesh,
     )
     per_call = ROWS // (world_size * accumulation)
@@ -219,6 +225,17 @@ def test_sgd_of_deepspeed_is_one_process(
     check(results, one_process("sgd", clip_norm), 5e-7)
 
 
+@pytest.mark.parametrize(
+    ("zero_stage", "world_size", "accumulation", "memory"),
+    [(1, 2, 3, HOST), (2, 2, 1, HOST), (2, 1, 3, HOST), (3, 2, 3, HOST), (3, 1, 1, ALL_HOST)],
+)
+def test_sgd_on_the_host_is_one_process(
+    run_gang: Gang, zero_stage: int, world_size: int, accumulation: int, memory: MemorySpec
+) -> None:
+    settings = "deepspeed", zero_stage, "sgd", accumulation, 0.5, "fp32", memory
+    check(run_gang(train, world_size, *settings), one_process("sgd", 0.5), 5e-7)
+
+
 @pytest.mark.parametrize(("world_size", "accumulation", "clip_norm"), [(1, 1, 0.0), (3, 2, 0.5)])
 def test_sgd_of_the_torch_engine_is_one_process(
     run_gang: Gang, world_size: int, accumulation: int, clip_norm: float
@@ -228,11 +245,19 @@ def test_sgd_of_the_torch_engine_is_one_process(
 
 
 @pytest.mark.parametrize(
-    ("name", "zero_stage"),
-    [("torch", 0), ("deepspeed", 1), ("deepspeed", 3)],
+    ("name", "zero_stage", "memory"),
+    [
+        ("torch", 0, DEVICE),
+        ("deepspeed", 1, DEVICE),
+        ("deepspeed", 3, DEVICE),
+        ("deepspeed", 1, HOST),
+        ("deepspeed", 3, ALL_HOST),
+    ],
 )
-def test_adamw_decays_matrices_only(run_gang: Gang, name: str, zero_stage: int) -> None:
-    results = run_gang(train, 2, name, zero_stage, "adamw", 1, 0.5)
+def test_adamw_decays_matrices_only(
+    run_gang: Gang, name: str, zero_stage: int, memory: MemorySpec
+) -> None:
+    results = run_gang(train, 2, name, zero_stage, "adamw", 1, 0.5, "fp32", memory)
     check(results, one_process("adamw", 0.5), 2e-6)
     state = results[0]["state"]
     assert (state.name, state.step) == ("adamw", NUM_STEPS)
@@ -245,11 +270,14 @@ def bf16_oracle(run_gang: Gang) -> list[dict[str, Any]]:
     return run_gang(train, 1, "torch", 0, "sgd", 1, 0.5, "bf16")
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])  # 0 runs as 1
+@pytest.mark.parametrize(
+    ("zero_stage", "memory"),
+    [(0, DEVICE), (2, DEVICE), (3, DEVICE), (1, HOST), (2, HOST), (3, ALL_HOST)],  # 0 runs as 1
+)
 def test_bf16_has_fp32_masters(
-    run_gang: Gang, bf16_oracle: list[dict[str, Any]], zero_stage: int
+    run_gang: Gang, bf16_oracle: list[dict[str, Any]], zero_stage: int, memory: MemorySpec
 ) -> None:
-    results = run_gang(train, 2, "deepspeed", zero_stage, "sgd", 3, 0.5, "bf16")
+    results = run_gang(train, 2, "deepspeed", zero_stage, "sgd", 3, 0.5, "bf16", memory)
     oracle = bf16_oracle
     truth, whole = assemble(oracle), assemble(results)
     start = dict(make_net().named_parameters())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ringworld_jobs.spec import OptimizerSpec, StageSpec
+from ringworld_jobs.spec import MemorySpec, OptimizerSpec, StageSpec
 from ringworld_model.batch import TrainBatch, cut
 from ringworld_model.config import preset
 from ringworld_model.loss import combine
@@ -24,10 +24,29 @@ CONTEXT_LENGTH = 384
 NUM_ROWS = 4
 RATE = 0.5
 
+NONE = MemorySpec()
+SAVED = MemorySpec(activation_checkpointing="attention_saved")
+FULL = MemorySpec(activation_checkpointing="full")
+TILED = MemorySpec(mlp_tile_tokens=80)  # 192 tokens a rank: the last tile is shorter
+ALL_SAVED = MemorySpec(
+    activation_checkpointing="attention_saved",
+    activation_offload=True,
+    mlp_tile_tokens=80,
+    optimizer_offload=True,
+    parameter_offload=True,
+)
+ALL_FULL = ALL_SAVED.model_copy(update={"activation_checkpointing": "full"})
 
-def make_model(activation_checkpointing: str = "none") -> WorldModel:
+
+def make_model(memory: MemorySpec = NONE) -> WorldModel:
     config = preset("tiny", num_kv_heads=1, tie_text_embeddings=True)
-    model = WorldModel(config, rope_theta=1e4, activation_checkpointing=activation_checkpointing)
+    model = WorldModel(
+        config,
+        rope_theta=1e4,
+        activation_checkpointing=memory.activation_checkpointing,
+        activation_offload=memory.activation_offload,
+        mlp_tile_tokens=memory.mlp_tile_tokens,
+    )
     init_weights(model, 0)
     return model
 
@@ -72,7 +91,7 @@ def ring_of(row: TrainBatch, ring_size: int, group: Any) -> RingContext:
 
 
 def one_step(
-    rank: int, world_size: int, name: str, zero_stage: int, activation_checkpointing: str
+    rank: int, world_size: int, name: str, zero_stage: int, memory: MemorySpec
 ) -> tuple[float, list[tuple[Any, ...]]]:
     gc.freeze()
     mesh = build_mesh(2, world_size // 2)
@@ -86,10 +105,11 @@ def one_step(
             "mixture": {"a": 1},
             "learning_rate": {"peak": RATE},
             "zero_stage": zero_stage,
+            "memory": memory,
         }
     )
     spec = OptimizerSpec(name="sgd", clip_norm=0.5)
-    engine = build_engine(name, make_model(activation_checkpointing), spec, stage, mesh)
+    engine = build_engine(name, make_model(memory), spec, stage, mesh)
     weight = global_weight()
     per_ring = NUM_ROWS // mesh.data_parallel_size
     first = mesh.data_parallel_rank * per_ring
@@ -118,14 +138,17 @@ def truth() -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "zero_stage", "world_size", "activation_checkpointing"),
+    ("name", "zero_stage", "world_size", "memory"),
     [
-        ("torch", 0, 2, "none"),
-        ("deepspeed", 0, 2, "attention_saved"),
-        ("deepspeed", 1, 4, "none"),
-        ("deepspeed", 2, 2, "full"),
-        ("deepspeed", 3, 4, "attention_saved"),
-        ("deepspeed", 3, 2, "full"),
+        ("torch", 0, 2, NONE),
+        ("deepspeed", 0, 2, SAVED),
+        ("deepspeed", 1, 4, NONE),
+        ("deepspeed", 2, 2, FULL),
+        ("deepspeed", 3, 4, SAVED),
+        ("deepspeed", 3, 2, FULL),
+        ("deepspeed", 3, 2, TILED),
+        ("deepspeed", 3, 2, ALL_SAVED),
+        ("deepspeed", 3, 4, ALL_FULL),
     ],
 )
 def test_a_ring_under_zero_takes_the_step_of_one_process(
@@ -134,9 +157,9 @@ def test_a_ring_under_zero_takes_the_step_of_one_process(
     name: str,
     zero_stage: int,
     world_size: int,
-    activation_checkpointing: str,
+    memory: MemorySpec,
 ) -> None:
-    results = run_gang(one_step, world_size, name, zero_stage, activation_checkpointing)
+    results = run_gang(one_step, world_size, name, zero_stage, memory)
     wanted_norm, weights = truth
     seen = dict.fromkeys(weights, 0)
     for norm, ranges in results:
@@ -148,7 +171,7 @@ def test_a_ring_under_zero_takes_the_step_of_one_process(
     assert seen == {tensor: weight.numel() for tensor, weight in weights.items()}
 
 
-def stack_after(rank: int, world_size: int, num_steps: int) -> int:
+def stack_after(rank: int, world_size: int, num_steps: int, memory: MemorySpec) -> int:
     from deepspeed.runtime.zero import parameter_offload
 
     mesh = build_mesh(1, world_size)
@@ -163,7 +186,7 @@ def stack_after(rank: int, world_size: int, num_steps: int) -> int:
         "zero_stage": 3,
     }
     stage = StageSpec.model_validate(spec)
-    engine = build_engine("deepspeed", make_model("full"), OptimizerSpec(name="sgd"), stage, mesh)
+    engine = build_engine("deepspeed", make_model(memory), OptimizerSpec(name="sgd"), stage, mesh)
     ring = ring_of(rows()[0], 1, None)
     for _ in range(num_steps):
         sums = engine(rows()[0], ring)
@@ -173,5 +196,8 @@ def stack_after(rank: int, world_size: int, num_steps: int) -> int:
     return len(parameter_offload.FWD_MODULE_STACK)
 
 
-def test_recomputation_leaves_no_modules_behind(run_gang: Callable[..., list[Any]]) -> None:
-    assert run_gang(stack_after, 1, 3) == [1]
+@pytest.mark.parametrize("memory", [FULL, ALL_FULL])
+def test_recomputation_leaves_no_modules_behind(
+    run_gang: Callable[..., list[Any]], memory: MemorySpec
+) -> None:
+    assert run_gang(stack_after, 1, 3, memory) == [1]

@@ -34,7 +34,7 @@ def test_the_case_is_the_jobs_own(job: tuple[JobSpec, JobData]) -> None:
     assert [tuple(shape) for shape in case.ring_sizes] == [(1, 1), (2, 1), (3, 1)]
     assert case.model_config.num_layers == 2
     assert case.model_config.vision_codebook_size == 16
-    assert case.activation_checkpointing == "attention_saved"
+    assert case.memory.activation_checkpointing == "attention_saved"
     assert (case.context_length, case.stage_context_length) == (640, 1536)
     assert len(packed.document_lengths[0]) > 3
     assert set(packed.modality.unique().tolist()) == {0, 1}

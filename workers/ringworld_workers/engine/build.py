@@ -28,7 +28,8 @@ def build_engine(
         mesh: this rank's place.
 
     Raises:
-        ValueError: an unknown engine, uneven batch arithmetic, or a parameter that cannot train.
+        ValueError: an unknown engine, uneven batch arithmetic, an offload that the engine or the
+            ZeRO stage has not, or a parameter that cannot train.
     """
     config = engine_config(optimizer, stage, mesh)
     for parameter_name, parameter in model.named_parameters():
@@ -38,6 +39,11 @@ def build_engine(
                 "engine makes the lower precision itself"
             )
     if name == "torch":
+        if config.optimizer_offload or config.parameter_offload:
+            raise ValueError(
+                f"stage {stage.name}: the torch engine keeps all on the device; use the deepspeed "
+                "engine, or leave optimizer_offload and parameter_offload out"
+            )
         from ringworld_workers.engine.torch_engine import TorchEngine
 
         return TorchEngine(model, config, mesh)

@@ -23,13 +23,18 @@ class EngineConfig:
     """Micro-batches of one optimizer step on this rank."""
     zero_stage: int
     precision: Literal["fp32", "bf16"]
+    optimizer_offload: bool
+    """Masters and moments live in host memory."""
+    parameter_offload: bool
+    """So do the shards of stage 3."""
 
 
 def engine_config(optimizer: OptimizerSpec, stage: StageSpec, mesh: Mesh) -> EngineConfig:
     """Count the micro-batches and settle the ZeRO stage.
 
     Raises:
-        ValueError: the step's rows do not split evenly over the rings and micro-batches.
+        ValueError: the step's rows do not split evenly over the rings and micro-batches, or an
+            offload that the ZeRO stage has not.
     """
     rows_at_once = stage.micro_batch_size * mesh.data_parallel_size
     if stage.rows_per_step % rows_at_once:
@@ -46,10 +51,18 @@ def engine_config(optimizer: OptimizerSpec, stage: StageSpec, mesh: Mesh) -> Eng
             stage.name,
         )
         zero_stage = 1
+    if stage.memory.optimizer_offload and zero_stage == 0:
+        raise ValueError(f"stage {stage.name}: optimizer_offload needs zero_stage 1, 2 or 3, not 0")
+    if stage.memory.parameter_offload and zero_stage != 3:
+        raise ValueError(
+            f"stage {stage.name}: parameter_offload needs zero_stage 3, not {zero_stage}"
+        )
     return EngineConfig(
         optimizer=optimizer,
         learning_rate=stage.learning_rate.peak,
         accumulation=stage.rows_per_step // rows_at_once,
         zero_stage=zero_stage,
         precision=stage.precision,
+        optimizer_offload=stage.memory.optimizer_offload,
+        parameter_offload=stage.memory.parameter_offload,
     )

@@ -28,7 +28,9 @@ import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import deepspeed.runtime.zero.parameter_offload as parameter_offload  # noqa: E402
+from deepspeed.utils import set_z3_leaf_module  # noqa: E402
 
+from ringworld_model.mlp import SwiGLU  # noqa: E402
 from ringworld_workers.checkpoint.layout import OptimizerState  # noqa: E402
 from ringworld_workers.engine.base import (  # noqa: E402
     Fill,
@@ -53,6 +55,7 @@ from ringworld_workers.mesh import Mesh  # noqa: E402
 log = logging.getLogger(__name__)
 
 _BUCKET_ELEMENTS = 200_000_000
+_HOST = {"device": "cpu", "pin_memory": True}
 
 
 class DeepSpeedEngine:
@@ -66,8 +69,12 @@ class DeepSpeedEngine:
         self._num_backwards = 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         groups = split_parameters(model, config.optimizer)
-        self._optimizer = make_optimizer(groups, config.optimizer, config.learning_rate)
+        self._optimizer = make_optimizer(
+            groups, config.optimizer, config.learning_rate, on_host=config.optimizer_offload
+        )
         _prepare_process(mesh)
+        if self._zero_stage == 3:
+            _gather_whole(model)
         # DeepSpeed makes the fp32 masters from the bf16 weights; they are put right below.
         exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self._low else {}
         with redirect_stdout(io.StringIO()) as said:  # some of its classes print memory use
@@ -207,12 +214,25 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if config.optimizer_offload:
+        # Its own CPU Adam wants a compiler on every machine; torch's fused one is compiled already.
+        settings["zero_force_ds_cpu_optimizer"] = False
+        settings["zero_optimization"]["offload_optimizer"] = _HOST
+    if config.parameter_offload:
+        settings["zero_optimization"]["offload_param"] = _HOST
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         # A ring's ranks hold parts of one gradient: they are added up in fp32.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings
+
+
+def _gather_whole(model: nn.Module) -> None:
+    """Have stage 3 gather a tiled MLP's three weights for the one call that uses them in turns."""
+    for module in model.modules():
+        if isinstance(module, SwiGLU) and module.tile_tokens is not None:
+            set_z3_leaf_module(module, True)
 
 
 def _prepare_process(mesh: Mesh) -> None:

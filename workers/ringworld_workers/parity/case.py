@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ringworld_jobs.spec import JobSpec, StageSpec
+from ringworld_jobs.spec import JobSpec, MemorySpec, StageSpec
 from ringworld_jobs.units import format_tokens
 from ringworld_model.batch import TrainBatch
 from ringworld_model.config import ModelConfig
@@ -55,7 +55,7 @@ class ParityCase:
         rope_theta: the stage's.
         layout: the stage's ``attention.layout``.
         backend: the kernel asked for.
-        activation_checkpointing: the stage's; the one rank recomputes nothing.
+        memory: the stage's levers; the one rank pulls none.
         loss_tile_tokens: the stage's.
         modality_weights: the stage's loss weights of text and vision.
         precision: dtype of weights and activations. A bf16 check looks at fp32 too, which sees far
@@ -73,7 +73,7 @@ class ParityCase:
     rope_theta: float
     layout: str
     backend: str
-    activation_checkpointing: str
+    memory: MemorySpec
     loss_tile_tokens: int
     modality_weights: tuple[float, float]
     precision: Precision
@@ -190,7 +190,7 @@ def case_of(
         rope_theta=stage.rope_theta,
         layout=stage.attention.layout,
         backend=stage.attention.backend,
-        activation_checkpointing=stage.memory.activation_checkpointing,
+        memory=stage.memory,
         loss_tile_tokens=stage.loss.tile_tokens,
         modality_weights=(stage.loss.text, stage.loss.vision),
         precision=precision,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ringworld_jobs.spec import MemorySpec
 from ringworld_model.batch import NUM_MODALITIES, TrainBatch, cut
 from ringworld_model.loss import combine
 from ringworld_model.ring import RingContext, RingPlan, choose_backend, plan_rows
@@ -69,7 +70,7 @@ def compare_rank(
     device = torch.device("cpu")
     precisions = kernel_precisions(case, device)
     one_rank = OneRank(case, device) if rank == 0 else None
-    model = build_model(case, case.activation_checkpointing, device)
+    model = build_model(case, case.memory, device)
     found: list[RingParity] = []
     for packing, rows in case.rows.items():
         for precision in precisions:
@@ -105,7 +106,7 @@ class OneRank:
         self._found: dict[tuple[str, Precision], Trained] = {}
         truth: Precision = "fp64" if case.precision == "fp64" else "fp32"
         self._truth = truth
-        model = build_model(case, "none", device)
+        model = build_model(case, MemorySpec(), device)
         for packing, rows in case.rows.items():
             plans = plan_rows(rows.document_lengths, case.context_length, 1, "contiguous")
             rows = replace(rows, position_ids=restarted_positions(rows)).to(device)
@@ -179,16 +180,16 @@ def kernel_precisions(case: ParityCase, device: torch.device) -> tuple[Precision
     return ("fp32", "bf16")
 
 
-def build_model(
-    case: ParityCase, activation_checkpointing: str, device: torch.device
-) -> WorldModel:
+def build_model(case: ParityCase, memory: MemorySpec, device: torch.device) -> WorldModel:
     """The case's model in its initial weights; those of a bf16 case are numbers of bf16."""
     # The layers draw weights of their own before ours: training's generator stays where it was.
     with torch.random.fork_rng(devices=[]):
         model = WorldModel(
             case.model_config,
             rope_theta=case.rope_theta,
-            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing=memory.activation_checkpointing,
+            activation_offload=memory.activation_offload,
+            mlp_tile_tokens=memory.mlp_tile_tokens,
             loss_tile_tokens=case.loss_tile_tokens,
         )
         init_weights(model, case.seed)

@@ -101,7 +101,7 @@ def _compare(case: ParityCase, job: StageJob, mesh: Mesh, reporter: Reporter) ->
     precisions = kernel_precisions(case, mesh.device)
     first = mesh.sequence_parallel_rank == 0
     one_rank = OneRank(case, mesh.device) if first else None
-    model = build_model(case, case.activation_checkpointing, mesh.device)
+    model = build_model(case, case.memory, mesh.device)
     found = []
     for packing, rows in case.rows.items():
         for precision in precisions:
