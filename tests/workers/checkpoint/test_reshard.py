@@ -26,7 +26,7 @@ SAVED_STEP, LAST_STEP = 3, 6
 
 Gang = Callable[..., list[Any]]
 Config = tuple[str, int, int]
-"""Engine, ZeRO stage, world size."""
+"""Engine (of "host", DeepSpeed with all its state in host memory), ZeRO stage, world size."""
 
 
 class Net(nn.Module):
@@ -62,6 +62,7 @@ def make_engine(
 ) -> tuple[Any, Any]:
     gc.freeze()  # what the fork inherited need not be searched by DeepSpeed's collections
     name, zero_stage, _ = config
+    on_host = name == "host"
     mesh = build_mesh(1, world_size)
     torch.manual_seed(seed)
     stage = StageSpec.model_validate(
@@ -75,10 +76,14 @@ def make_engine(
             "learning_rate": {"peak": 1.0},
             "zero_stage": zero_stage,
             "precision": precision,
+            "memory": {
+                "optimizer_offload": on_host,
+                "parameter_offload": on_host and zero_stage == 3,
+            },
         }
     )
     spec = OptimizerSpec(name=optimizer, clip_norm=1.0)
-    return build_engine(name, Net(), spec, stage, mesh), mesh
+    return build_engine("deepspeed" if on_host else name, Net(), spec, stage, mesh), mesh
 
 
 def train(engine: Any, mesh: Any, first: int, last: int) -> list[float]:
@@ -215,6 +220,20 @@ def follow(
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "targets"), ADAMW_ROUTES)
 def test_adamw_goes_on_anywhere(
+    run_gang: Gang, tmp_path: Path, source: Config, targets: list[Config]
+) -> None:
+    follow(run_gang, tmp_path, source, targets, "adamw")
+
+
+def host(zero_stage: int, world_size: int) -> Config:
+    return ("host", zero_stage, world_size)
+
+
+@pytest.mark.parametrize(
+    ("source", "targets"),
+    [(host(3, 2), [host(3, 2), ds(1, 1), host(2, 3)]), (ds(3, 2), [host(3, 1)])],
+)
+def test_adamw_goes_on_in_host_memory(
     run_gang: Gang, tmp_path: Path, source: Config, targets: list[Config]
 ) -> None:
     follow(run_gang, tmp_path, source, targets, "adamw")
