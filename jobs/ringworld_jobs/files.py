@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.document import Document
 from ringworld_jobs.problem import KeyPath, nearest
 from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec
@@ -17,6 +18,8 @@ from ringworld_jobs.validate import Checked
 PACKAGE_PREFIX = "package:"
 STORE_SCHEMES = ("file",)
 """Kinds of store that checkpoints can go to."""
+SHARD_SCHEMES = ("s3",)
+"""Kinds of store that prepared datasets are read from, folders apart."""
 
 TRACKING_SCHEMES = (
     "http",
@@ -136,9 +139,20 @@ def check_sources(checked: Checked[JobSpec], base: Path) -> None:
         return
     for name, source in checked.spec.data.sources.items():
         path: KeyPath = ("data", "sources", name, "shards")
+        if source.shards is None:
+            continue
         folder = base / source.shards
-        if "://" in source.shards:
-            checked.document.report(path, "datasets are read from folders only so far; give a path")
+        scheme, separator, rest = source.shards.partition("://")
+        if separator and scheme not in SHARD_SCHEMES:
+            known = ", ".join(f"{known}://" for known in SHARD_SCHEMES)
+            checked.document.report(
+                path, f"no datasets are read from {scheme}://; give a folder, or a URL with {known}"
+            )
+        elif separator:
+            if not rest.partition("?")[0].strip("/").partition("/")[2]:
+                checked.document.report(
+                    path, "a bucket and a folder in it are needed: s3://BUCKET/FOLDER"
+                )
         elif not folder.is_dir():
             checked.document.report(
                 path, f"no such folder; prepare it with `ringworld data build`{_siblings(folder)}"
@@ -182,6 +196,23 @@ def check_recipe_files(checked: Checked[RecipeSpec], base: Path) -> None:
         root = getattr(dataset, "media_root", "")
         if root:
             _check_file(document, ("datasets", name, "media_root"), root, base)
+
+
+def check_codebook_files(checked: Checked[CodebookJob], base: Path) -> None:
+    """Report clips and images of a codebook job that are not there.
+
+    Args:
+        checked: the job.
+        base: its folder, from which relative paths start.
+    """
+    if checked.spec is None:
+        return
+    if checked.sound(("videos",)):
+        for name, video in checked.spec.videos.items():
+            _check_file(checked.document, ("videos", name, "path"), video.path, base)
+    if checked.sound(("images",)):
+        for index, pattern in enumerate(checked.spec.images):
+            _check_file(checked.document, ("images", index), pattern, base)
 
 
 def _check_file(document: Document, path: KeyPath, reference: str, base: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a YAML file to a job spec or a data recipe: all problems at once, or a valid spec."""
+"""From a YAML file to a job spec, recipe or codebook job: all problems at once, or a valid spec."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.credentials import refuse_secrets
 from ringworld_jobs.curriculum import check_curriculum, merge_defaults
 from ringworld_jobs.document import Document, read_document
-from ringworld_jobs.files import check_recipe_files, check_sources, check_store, check_tracking
+from ringworld_jobs.files import (
+    check_codebook_files,
+    check_recipe_files,
+    check_sources,
+    check_store,
+    check_tracking,
+)
 from ringworld_jobs.problem import JobSpecError, KeyPath, Problem, nearest
 from ringworld_jobs.recipe import (
     LwmDataset,
@@ -20,7 +27,18 @@ from ringworld_jobs.recipe import (
 from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.validate import Checked, validate
 
-__all__ = ["JobSpecError", "Problem", "load_job", "load_recipe"]
+__all__ = ["JobSpecError", "Problem", "load_codebook", "load_job", "load_recipe"]
+
+_KINDS = {
+    "train": "a job spec (kind: train)",
+    "data": "a data recipe (kind: data)",
+    "codebook": "a codebook job (kind: codebook)",
+}
+_COMMANDS = {
+    "train": "ringworld run",
+    "data": "ringworld data build",
+    "codebook": "ringworld data train-codebook",
+}
 
 
 def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
@@ -76,6 +94,29 @@ def load_recipe(path: Path | str, *, check_files: bool = True) -> RecipeSpec:
     return checked.spec
 
 
+def load_codebook(path: Path | str, *, check_files: bool = True) -> CodebookJob:
+    """Load and check a codebook job.
+
+    Args:
+        path: the YAML file.
+        check_files: also check that its files are there and its packages installed.
+
+    Raises:
+        JobSpecError: everything that is wrong, with lines, limits and remedies.
+    """
+    path = Path(path)
+    document = read_document(path)
+    _check_kind(document, "codebook")
+    refuse_secrets(document)
+    checked = validate(CodebookJob, document)
+    _check_clips(checked)
+    if check_files:
+        check_codebook_files(checked, path.parent)
+    if document.problems or checked.spec is None:
+        raise JobSpecError(document.problems)
+    return checked.spec
+
+
 def _read_recipe(path: Path, check_files: bool) -> Checked[RecipeSpec]:
     document = read_document(path)
     _check_kind(document, "data")
@@ -88,16 +129,42 @@ def _read_recipe(path: Path, check_files: bool) -> Checked[RecipeSpec]:
 
 
 def _check_kind(document: Document, kind: str) -> None:
-    """Say so at once where a recipe is given for a job, or the other way round."""
-    other = {"train": "data", "data": "train"}[kind]
-    if isinstance(document.data, dict) and document.data.get("kind") == other:
-        commands = {
-            "train": "this is a job spec (kind: train), and a data recipe (kind: data) is needed",
-            "data": "this is a data recipe (kind: data), and a job spec (kind: train) is needed; "
-            "build recipes with `ringworld data build`",
-        }
-        document.report(("kind",), commands[other])
+    """Say so at once where a file of another kind is given, a recipe for a job for instance."""
+    found = document.data.get("kind") if isinstance(document.data, dict) else None
+    if isinstance(found, str) and found != kind and found in _KINDS:
+        document.report(
+            ("kind",),
+            f"this is {_KINDS[found]}, and {_KINDS[kind]} is needed; "
+            f"for this one there is `{_COMMANDS[found]}`",
+        )
         document.data = None
+
+
+def _check_clips(checked: Checked[CodebookJob]) -> None:
+    """A codebook has something to learn from, and something else to be measured on."""
+    spec, report = checked.spec, checked.document.report
+    if spec is None or not checked.sound(("videos",), ("images",), ("held_out",)):
+        return
+    if not spec.videos and not spec.images:
+        report(("videos",), "nothing to learn from; name videos or images")
+        return
+    if not spec.held_out and not any(video.held_out for video in spec.videos.values()):
+        report(
+            ("held_out",),
+            "nothing is held out, so nothing could be measured; name a whole video or pattern of "
+            "images here, or a stretch under videos.NAME.held_out",
+        )
+    for index, name in enumerate(spec.held_out):
+        if name not in spec.videos and not spec.images:
+            known = ", ".join(spec.videos)
+            place = ("held_out", index)
+            report(
+                place,
+                f"no such entry under `videos`; there are {known}",
+                hint=nearest(name, spec.videos),
+            )
+    if not spec.images and all(name in spec.held_out for name in spec.videos):
+        report(("held_out",), "every video is held out, so nothing is left to learn from")
 
 
 def _check_unused_defaults(document: Document) -> None:
@@ -176,7 +243,7 @@ def _absolute(spec: JobSpec, base: Path) -> JobSpec:
     if spec.data.sources:
         data["sources"] = {
             name: source
-            if "://" in source.shards
+            if source.shards is None or "://" in source.shards
             else source.model_copy(update={"shards": str((base / source.shards).resolve())})
             for name, source in spec.data.sources.items()
         }

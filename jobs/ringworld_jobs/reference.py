@@ -1,4 +1,4 @@
-"""The reference pages of both file kinds: a table per model, read from the models themselves."""
+"""The reference pages of every kind of file: a table per model, read from the models themselves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import alternatives, annotation_of, describe, spelled_default
 from ringworld_jobs.problem import format_value
 from ringworld_jobs.recipe import RecipeSpec
@@ -48,6 +49,20 @@ videos:
 datasets:
   texts: {kind: text, files: ["texts/*.txt"], held_out: [last.txt]}
   clips: {kind: video_text, videos: [walk], fps: 4, frames_per_clip: 3}
+"""
+
+CODEBOOK_EXAMPLE = """\
+kind: codebook
+name: mine
+videos:
+  walk:
+    path: walk.mp4
+    held_out: [{start: 45, end: 60}]
+  garden: {path: garden.mp4}
+images: ["photos/*.jpg"]
+held_out: [garden]                          # a whole video; or a pattern of images: "2024-*.jpg"
+shape: {frame_size: 64, codebook_size: 512} # 256 codes a frame
+training: {steps: 1500, time_limit: 10min}
 """
 
 _GENERATED = """\
@@ -117,6 +132,25 @@ those datasets. `ringworld validate RECIPE` checks it, `ringworld data build REC
 """
 
 
+_CODEBOOK_INTRODUCTION = f"""\
+# The codebook job
+
+{_GENERATED}
+A codebook job says which clips a small VQGAN learns from, and what shape it has. `ringworld
+validate FILE` checks it, `ringworld data train-codebook FILE` trains it. What a VQGAN is, when it
+is worth training one, and what comes of it: [vision tokens](vision_tokens.md).
+
+```yaml
+{CODEBOOK_EXAMPLE}```
+
+Paths and patterns are relative to the file; `package:NAME/path` is a file of an installed Python
+package. Units, scalars, unknown keys, editors: as in
+[the job spec](job_spec.md#how-a-file-is-read), with `docs/schema/codebook.schema.json`.
+
+## Fields
+"""
+
+
 def job_page() -> str:
     """The page of the job spec, in Markdown."""
     return _page(_INTRODUCTION + "\n## Fields\n", JobSpec)
@@ -125,6 +159,11 @@ def job_page() -> str:
 def recipe_page() -> str:
     """The page of the data recipe, in Markdown."""
     return _page(_RECIPE_INTRODUCTION, RecipeSpec)
+
+
+def codebook_page() -> str:
+    """The page of the codebook job, in Markdown."""
+    return _page(_CODEBOOK_INTRODUCTION, CodebookJob)
 
 
 def _page(introduction: str, root: type[BaseModel]) -> str:

@@ -1,8 +1,8 @@
 """JSON schemas for editors and the reference page, generated from the models.
 
-``python -m ringworld_jobs.schema`` rewrites docs/schema/job.schema.json,
-docs/schema/data.schema.json, docs/job_spec.md and docs/data_recipe.md; with ``--check`` it only
-says whether they are current.
+``python -m ringworld_jobs.schema`` rewrites docs/schema/*.schema.json, docs/job_spec.md,
+docs/data_recipe.md and docs/codebook_job.md; with ``--check`` it only says whether they are
+current.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import spelled_default
 from ringworld_jobs.recipe import RecipeSpec
-from ringworld_jobs.reference import job_page, recipe_page
+from ringworld_jobs.reference import codebook_page, job_page, recipe_page
 from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -58,6 +59,11 @@ def data_schema() -> dict[str, Any]:
     return _finish(RecipeSpec.model_json_schema(), "Ringworld data recipe")
 
 
+def codebook_schema() -> dict[str, Any]:
+    """The JSON schema of a codebook job."""
+    return _finish(CodebookJob.model_json_schema(), "Ringworld codebook job")
+
+
 def _finish(schema: dict[str, Any], title: str) -> dict[str, Any]:
     return {"$schema": DIALECT, **schema, "title": title}
 
@@ -67,8 +73,10 @@ def generated_files() -> dict[str, str]:
     return {
         "docs/schema/job.schema.json": _json(job_schema()),
         "docs/schema/data.schema.json": _json(data_schema()),
+        "docs/schema/codebook.schema.json": _json(codebook_schema()),
         "docs/job_spec.md": job_page(),
         "docs/data_recipe.md": recipe_page(),
+        "docs/codebook_job.md": codebook_page(),
     }
 
 

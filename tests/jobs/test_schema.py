@@ -9,18 +9,28 @@ from typing import Any
 import jsonschema
 import pytest
 
+from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.document import read_document
-from ringworld_jobs.load import load_job, load_recipe
+from ringworld_jobs.load import load_codebook, load_job, load_recipe
 from ringworld_jobs.recipe import RecipeSpec
-from ringworld_jobs.reference import EXAMPLE, RECIPE_EXAMPLE, job_page, recipe_page
-from ringworld_jobs.schema import data_schema, job_schema, main
+from ringworld_jobs.reference import (
+    CODEBOOK_EXAMPLE,
+    EXAMPLE,
+    RECIPE_EXAMPLE,
+    codebook_page,
+    job_page,
+    recipe_page,
+)
+from ringworld_jobs.schema import codebook_schema, data_schema, job_schema, main
 from ringworld_jobs.spec import StageSpec
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 Validator = jsonschema.Draft202012Validator
 
 
-@pytest.mark.parametrize("schema", [job_schema(), data_schema()], ids=["job", "data"])
+@pytest.mark.parametrize(
+    "schema", [job_schema(), data_schema(), codebook_schema()], ids=["job", "data", "codebook"]
+)
 def test_schemas_are_schemas_with_a_description_for_every_field(schema: dict[str, Any]) -> None:
     Validator.check_schema(schema)
     for model in [schema, *schema["$defs"].values()]:
@@ -30,8 +40,9 @@ def test_schemas_are_schemas_with_a_description_for_every_field(schema: dict[str
 
 @pytest.mark.parametrize("path", sorted(JOBS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_file_in_jobs_is_valid_in_an_editor(path: Path) -> None:
-    schema = data_schema() if path.parent.name == "recipes" else job_schema()
-    assert not list(Validator(schema).iter_errors(read_document(path).data))
+    schemas = {"train": job_schema, "data": data_schema, "codebook": codebook_schema}
+    data = read_document(path).data
+    assert not list(Validator(schemas[data["kind"]]()).iter_errors(data))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,15 @@ def test_the_example_of_the_recipe_page_loads(tmp_path: Path) -> None:
     page = recipe_page()
     assert RECIPE_EXAMPLE in page
     for name in RecipeSpec.model_fields:
+        assert f"| `{name}` |" in page
+
+
+def test_the_example_of_the_codebook_page_loads(tmp_path: Path) -> None:
+    (tmp_path / "codebook.yaml").write_text(CODEBOOK_EXAMPLE)
+    assert load_codebook(tmp_path / "codebook.yaml", check_files=False).held_out == ["garden"]
+    page = codebook_page()
+    assert CODEBOOK_EXAMPLE in page
+    for name in CodebookJob.model_fields:
         assert f"| `{name}` |" in page
 
 

@@ -30,7 +30,9 @@ Dashboard = Annotated[
 
 
 def validate(
-    job: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A job spec, or a data recipe.")],
+    job: Annotated[
+        Path, typer.Argument(metavar="FILE.yaml", help="A job spec, data recipe or codebook job.")
+    ],
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print the spec with every default filled in.")
     ] = False,
@@ -43,12 +45,18 @@ def validate(
 
     Every problem is shown at once, with its line, the limit and the remedy. Exit code 2 if any.
     """
-    from ringworld_jobs.load import load_job, load_recipe
+    from ringworld_jobs.load import load_codebook, load_job, load_recipe
     from ringworld_jobs.plan import plan_stages
 
-    if _kind(job) == "data":
+    kind = _kind(job)
+    if kind == "data":
         load_recipe(job, check_files=files)
         out().print(f"{job} is valid; build it with [cyan]ringworld data build {job}[/cyan]")
+        return
+    if kind == "codebook":
+        load_codebook(job, check_files=files)
+        command = f"ringworld data train-codebook {job}"
+        out().print(f"{job} is valid; train it with [cyan]{command}[/cyan]")
         return
     spec = load_job(job, check_files=files)
     if resolved:
