@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringworld_model.config import ModelConfig
-from ringworld_model.hf_config import WeightsError, read_config
+from ringworld_model.hf_config import WeightsError, few, read_config
 from ringworld_model.hf_layout import (
     OWN_VISION,
     Shape,
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 # Tables that old checkpoints carry and that are computed here.
 _COMPUTED = ".rotary_emb.inv_freq"
-_MOST_NAMES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,9 @@ class LoadedWeights:
         """One line for a log."""
         parts = [f"weights from {self.source}"]
         if self.drawn:
-            parts.append(f"drawn anew: {_few(self.drawn)}")
+            parts.append(f"drawn anew: {few(self.drawn)}")
         if self.left:
-            parts.append(f"left out: {_few(self.left)}")
+            parts.append(f"left out: {few(self.left)}")
         return "; ".join(parts)
 
 
@@ -179,16 +178,16 @@ def _compare(place: Path, wanted: Mapping[str, Shape], found: Mapping[str, Shape
     """Refuse other names or shapes than the model's, naming them."""
     problems = []
     if missing := [name for name in wanted if name not in found]:
-        problems.append(f"missing: {_few(missing)}")
+        problems.append(f"missing: {few(missing)}")
     if unexpected := [name for name in found if name not in wanted]:
-        problems.append(f"not expected: {_few(unexpected)}")
+        problems.append(f"not expected: {few(unexpected)}")
     other = [
         f"{name} is {list(found[name])} and not {list(shape)}"
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
     if other:
-        problems.append(f"of another shape: {_few(other)}")
+        problems.append(f"of another shape: {few(other)}")
     if problems:
         raise WeightsError(
             f"{place}: {'; '.join(problems)}; the weights are of another model than the config says"
@@ -216,7 +215,7 @@ def _shapes(file: WeightFile) -> dict[str, Shape]:
     if file.names is None:
         return shapes
     if absent := sorted(file.names - shapes.keys()):
-        raise WeightsError(f"{file.path}: lacks {_few(absent)}, which the index places in it")
+        raise WeightsError(f"{file.path}: lacks {few(absent)}, which the index places in it")
     return {name: shape for name, shape in shapes.items() if name in file.names}
 
 
@@ -259,8 +258,3 @@ def _dtype_of(files: list[WeightFile], name: str) -> torch.dtype:
         if name in _shapes(file):
             return next(tensor.dtype for found, tensor in _tensors(file) if found == name)
     raise WeightsError(f"{files[0].path.parent}: missing: {name}")
-
-
-def _few(names: list[str] | tuple[str, ...]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ Two spellings of RoPE are about: ``rope_theta`` beside ``rope_scaling``, and bot
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ OWN_FOLDER = "ringworld"
 """Subfolder for what Llama has no place for; tools that take every file of the folder miss it."""
 OWN_CONFIG = f"{OWN_FOLDER}/model.json"
 OWN_FORMAT = 1
+_MOST_NAMES = 6
 ARCHITECTURE = "LlamaForCausalLM"
 
 # Fields that change the computation, with the one value that a WorldModel computes.
@@ -56,6 +57,12 @@ class Pretrained:
     config: ModelConfig
     rope_theta: float
     max_position_embeddings: int
+
+
+def few(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are, for a message."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def read_config(folder: Path | str) -> Pretrained:
