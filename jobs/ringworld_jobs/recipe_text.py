@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from ringworld_jobs.lwm_fields import parse_layout
 from ringworld_jobs.recipe_dataset import DatasetBase, Longer
 from ringworld_jobs.spec import Positive, Share, Size, Spec
 from ringworld_jobs.units import ContextLength, Seconds
@@ -59,7 +61,7 @@ class LwmDataset(DatasetBase):
     of codes. `[prompt],vision`."""
     fields_from_example: str = ""
     """Key of each example that holds its layout, or a list of layouts, of which one is drawn by the
-    line's number."""
+    line's number, as LWM draws it."""
     fields_index: Annotated[int, Field(ge=0)] | None = None
     """Which of a list of layouts to take, instead of drawing one."""
     subfield_separator: str = " "
@@ -82,6 +84,8 @@ class LwmDataset(DatasetBase):
                 "give fields (one layout for all) or fields_from_example (the key of each "
                 "example's own), one of them"
             )
+        if self.fields:
+            parse_layout(self.fields, codes=self.codes is not None)
         return self
 
 
@@ -135,8 +139,21 @@ class GeneratorSpec(Spec):
 
     @model_validator(mode="after")
     def _model_named(self) -> GeneratorSpec:
-        if self.url and not self.model:
+        if not self.url:
+            return self
+        if not self.model:
             raise ValueError("an endpoint needs the name of its model; give model")
+        address = urlsplit(self.url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(
+                f"url {address.scheme}://{address.hostname or ''} is no endpoint; give "
+                f"http://host:port/v1 or https://..."
+            )
+        if address.username or address.password or address.query:
+            raise ValueError(
+                "url holds a user, password or query; put the key into the environment variable "
+                "that api_key_variable names"
+            )
         return self
 
 
@@ -165,7 +182,8 @@ class LongQaDataset(DatasetBase):
     system: str = CHAT_SYSTEM
     """The line before the document."""
     user_prefix: str = "USER:"
-    """What comes before the document and before each question."""
+    """What comes before the document, which the first question follows, and before each later
+    question."""
     assistant_prefix: str = "ASSISTANT:"
     """What comes before an answer."""
     pack_apart: bool = True

@@ -1,0 +1,227 @@
+"""Records of jsonl and parquet files, in parts of bounded size.
+
+What cannot be read is refused by file and line or row; the rest counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from ringworld_jobs.recipe_dataset import DatasetBase
+from ringworld_workers.data.draft import Refused, WorkItem
+from ringworld_workers.data.files import DataError, InputFile, resolve
+from ringworld_workers.data.held_out import drawn_held_out, named_held_out
+from ringworld_workers.data.text_sources import parts
+
+RecordFormat = Literal["jsonl", "parquet"]
+MAX_RECORD_BYTES = 256 << 20
+"""Longer lines are refused: 4,000 frames of 256 codes take about 6 MB."""
+
+_HEAD_BYTES = 8192
+_BATCH_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record.
+
+    Attributes:
+        name: its file, and the line or row in it.
+        number: of the line or row, from 1; blank lines count.
+        value: its keys and values.
+        digest: SHA-256 (hex) of its content: copies of a record are one document.
+    """
+
+    name: str
+    number: int
+    value: dict[str, Any]
+    digest: str
+
+
+class RecordFiles:
+    """The files of a dataset of records, and which of it is held out. Picklable."""
+
+    def __init__(
+        self, name: str, dataset: DatasetBase, patterns: Sequence[str], base: Path, seed: int
+    ) -> None:
+        """Remember where to look; nothing is read yet.
+
+        Args:
+            name: of the dataset.
+            dataset: which of it is held out.
+            patterns: of its files.
+            base: folder of the recipe.
+            seed: of the recipe, which draws the held-out share.
+        """
+        self._name, self._dataset, self._base, self._seed = name, dataset, base, seed
+        self._patterns = tuple(patterns)
+        self._held_out: frozenset[str] | None = None
+
+    def files(self) -> list[InputFile]:
+        """The files by label, each once.
+
+        Raises:
+            DataError: a pattern matches none.
+        """
+        found: dict[str, InputFile] = {}
+        for pattern in self._patterns:
+            try:
+                found.update((file.label, file) for file in resolve(pattern, self._base))
+            except DataError as error:
+                raise DataError(f"datasets.{self._name}.files: {error}") from error
+        return [found[label] for label in sorted(found)]
+
+    def items(self) -> list[WorkItem]:
+        """The files, large ones in parts.
+
+        Raises:
+            DataError: a pattern of files or held_out matches nothing.
+        """
+        files = self.files()
+        self._names(files)
+        numbered = enumerate((f, part) for f in files for part in parts(f, record_format(f)))
+        return [
+            WorkItem(self._name, number, file, part.start, part.stop, part.first)
+            for number, (file, part) in numbered
+        ]
+
+    def named_held_out(self, file: InputFile) -> bool | None:
+        """A draft's ``held_out``: True where the file's name matches, else the share decides."""
+        return True if file.label in self._names() else None
+
+    def certainly_held_out(self, file: InputFile, document: str) -> bool:
+        """Whether no tokenizer may learn from a document."""
+        share = self._dataset.held_out_share
+        return bool(self.named_held_out(file)) or drawn_held_out(document, share, self._seed)
+
+    def _names(self, files: Sequence[InputFile] | None = None) -> frozenset[str]:
+        if self._held_out is None:
+            patterns = self._dataset.held_out
+            self._held_out = named_held_out(
+                self._name, patterns, (files or self.files()) if patterns else ()
+            )
+        return self._held_out
+
+
+def record_format(file: InputFile) -> RecordFormat:
+    """Parquet where the suffix says so, else jsonl."""
+    return "parquet" if file.path.suffix.lower() == ".parquet" else "jsonl"
+
+
+def records(item: WorkItem) -> Iterator[Record | Refused]:
+    """The records of a file or part, in order, streamed."""
+    try:
+        if record_format(item.file) == "parquet":
+            yield from _rows(item)
+        else:
+            yield from _lines(item)
+    except OSError as error:
+        yield Refused(item.file.label, f"cannot be read: {error.strerror or error}")
+
+
+def require_text(what: str, value: object) -> str:
+    """The value, if it is text that can be encoded.
+
+    Raises:
+        ValueError: it is not; names ``what``.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{what} holds {kind(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half a surrogate pair (character {error.start})") from None
+    return value
+
+
+def kind(value: object) -> str:
+    """What JSON calls a value's type."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
+    names |= {str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _lines(item: WorkItem) -> Iterator[Record | Refused]:
+    label, number = item.file.label, item.first
+    with item.file.path.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+        if b"\0" in head or not head.strip():
+            if item.start == 0:
+                why = "holds NUL bytes: no jsonl, whatever its name says"
+                yield Refused(label, why if b"\0" in head else "the file holds no record")
+            return
+        # A line belongs to the part that it starts in; the part counts from the line that holds
+        # its first byte.
+        stream.seek(max(0, item.start - 1))
+        if item.start > 0:
+            number += _skip(stream) > 1
+        while item.stop is None or stream.tell() < item.stop:
+            line = stream.readline(MAX_RECORD_BYTES + 1)
+            if not line:
+                return
+            name = f"{label} line {number}"
+            if len(line) > MAX_RECORD_BYTES:
+                _skip(stream)
+                yield Refused(name, f"longer than the limit of {MAX_RECORD_BYTES:,} bytes")
+            elif line.strip():
+                yield _record(name, number, line)
+            number += 1
+
+
+def _skip(stream: BinaryIO) -> int:
+    """Read to the end of the line; returns the bytes."""
+    read = 0
+    while chunk := stream.readline(1 << 20):
+        read += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return read
+
+
+def _record(name: str, number: int, line: bytes) -> Record | Refused:
+    try:
+        value = json.loads(line.strip().decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return Refused(name, f"not UTF-8 text (byte {error.start} of the line)")
+    except json.JSONDecodeError as error:
+        return Refused(name, f"not JSON: {error.msg} (column {error.colno})")
+    except (RecursionError, ValueError) as error:
+        return Refused(name, f"not JSON that can be read: {error}")
+    if not isinstance(value, dict):
+        return Refused(name, f"holds {kind(value)}, expected an object")
+    return Record(name, number, value, hashlib.sha256(line.strip()).hexdigest())
+
+
+def _rows(item: WorkItem) -> Iterator[Record | Refused]:
+    label, number = item.file.label, item.first
+    try:
+        with parquet.ParquetFile(item.file.path) as reader:
+            if reader.metadata.num_rows == 0:
+                yield Refused(label, "the file holds no record")
+                return
+            stop = reader.num_row_groups if item.stop is None else item.stop
+            groups = list(range(item.start, stop))
+            for batch in reader.iter_batches(_BATCH_ROWS, row_groups=groups):
+                for row in range(batch.num_rows):
+                    yield _row(f"{label} row {number}", number, batch.slice(row, 1))
+                    number += 1
+    except pa.ArrowException as error:
+        where = f"{label} from row {number}" if number > 1 else label
+        yield Refused(where, f"not readable as parquet: {str(error).strip().splitlines()[0]}")
+
+
+def _row(name: str, number: int, row: pa.RecordBatch) -> Record | Refused:
+    try:
+        value = row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Refused(name, f"not UTF-8 text (byte {error.start} of a value)")
+    content = json.dumps(value, sort_keys=True, default=str)
+    return Record(name, number, value, hashlib.sha256(content.encode()).hexdigest())
