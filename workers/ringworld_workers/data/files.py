@@ -40,6 +40,19 @@ def resolve(pattern: str, base: Path) -> list[InputFile]:
     Raises:
         DataError: the package is not installed, or no file matches.
     """
+    root, found = matches(pattern, base)
+    files = [file for file in found if file.path.is_file()]
+    if not files:
+        raise DataError(f"{pattern!r} matches no file in {root}; correct the path or pattern")
+    return files
+
+
+def matches(pattern: str, base: Path) -> tuple[Path, list[InputFile]]:
+    """Files and folders that a pattern stands for, sorted by label, and where they were looked for.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     match = _PACKAGE.fullmatch(pattern)
     if match is None:
         if pattern.startswith("package:"):
@@ -48,15 +61,8 @@ def resolve(pattern: str, base: Path) -> list[InputFile]:
     else:
         root, inner, prefix = _package_folder(match[1], pattern), match[2], f"package:{match[1]}/"
     # glob, not Path.glob: it takes absolute patterns and `..` too.
-    found = glob.glob(inner, root_dir=root, recursive=True)
-    files = [
-        InputFile(root / name, prefix + Path(name).as_posix())
-        for name in sorted(found)
-        if (root / name).is_file()
-    ]
-    if not files:
-        raise DataError(f"{pattern!r} matches no file in {root}; correct the path or pattern")
-    return files
+    found = sorted(glob.glob(inner, root_dir=root, recursive=True))
+    return root, [InputFile(root / name, prefix + Path(name).as_posix()) for name in found]
 
 
 def _package_folder(name: str, pattern: str) -> Path:

@@ -94,9 +94,7 @@ class Mapper(Protocol):
     place: str
     """Where, for messages."""
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item]
-    ) -> Iterator[Result]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """Results in any order, each as soon as it is there.
 
         Args:
@@ -110,9 +108,7 @@ class InProcess:
 
     place = "in this process"
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item]
-    ) -> Iterator[Result]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """Results in the items' order."""
         return map(function, items)
 
