@@ -155,7 +155,7 @@ def check_sources(checked: Checked[JobSpec], base: Path) -> None:
                 )
         elif not folder.is_dir():
             checked.document.report(
-                path, f"no such folder; prepare it with `ringworld data build`{_siblings(folder)}"
+                path, f"no such folder; prepare it with `ringworld data build`{siblings(folder)}"
             )
         elif not (folder / "meta.json").is_file():
             holds = sorted(inner.parent.name for inner in folder.glob("*/meta.json"))
@@ -163,7 +163,8 @@ def check_sources(checked: Checked[JobSpec], base: Path) -> None:
             checked.document.report(path, f"not a prepared dataset (no meta.json in it){below}")
 
 
-def _siblings(folder: Path) -> str:
+def siblings(folder: Path) -> str:
+    """What a message adds where a folder is not there: the name beside it that looks like it."""
     if not folder.parent.is_dir():
         return ""
     near = nearest(folder.name, [f.name for f in folder.parent.iterdir() if f.is_dir()])

@@ -26,6 +26,7 @@ from ringworld_jobs.recipe import (
 )
 from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.validate import Checked, validate
+from ringworld_jobs.weights import with_weights
 
 __all__ = ["JobSpecError", "Problem", "load_codebook", "load_job", "load_recipe"]
 
@@ -44,9 +45,9 @@ _COMMANDS = {
 def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
     """Load and check a job spec.
 
-    Relative `data.recipe` and `data.sources.*.shards` come back absolute, so that the spec means
-    the same wherever it is loaded again; `data.cache` and `checkpoint.store` stay relative to the
-    working directory.
+    Relative `model.init_from`, `data.recipe` and `data.sources.*.shards` come back absolute, so
+    that the spec means the same wherever it is loaded again; `data.cache` and `checkpoint.store`
+    stay relative to the working directory.
 
     Args:
         path: the YAML file.
@@ -64,7 +65,7 @@ def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
     refuse_secrets(document)
     _check_unused_defaults(document)
     merge_defaults(document)
-    checked = validate(JobSpec, document)
+    checked = with_weights(validate(JobSpec, document), path.parent, check_files=check_files)
     problems: list[Problem] = []
     recipe = _recipe_of(checked, path.parent, check_files, problems)
     check_curriculum(checked, recipe)

@@ -35,10 +35,14 @@ def resolved_yaml(spec: JobSpec) -> str:
 def spec_digest(spec: JobSpec) -> str:
     """SHA-256 (hex) of the resolved spec: two specs that mean the same have the same one.
 
-    Comments, key order and units do not matter, nor does the folder that data stands in: of the
-    paths under `data`, which ``load_job`` makes absolute, only the last name counts.
+    Comments, key order and units do not matter, nor does the folder that data stands in: of
+    `model.init_from` and the paths under `data`, which ``load_job`` makes absolute, only the last
+    name counts.
     """
     data = resolved(spec)
+    if "init_from" in data["model"]:
+        kind, _, path = data["model"]["init_from"].partition(":")
+        data["model"]["init_from"] = f"{kind}:{PurePath(path).name}"
     if "recipe" in data["data"]:
         data["data"]["recipe"] = PurePath(data["data"]["recipe"]).name
     for source in data["data"]["sources"].values():

@@ -202,7 +202,8 @@ def _report(
         case "missing":
             expected = describe.expects(model, path)
             document.report(path, f"missing; it takes {expected}")
-        case "value_error" if len(details) == 1:
+        # A mapping that may also be a word: what is wrong inside it is said.
+        case "value_error" if len(details) == 1 or isinstance(value, dict):
             document.report(path, str(detail["ctx"]["error"]))
         case "union_tag_not_found":
             document.report((*path, "kind"), f"missing; write one of {_tags(detail)}")

@@ -1,0 +1,174 @@
+"""`model.init_from`: are the weights there, and are they of this model? Reads no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ringworld_jobs.files import siblings
+from ringworld_jobs.problem import nearest
+from ringworld_jobs.spec import JobSpec, ModelSpec, RopeScalingSpec
+from ringworld_jobs.validate import Checked
+from ringworld_model.config import CONFIG_FIELDS, PRESETS, ModelConfig
+from ringworld_model.hf_config import WeightsError, read_config
+from ringworld_model.hf_layout import weight_files
+from ringworld_model.lwm_file import find_file, read_index
+from ringworld_model.lwm_layout import places, table_sizes
+
+KINDS = {
+    "hf": "a Llama-family checkpoint in Hugging Face's layout",
+    "lwm": "a parameter file of the Large World Model's JAX release",
+}
+# What a folder's config.json settles. Of these, the spec may overrule those that shape no tensor.
+_SETTLED = tuple(
+    name
+    for name in CONFIG_FIELDS
+    if name not in ("vision_codebook_size", "tie_vision_embeddings", "rope_form", "init_std")
+)
+_OVERRULED = frozenset({"norm_eps", "rope_scaling"})
+_SCALING_FIELDS = tuple(RopeScalingSpec.model_fields)
+# Whose vision table a model gets that is like no preset: that of LWM's codebook.
+_OTHER_PRESET = "llama2-7b"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where weights come from: ``hf:/models/llama`` is ("hf", /models/llama)."""
+
+    kind: str
+    path: Path
+
+
+def parse_init_from(text: str) -> Source:
+    """Take `model.init_from` apart.
+
+    Raises:
+        ValueError: no such kind, or no path.
+    """
+    kind, separator, place = text.partition(":")
+    if not separator or kind not in KINDS or not place:
+        known = ", or ".join(f"{name}:PATH for {what}" for name, what in KINDS.items())
+        raise ValueError(f"expected {known}")
+    return Source(kind, Path(place))
+
+
+def with_weights(checked: Checked[JobSpec], base: Path, *, check_files: bool) -> Checked[JobSpec]:
+    """Check the weights that a job starts from, and take from them what the spec leaves open.
+
+    The spec that comes back names an absolute path and the shape in full, so that it means the same
+    when it is loaded again, whether or not the weights are still there.
+
+    Args:
+        checked: the validated job; problems go into its document.
+        base: folder that a relative path starts from.
+        check_files: look at the weights; they are looked at anyway where nothing else gives the
+            model's shape.
+    """
+    spec, path = checked.spec, ("model", "init_from")
+    if spec is None or spec.model.init_from is None or not checked.sound(("model",)):
+        return checked
+    try:
+        source = parse_init_from(spec.model.init_from)
+    except ValueError as error:
+        kinds = [f"{kind}:" for kind in KINDS]
+        kind = spec.model.init_from.partition(":")[0] + ":"
+        checked.document.report(path, str(error), hint=nearest(kind, kinds))
+        return checked
+    source = replace(source, path=(base / source.path).resolve())
+    model = spec.model.model_copy(update={"init_from": f"{source.kind}:{source.path}"})
+    has_preset = "preset" in spec.model.model_fields_set
+    if check_files or not has_preset:
+        try:
+            model = _settled(model, source, has_preset)
+        except WeightsError as error:
+            near = "" if source.path.exists() else siblings(source.path)
+            checked.document.report(path, f"{error}{near}")
+        except (KeyError, ValueError):
+            return checked  # what is wrong with the shape by itself is said of the shape
+    return replace(checked, spec=spec.model_copy(update={"model": model}))
+
+
+def _settled(model: ModelSpec, source: Source, has_preset: bool) -> ModelSpec:
+    """The model with its shape in full, where the weights are of that shape.
+
+    Raises:
+        WeightsError: they are not, or they cannot be used.
+    """
+    if source.kind == "lwm":
+        return _settled_by_file(model, source.path, has_preset)
+    held = read_config(source.path).config
+    weight_files(source.path)
+    written = {name for name in CONFIG_FIELDS if getattr(model, name, None) is not None}
+    if not has_preset:
+        model = model.model_copy(update={"preset": _like(held)})
+        model = _filled(model, held, set(CONFIG_FIELDS) - written)
+    config = model.config(text_vocab_size=held.text_vocab_size)
+    codes, held_codes = model.vision.codebook_size, held.vision_codebook_size
+    other = [
+        f"{name} is {_shown(getattr(held, name))} there and {_shown(getattr(config, name))} here"
+        for name in _SETTLED
+        if getattr(held, name) != getattr(config, name)
+        and not (name in _OVERRULED and name in written)
+    ]
+    if held_codes and codes and codes != held_codes:
+        other.append(f"vision.codebook_size is {held_codes} there and {codes} here")
+    if other:
+        remedy = (
+            f"leave preset out to take the folder's shape, or give the folder of a {model.preset}; "
+            "norm_eps and rope_scaling may be written, and then overrule the folder's"
+            if has_preset
+            else "leave these fields out"
+        )
+        raise WeightsError(f"{source.path} holds another model: {'; '.join(other)}; {remedy}")
+    return _with_codes(_filled(model, config, set(_SETTLED)), held_codes)
+
+
+def _settled_by_file(model: ModelSpec, path: Path, has_preset: bool) -> ModelSpec:
+    if not has_preset:
+        raise WeightsError(
+            "the file does not say the model's shape; write model.preset too, such as 7b"
+        )
+    file = find_file(path)
+    index = read_index(file)
+    rows, codes = table_sizes(index)
+    model = _with_codes(model, codes)
+    config = model.config(text_vocab_size=rows)
+    places(config, index, file)
+    return _filled(model, config, set(_SETTLED))
+
+
+def _with_codes(model: ModelSpec, codebook_size: int | None) -> ModelSpec:
+    """The model with the vision table that the weights have, where the spec leaves it open."""
+    if not codebook_size or model.vision.codebook_size is not None:
+        return model
+    vision = model.vision.model_copy(update={"codebook_size": codebook_size})
+    return model.model_copy(update={"vision": vision})
+
+
+def _filled(model: ModelSpec, config: ModelConfig, names: set[str]) -> ModelSpec:
+    """The model with these fields written out."""
+    update: dict[str, Any] = {
+        name: getattr(config, name) for name in names - {"vision_codebook_size", "rope_scaling"}
+    }
+    if "rope_scaling" in names:
+        scaling = config.rope_scaling
+        update["rope_scaling"] = (
+            "none"
+            if scaling is None
+            else RopeScalingSpec(**{name: getattr(scaling, name) for name in _SCALING_FIELDS})
+        )
+    return model.model_copy(update=update)
+
+
+def _like(config: ModelConfig) -> str:
+    """The preset of these sizes; another's name where there is none: every field is written out."""
+    sizes = ("hidden_size", "ffn_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    for name in reversed(PRESETS):
+        if all(getattr(PRESETS[name], size) == getattr(config, size) for size in sizes):
+            return name
+    return _OTHER_PRESET
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
