@@ -62,7 +62,10 @@ class HostPool:
         if self.pinned:
             piece = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         else:
-            piece = torch.from_numpy(np.empty(size, np.uint8))
+            array = np.empty(size, np.uint8)
+            # First: whoever counts tensors asks ``holds`` as soon as one is made.
+            self._addresses.add(array.ctypes.data)
+            piece = torch.from_numpy(array)
         self.held_bytes += size
         self._addresses.add(piece.data_ptr())
         return piece

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,14 +66,10 @@ class ForwardPass:
     def layer(self) -> Iterator[None]:
         """Send out what autograd saves inside; the last layer's stays."""
         self._left -= 1
-        if self._left == 0:
+        layer = _Layer(self._lane, self._resident, self._last, stays=self._left == 0)
+        with saved_tensors_hooks(layer.pack, _unpack):
             yield
-            layer = None
-        else:
-            layer = _Layer(self._lane, self._resident, self._last)
-            with saved_tensors_hooks(layer.pack, _unpack):
-                yield
-            layer.sent = self._lane.mark()
+        layer.sent = self._lane.mark()
         if self._last is not None:
             self._last.let_go()
         self._last = layer
@@ -141,27 +138,39 @@ class _Kept:
         self.layer.lane.pool.give(self.pieces)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stays:
+    """A tensor of the last layer, where it was."""
+
+    layer: _Layer
+    back: Tensor
+
+
 class _Layer:
     """What one layer keeps."""
 
-    def __init__(self, lane: _Lane, resident: set[_Key], previous: _Layer | None) -> None:
-        self.lane, self.previous = lane, previous
+    def __init__(
+        self, lane: _Lane, resident: set[_Key], previous: _Layer | None, stays: bool
+    ) -> None:
+        self.lane, self.previous, self.stays = lane, previous, stays
         self.sent: torch.cuda.Event | None = None
         self.fetched: torch.cuda.Event | None = None
         self._resident = resident
         self._kept: list[weakref.ref[_Kept]] = []
         self._seen: dict[_Key, tuple[_Kept, Tensor]] = {}
 
-    def pack(self, tensor: Tensor) -> Tensor | _Kept:
+    def pack(self, tensor: Tensor) -> Tensor | _Kept | _Stays:
         """Send a tensor out, once however often it is saved."""
+        if self.stays:
+            return _Stays(self, tensor.detach())
         key = _key(tensor)
         if not tensor.is_floating_point() or tensor.numel() == 0 or key in self._resident:
             return tensor
         if key not in self._seen:
             kept = _Kept(self, tensor)
             self._kept.append(weakref.ref(kept))
-            # The tensor itself is held too: another one must not get its address meanwhile.
-            self._seen[key] = kept, tensor
+            # Its memory is held too: another tensor must not get the address meanwhile.
+            self._seen[key] = kept, tensor.detach()
         return self._seen[key][0]
 
     def let_go(self) -> None:
@@ -180,7 +189,7 @@ class _Layer:
             self.fetched = self.lane.mark()
 
 
-def _unpack(kept: Tensor | _Kept) -> Tensor:
+def _unpack(kept: Tensor | _Kept | _Stays) -> Tensor:
     """A saved tensor's value, on the device. The layer below is sent for as well."""
     if isinstance(kept, Tensor):
         return kept

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ringworld_model.live_tensors import LiveTensors
 from ringworld_model.loss import LossSums, VocabularyHead, combine
+from ringworld_model.packing import pack_row
+from ringworld_model.tokens import text_example
 
 VOCABULARY, HIDDEN, TARGETS = 31, 12, 23
 
@@ -71,28 +74,15 @@ def test_without_gradients_the_sums_are_the_same() -> None:
     torch.testing.assert_close(quiet[0], head(hidden, targets, weights)[0].detach())
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operator returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
-
-
 def test_logits_exist_for_one_tile_only() -> None:
     head = VocabularyHead(4, 50, 8)
     torch.nn.init.normal_(head.weight)
     hidden = torch.randn(640, 4, requires_grad=True)
-    with LargestTensor() as largest:
+    with LiveTensors() as live:
         sums = head(hidden, torch.randint(0, 50, (640,)), torch.ones(640))
         sums[0].backward()
-    assert largest.elements == hidden.numel()
-    assert largest.elements < 640 * 50
+    assert live.largest_bytes == hidden.nbytes
+    assert live.peak_bytes < 640 * 50 * 4
 
 
 def test_bf16_sums_in_fp32() -> None:
@@ -147,3 +137,23 @@ def test_combine(global_weight, modality_weights, expected) -> None:
     assert loss.item() == pytest.approx(8 * expected)
     loss.backward()
     assert torch.isfinite(sums.nll.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_no_pass_of_the_model_holds_all_logits(
+    dtype: torch.dtype, mode: str, build, ring_of, config
+) -> None:
+    """The largest tensor of a training step is one that the model needs anyway."""
+    config = replace(config, text_vocab_size=2000)
+    texts = [text_example(np.arange(299) % 2000) for _ in range(2)]
+    batch = pack_row(texts, 600, "example")
+    model = build(config=config, activation_checkpointing=mode, loss_tile_tokens=32).to(dtype)
+    with LiveTensors() as live:
+        sums = model(batch, ring_of(batch))
+        combine(sums, sums.weight, (0.5, 0.5)).backward()
+    assert live.largest_bytes <= max(
+        4 * 2000 * config.hidden_size,  # the head's gradient, summed in fp32
+        4 * 32 * 2000,  # one tile's logits
+    )
+    assert live.largest_bytes < 600 * 2000 * dtype.itemsize / 8
