@@ -13,6 +13,9 @@ _LARGE = 1024
 _DIAGONAL = 256
 """Rows from which a diagonal is cut. The op skips no hidden keys but whole blocks of 512, so that
 causal attention of up to 512 tokens costs it as much as all pairs (measured)."""
+# The overloads themselves: looking one up takes as long as a small copy.
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class CpuKernel:
@@ -50,8 +53,7 @@ class CpuKernel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``BlockKernel.forward``."""
         _check(q, k, v, diagonal)
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = op(*_widened(q, k, v), 0.0, diagonal, scale=scale)
+        out, lse = _FORWARD(*_widened(q, k, v), 0.0, diagonal, scale=scale)
         return out, lse
 
     def backward(
@@ -73,12 +75,11 @@ class CpuKernel:
             )
         if out.stride(-1) != 1 or grad_out.stride(-1) != 1:
             raise ValueError("out and grad_out need a contiguous last dim")
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         if diagonal or min(q.shape[2], k.shape[2]) < _LARGE:
             grad_out, q, k, v, out = _widened(grad_out, q, k, v, out)
         # The half-precision op reads lse as if it were contiguous.
         lse = lse.contiguous() if q.itemsize < 4 else lse
-        dq, dk, dv = op(grad_out, q, k, v, out, lse, 0.0, diagonal, scale=scale)
+        dq, dk, dv = _BACKWARD(grad_out, q, k, v, out, lse, 0.0, diagonal, scale=scale)
         return dq, dk, dv
 
 

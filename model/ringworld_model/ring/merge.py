@@ -20,8 +20,7 @@ def merge_(
 
     Source: arXiv 2310.01889, section 3, in the form out += sigmoid(block_lse - lse) * difference.
     """
-    weight = torch.sigmoid(block_lse - lse)
-    # (-inf) - (-inf) is NaN, where the block adds nothing.
-    weight.masked_fill_(block_lse == -torch.inf, 0.0)
-    out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
+    # (-inf) - (-inf) would be NaN, where the block adds nothing.
+    weight = (block_lse - lse.clamp(min=torch.finfo(lse.dtype).min)).sigmoid_()
+    out.lerp_(block_out.to(out.dtype), weight.unsqueeze_(-1))
     torch.logaddexp(lse, block_lse, out=lse)

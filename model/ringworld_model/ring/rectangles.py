@@ -6,10 +6,11 @@ B rows, T local tokens, H query heads, Hkv key heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
+from ringworld_model.ring.clusters import cut_step
 from ringworld_model.ring.kernel import RowGroup, accumulator
 from ringworld_model.ring.merge import merge_
 from ringworld_model.ring.plan import RingPlan
@@ -121,23 +122,24 @@ class _Forward:
             if step == 0:
                 for gap in _padding(plan, self._rank):
                     self._out[rows, :, gap], self._lse[rows, :, gap] = 0.0, -torch.inf
-            for cluster in _clusters(self._block, k.dtype, plan, self._rank, step, False):
-                (q_part,) = cluster.queries(rows, self._q)
-                k_part, v_part = cluster.keys(rows, k, v)
-                for rectangle, first in cluster.pieces:
-                    queries, keys = cluster.inside(rectangle)
+            q, keys, sums = self._q[rows], (k[rows], v[rows]), (self._out[rows], self._lse[rows])
+            for cluster in cut_step(self._block.pieces, k.dtype, plan, self._rank, step, False):
+                (q_part,) = cluster.queries(q)
+                k_part, v_part = cluster.keys(*keys)
+                for piece in cluster.pieces:
                     out, lse = self._block.forward(
-                        q_part[queries],
-                        k_part[keys],
-                        v_part[keys],
-                        rectangle.diagonal,
+                        q_part.narrow(2, piece.q0 - cluster.q0, piece.rows),
+                        k_part.narrow(2, piece.k0 - cluster.k0, piece.keys),
+                        v_part.narrow(2, piece.k0 - cluster.k0, piece.keys),
+                        piece.diagonal,
                         self._scale,
                     )
-                    where = (rows, slice(None), slice(rectangle.q0, rectangle.q1))
-                    if first:
-                        self._out[where], self._lse[where] = out, lse
+                    so_far = [each.narrow(2, piece.q0, piece.rows) for each in sums]
+                    if piece.first:
+                        so_far[0].copy_(out)
+                        so_far[1].copy_(lse)
                     else:
-                        merge_(self._out[where], self._lse[where], out, lse)
+                        merge_(so_far[0], so_far[1], out, lse)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``ForwardPass``."""
@@ -167,69 +169,35 @@ class _Backward:
             if step == 0:
                 for gap in _padding(plan, self._rank):
                     self._dq[rows, :, gap] = 0.0
-            for cluster in _clusters(self._block, k.dtype, plan, self._rank, step, True):
-                grad_out, q, out = cluster.queries(rows, self._grad, self._q, self._out)
-                k_part, v_part = cluster.keys(rows, k, v)
-                for rectangle, first in cluster.pieces:
-                    queries, keys = cluster.inside(rectangle)
-                    of_q = (rows, slice(None), slice(rectangle.q0, rectangle.q1))
-                    of_k = (rows, slice(None), slice(rectangle.k0, rectangle.k1))
+            queries = (self._grad[rows], self._q[rows], self._out[rows])
+            keys, lse = (k[rows], v[rows]), self._lse[rows]
+            sums = (self._dq[rows], dk[rows], dv[rows])
+            for cluster in cut_step(self._block.pieces, k.dtype, plan, self._rank, step, True):
+                grad_out, q, out = cluster.queries(*queries)
+                k_part, v_part = cluster.keys(*keys)
+                for piece in cluster.pieces:
+                    q0, k0 = piece.q0 - cluster.q0, piece.k0 - cluster.k0
                     shares = self._block.backward(
-                        grad_out[queries],
-                        q[queries],
-                        k_part[keys],
-                        v_part[keys],
-                        out[queries],
-                        self._lse[of_q],
-                        rectangle.diagonal,
+                        grad_out.narrow(2, q0, piece.rows),
+                        q.narrow(2, q0, piece.rows),
+                        k_part.narrow(2, k0, piece.keys),
+                        v_part.narrow(2, k0, piece.keys),
+                        out.narrow(2, q0, piece.rows),
+                        lse.narrow(2, piece.q0, piece.rows),
+                        piece.diagonal,
                         self._scale,
                     )
-                    if first:
-                        self._dq[of_q] = shares[0]
+                    of_q = sums[0].narrow(2, piece.q0, piece.rows)
+                    if piece.first:
+                        of_q.copy_(shares[0])
                     else:
-                        self._dq[of_q].add_(shares[0])
-                    dk[of_k].add_(shares[1])
-                    dv[of_k].add_(shares[2])
+                        of_q.add_(shares[0])
+                    sums[1].narrow(2, piece.k0, piece.keys).add_(shares[1])
+                    sums[2].narrow(2, piece.k0, piece.keys).add_(shares[2])
 
     def finish(self) -> torch.Tensor:
         """See ``BackwardPass``."""
         return self._dq.transpose(1, 2).to(self._q.dtype)
-
-
-class _Cluster(NamedTuple):
-    """Neighbouring pieces that share rows, and whether those are widened to fp32.
-
-    A piece is a rectangle, and whether it is the first that its queries see.
-    """
-
-    pieces: list[tuple[Rectangle, bool]]
-    wide: bool
-
-    def queries(self, rows: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The cluster's rows of query-side tensors [B, H, T, D]."""
-        return self._part(rows, self._start(0), max(each.q1 for each, _ in self.pieces), tensors)
-
-    def keys(self, rows: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The cluster's rows of key-side tensors [B, Hkv, T, D]."""
-        return self._part(rows, self._start(2), max(each.k1 for each, _ in self.pieces), tensors)
-
-    def inside(self, rectangle: Rectangle) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where the cluster's parts hold a rectangle's queries, and its keys."""
-        q, k = self._start(0), self._start(2)
-        every = slice(None)
-        return (
-            (every, every, slice(rectangle.q0 - q, rectangle.q1 - q)),
-            (every, every, slice(rectangle.k0 - k, rectangle.k1 - k)),
-        )
-
-    def _start(self, field: int) -> int:
-        return min(each[field] for each, _ in self.pieces)
-
-    def _part(
-        self, rows: slice, start: int, stop: int, tensors: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        parts = [tensor[rows, :, start:stop] for tensor in tensors]
-        return [part.to(torch.float32) for part in parts] if self.wide else parts
 
 
 def _padding(plan: RingPlan, rank: int) -> Iterator[slice]:
@@ -239,30 +207,8 @@ def _padding(plan: RingPlan, rank: int) -> Iterator[slice]:
     """
     end = 0
     for each in plan.rectangles(rank, 0):
-        yield slice(end, each.q0)
+        if each.q0 > end:
+            yield slice(end, each.q0)
         end = each.q1
-    yield slice(end, plan.ring_length)
-
-
-def _clusters(
-    block: BlockKernel,
-    dtype: torch.dtype,
-    plan: RingPlan,
-    rank: int,
-    step: int,
-    backward: bool,
-) -> Iterator[_Cluster]:
-    """Cut a step's rectangles into pieces, in their order, and gather them to clusters."""
-    found: list[tuple[Rectangle, bool]] = []
-    q1 = k1 = 0
-    wide = False
-    for whole in plan.rectangles(rank, step):
-        for each, widens in block.pieces(dtype, whole, backward):
-            apart = each.q0 >= q1 and each.k0 >= k1
-            if found and (apart or widens != wide):
-                yield _Cluster(found, wide)
-                found, q1, k1 = [], 0, 0
-            found.append((each, step == 0 and each.k0 == whole.k0))
-            wide, q1, k1 = widens, max(q1, each.q1), max(k1, each.k1)
-    if found:
-        yield _Cluster(found, wide)
+    if plan.ring_length > end:
+        yield slice(end, plan.ring_length)
