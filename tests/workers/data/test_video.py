@@ -11,13 +11,14 @@ import pytest
 
 from ringworld_jobs.recipe import CropSpec
 from ringworld_workers.data.files import DataError
-from ringworld_workers.data.video import sample_frames
+from ringworld_workers.data.sampling import Sampling
+from ringworld_workers.data.video import sample_video
 
 VideoWriter = Callable[..., Path]
 
 
 def levels(path: Path, fps: float) -> tuple[list[float], list[float], list[int]]:
-    frames = list(sample_frames(path, fps=fps, size=8))
+    frames = list(sample_video(path, Sampling(fps), 8))
     assert all(frame.pixels.shape == (8, 8, 3) for frame in frames)
     assert all(frame.pixels.dtype == np.uint8 for frame in frames)
     pictures = [round(float(frame.pixels.mean())) for frame in frames]
@@ -53,33 +54,33 @@ def test_a_variable_rate_is_sampled_by_time_not_by_count(
 def test_the_crop_cuts_bars_off(tmp_path: Path, write_video: VideoWriter) -> None:
     path = write_video(tmp_path / "film.mkv", [(90, 90, 90)])
     crop = CropSpec(left=4, top=2, width=40, height=28)
-    (frame,) = sample_frames(path, fps=1, size=4, crop=crop)
+    (frame,) = sample_video(path, Sampling(1, crop=crop), 4)
     assert frame.pixels.tolist() == np.full((4, 4, 3), 90).tolist()
     with pytest.raises(DataError, match="48x32"):
-        list(sample_frames(path, fps=1, size=4, crop=CropSpec(left=20, width=40, height=28)))
+        list(sample_video(path, Sampling(1, crop=CropSpec(left=20, width=40, height=28)), 4))
 
 
 def test_frames_come_one_by_one(tmp_path: Path, write_video: VideoWriter) -> None:
     path = write_video(tmp_path / "film.mkv", [(k, k, k) for k in range(100)])
-    frames = sample_frames(path, fps=10, size=4)
+    frames = sample_video(path, Sampling(10), 4)
     assert round(float(next(frames).pixels.mean())) == 0
     frames.close()
 
 
-def test_what_cannot_be_decoded_is_an_error_with_its_path(tmp_path: Path) -> None:
+def test_what_cannot_be_decoded_is_an_error_with_its_place(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.mp4"
     garbage.write_bytes(b"\x00\x01not a film" * 100)
-    with pytest.raises(DataError, match="garbage.mp4: cannot be decoded at its start"):
-        list(sample_frames(garbage, fps=1, size=4))
+    with pytest.raises(DataError, match="cannot be decoded at its start"):
+        list(sample_video(garbage, Sampling(1), 4))
     film = write_film(tmp_path / "film.mp4")
     data = bytearray(film.read_bytes())
     for position in range(len(data) // 2, len(data) * 3 // 4, 7):
         data[position] ^= 0xFF
     film.write_bytes(data)
-    frames = sample_frames(film, fps=10, size=4)
+    frames = sample_video(film, Sampling(10), 4)
     # Its first frames are sound.
     next(frames)
-    with pytest.raises(DataError, match=r"film.mp4: (the frame at|cannot be decoded after) \d\.\d"):
+    with pytest.raises(DataError, match=r"(the frame at|cannot be decoded after) \d\.\d"):
         list(frames)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,22 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringworld_workers.data.sampling import SampledFrame
-
-
-@contextmanager
-def replaced(place: Path) -> Iterator[Path]:
-    """A name to write to that becomes ``place`` when all is written, and is removed on an error.
-
-    Args:
-        place: where the file is to lie; its folder is made.
-    """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
+from ringworld_workers.data.work import written_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +30,12 @@ class FrameSpool:
     def write(self, frames: Iterator[SampledFrame]) -> None:
         """Write frames as they come; one is in memory at a time."""
         times = []
-        with replaced(self._pixels) as path, path.open("wb") as file:
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(self._pixels) as path, path.open("wb") as file:
             for frame in frames:
                 file.write(frame.pixels.tobytes())
                 times.append((frame.time, frame.shown))
-        with replaced(self._times) as path, path.open("wb") as file:
+        with written_whole(self._times) as path, path.open("wb") as file:
             np.save(file, np.array(times).reshape(-1, 2), allow_pickle=False)
 
     def times(self) -> npt.NDArray[np.float64] | None:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from ringworld_jobs.recipe import CodebookSpec, SpanSpec, VideoSpec
 from ringworld_model.vision.patch_codebook import PatchCodebook
 from ringworld_workers.data.clips import Timeline
-from ringworld_workers.data.video import sample_frames
+from ringworld_workers.data.sampling import Sampling
+from ringworld_workers.data.video import sample_video
 
 MAX_FITTED_FRAMES = 1024
 """Frames that the codebook's patches are sampled from, evenly spaced over all training frames."""
@@ -73,7 +74,7 @@ def spool_video(
     """
     shown = []
     with target.open("wb") as file:
-        for frame in sample_frames(source, fps=fps, size=size, crop=video.crop):
+        for frame in sample_video(source, Sampling(fps, crop=video.crop), size):
             file.write(frame.pixels.tobytes())
             shown.append(frame.shown)
             if len(shown) % _REPORT_FRAMES == 0:

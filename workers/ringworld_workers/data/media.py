@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ringworld_workers.data.files import DataError
+from ringworld_workers.data.images import is_image, sample_image
 from ringworld_workers.data.sampling import SampledFrame, Sampling
-from ringworld_workers.data.video import sample_frames
+from ringworld_workers.data.video import sample_video
 
 
 def sample_media(path: Path, sampling: Sampling, size: int) -> Iterator[SampledFrame]:
@@ -20,4 +22,15 @@ def sample_media(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
     Raises:
         DataError: the file cannot be used; says why, and names no path.
     """
-    return sample_frames(path, fps=sampling.fps, size=size, crop=sampling.crop)
+    try:
+        if path.stat().st_size == 0:
+            raise DataError("the file is empty")
+        image = is_image(path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+    count = 0
+    for frame in (sample_image if image else sample_video)(path, sampling, size):
+        count += 1
+        yield frame
+    if count == 0:
+        raise DataError("no frame lies in the stretch")

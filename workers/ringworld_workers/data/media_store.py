@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from ringworld_model.vision.frame_tokenizer import FrameTokenizer, load_frame_to
 from ringworld_workers.data.clips import touching
 from ringworld_workers.data.draft import WorkItem
 from ringworld_workers.data.files import DataError, InputFile, file_digest
-from ringworld_workers.data.frame_spool import FrameSpool, replaced
+from ringworld_workers.data.frame_spool import FrameSpool
 from ringworld_workers.data.media import sample_media
 from ringworld_workers.data.sampling import SampledFrame, Sampling
+from ringworld_workers.data.work import written_whole
 
 __all__ = [
     "MAX_FITTED_FRAMES",
@@ -38,6 +40,7 @@ __all__ = [
     "MediaUse",
     "MediaUser",
     "Sampling",
+    "media_digest",
 ]
 
 MAX_FITTED_FRAMES = 1024
@@ -157,7 +160,8 @@ class MediaStore:
         spool = FrameSpool(self._place(name), self.frame_size)
         frames = spool.frames() or sample_media(file.path, sampling, self.frame_size)
         media = _encoded(frames, self._tokenizer(), self.frame_size)
-        with replaced(place) as path, path.open("wb") as stream:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(place) as path, path.open("wb") as stream:
             np.savez(stream, codes=media.codes, times=media.times, shown=media.shown)
         spool.remove()
         return media
@@ -223,7 +227,7 @@ class MediaStore:
         return _load_tokenizer(self.tokenizer_path, self.device)
 
     def _name(self, file: InputFile, sampling: Sampling) -> str:
-        key = [_FORMAT, _digest(file), _plain(sampling), self.frame_size]
+        key = [_FORMAT, media_digest(file), _plain(sampling), self.frame_size]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
     def _place(self, name: str) -> Path:
@@ -278,14 +282,23 @@ def _load(place: Path) -> EncodedMedia:
 
 def _digest_or_none(file: InputFile) -> str | None:
     with suppress(DataError):
-        return _digest(file)
+        return media_digest(file)
     return None
 
 
-def _digest(file: InputFile) -> str:
+def media_digest(file: InputFile) -> str:
+    """SHA-256 of a file's content, remembered by this process while size and time stay the same.
+
+    Raises:
+        DataError: the file cannot be read; names no path.
+    """
     try:
-        stat = file.path.stat()
-        return _digest_of(file.path, stat.st_size, stat.st_mtime_ns)
+        entry = file.path.stat()
+        if not stat.S_ISREG(entry.st_mode):
+            raise DataError("is no file")
+        return _digest_of(file.path, entry.st_size, entry.st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError("there is no such file") from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from error
 

@@ -2,81 +2,259 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import av
+import av.container
+import av.stream
 import numpy as np
 import numpy.typing as npt
 
-from ringworld_jobs.recipe import CropSpec
-from ringworld_model.vision.frames import resize_and_crop
 from ringworld_workers.data.files import DataError
-from ringworld_workers.data.sampling import SampledFrame
+from ringworld_workers.data.sampling import (
+    EPSILON,
+    MAX_PIXELS,
+    MAX_SECONDS,
+    Picture,
+    Reel,
+    SampledFrame,
+    Sampling,
+    check_size,
+    check_stretch,
+    moments,
+    spread_moments,
+    take,
+)
 
-_EPSILON = 1e-6
-"""Seconds; forgives the rounding of timestamps and of k / fps."""
+_FORMATS = (
+    "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,asf,flv,gif,ivf,mxf,nut,dv,rm,yuv4mpegpipe,"
+    "h264,hevc,m4v,av1,obu"
+)
+"""Demuxers that may be used. Others read playlists and scripts, which name further files and URLs,
+or make pictures of any text."""
+_INDEXED = ("mov", "matroska")
+"""Containers that know their key frames: a seek lands on one, and decoding from it is exact."""
+_DECLARING = ("mov", "matroska", "avi")
+"""Containers whose header says how long the video stream is."""
+_BREAK_SECONDS = 1.0
+"""A video that ends this much before its header says has lost its end."""
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
+_BACKWARD_SECONDS = 1.0
+"""Timestamps may go back by less than this, as muxers' rounding makes them."""
 
 
-def sample_frames(
-    path: Path, *, fps: float, size: int, crop: CropSpec | None = None
-) -> Iterator[SampledFrame]:
-    """Decode a video and yield what is on screen at 0, 1/fps, 2/fps, ... seconds.
+def sample_video(path: Path, sampling: Sampling, size: int) -> Iterator[SampledFrame]:
+    """Decode a video and yield what is on screen at start, start + 1/fps, start + 2/fps, ... s.
 
     Sampling goes by timestamps, so a variable frame rate and a rate below ``fps`` (frames are then
-    repeated) come out right. The picture is cropped, scaled, and its centre square taken. Some
-    containers (Matroska) end quietly where they are damaged; the frames until there are taken.
+    repeated) come out right; the last moment is not after the last picture appeared. Where a
+    container knows its key frames, what is not needed is passed over.
 
     Args:
         path: any container and codec that FFmpeg reads.
-        fps: frames a second of video.
-        size: pixels of a side.
-        crop: part of the picture that is used; empty: all of it.
+        sampling: rate, stretch, frames at most, crop.
+        size: pixels of a side of the result.
 
     Raises:
-        DataError: the file holds no video, breaks off, or is smaller than the crop.
+        DataError: the file holds no video, breaks off, is damaged, lacks the stretch, or is smaller
+            than the crop; names no path.
     """
-    previous: av.VideoFrame | None = None
-    first = shown = 0.0
-    count = 0
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: the file holds no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    raise DataError(f"{path}: a frame has no timestamp")
-                if frame.is_corrupt:
-                    raise DataError(f"{path}: the frame at {frame.time:.3f} s is damaged")
-                if previous is None:
-                    first = frame.time
-                # The frame before this one stays on screen until this one's time.
-                while previous is not None and count / fps < frame.time - first - _EPSILON:
-                    yield SampledFrame(count / fps, shown, _square(previous, size, crop, path))
-                    count += 1
-                previous, shown = frame, frame.time - first
-            while previous is not None and count / fps <= shown + _EPSILON:
-                yield SampledFrame(count / fps, shown, _square(previous, size, crop, path))
-                count += 1
-    except av.FFmpegError as error:
-        where = f"after {shown:.3f} s" if previous is not None else "at its start"
-        raise DataError(f"{path}: cannot be decoded {where}: {error.strerror}") from error
-    if previous is None:
-        raise DataError(f"{path}: the video stream holds no frame")
+    times: Iterable[float] = moments(sampling)
+    if sampling.max_frames is not None:
+        last, ends = _last_picture(path)
+        check_stretch(sampling, last, ends)
+        times = spread_moments(sampling, last)
+    with _Film.open(path) as film:
+        yield from take(film.reel(), times, size, sampling.crop)
+        if film.complete:
+            check_stretch(sampling, film.latest, film.ends)
 
 
-def _square(
-    frame: av.VideoFrame, size: int, crop: CropSpec | None, path: Path
-) -> npt.NDArray[np.uint8]:
-    pixels: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-    if crop is not None:
-        bottom, right = crop.top + crop.height, crop.left + crop.width
-        if bottom > pixels.shape[0] or right > pixels.shape[1]:
-            raise DataError(
-                f"{path}: crop reaches to row {bottom} and column {right}, but a frame is "
-                f"{pixels.shape[1]}x{pixels.shape[0]}; make the crop smaller"
-            )
-        pixels = pixels[crop.top : bottom, crop.left : right]
-    return resize_and_crop(np.ascontiguousarray(pixels)[None], size)[0].numpy()
+def _last_picture(path: Path) -> tuple[float, float]:
+    """When the last picture appears, and when it ends."""
+    with _Film.open(path) as film:
+        if film.decode_last():
+            return film.latest, film.ends
+    with _Film.open(path) as film:
+        for _ in film.decode():
+            pass
+        return film.latest, film.ends
+
+
+class _Film:
+    """An open video file.
+
+    Attributes:
+        complete: the last picture has been decoded.
+        latest: when the latest decoded picture appears; -1: none has been.
+        ends: when it is over, of the last picture if ``complete``.
+    """
+
+    def __init__(
+        self, path: Path, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> None:
+        self._path, self._container, self._stream = path, container, stream
+        self._indexed = container.format.name.split(",")[0] in _INDEXED
+        self._keys: npt.NDArray[np.float64] | None = None
+        self._first: float | None = None
+        self.complete, self.latest, self.ends = False, -1.0, 0.0
+
+    @staticmethod
+    @contextmanager
+    def open(path: Path) -> Iterator[_Film]:
+        """Open a file, and turn what the decoder says into DataError."""
+        film = None
+        try:
+            with _container(path) as container:
+                stream = _video_stream(container)
+                stream.thread_type = "AUTO"
+                # Checked by the decoder itself, for each frame may claim another size.
+                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+                context = stream.codec_context
+                if context.width and context.height:
+                    check_size(context.width, context.height)
+                film = _Film(path, container, stream)
+                yield film
+        except av.FFmpegError as error:
+            started = film is not None and film.latest >= 0
+            where = f"after {film.latest:.3f} s" if film and started else "at its start"
+            why = error.strerror
+            if film is None and isinstance(error, av.ArgumentError):
+                why = "it holds no image or video of a format that is read"
+            raise DataError(f"cannot be decoded {where}: {why}") from error
+
+    def reel(self) -> Reel:
+        """The pictures from the first on; to be asked for once."""
+        return Reel(self.decode(), self._skip if self._indexed else None)
+
+    def decode_last(self) -> bool:
+        """Decode from the last key frame to the end; False: that cannot be done here."""
+        if not self._indexed:
+            return False
+        next(self.decode(), None)  # the first picture, which is second 0
+        keys = self._key_frames()
+        if len(keys) == 0:
+            return False
+        try:
+            for _ in self.decode(float(keys[-1])):
+                pass
+        except DataError:
+            # Decoding all of it will say what is wrong.
+            return False
+        return self.complete
+
+    def _skip(self, place: float, time: float) -> Iterator[Picture] | None:
+        """Pictures from the key frame before ``time``, where that is ahead of ``place``."""
+        keys = self._key_frames()
+        number = int(np.searchsorted(keys, time + EPSILON)) - 1
+        if number < 0 or keys[number] <= place:
+            return None
+        pictures = self.decode(float(keys[number]))
+        found = next(pictures, None)
+        if found is not None and found.time <= time + EPSILON:
+            return itertools.chain([found], pictures)
+        # The index is wrong. Nothing is passed over from here on.
+        self._keys = np.zeros(0)
+        return self.decode(0.0)
+
+    def _key_frames(self) -> npt.NDArray[np.float64]:
+        """Times of the key frames, rising; reads the file without decoding it."""
+        if self._keys is None:
+            with _container(self._path) as container:
+                stream = _video_stream(container)
+                times = [
+                    float(packet.pts * packet.time_base) - (self._first or 0.0)
+                    for packet in container.demux(stream)
+                    if packet.is_keyframe and packet.pts is not None and packet.time_base
+                ]
+            self._keys = np.sort(np.array(times))
+        return self._keys
+
+    def decode(self, place: float | None = None) -> Iterator[Picture]:
+        """Pictures in order.
+
+        Args:
+            place: seconds; start from the last key frame that is not after it. None: from where the
+                file stands, which is its start.
+
+        Raises:
+            DataError: a picture is damaged or has no place in time, or the end is missing.
+        """
+        if place is not None:
+            seconds = place + (self._first or 0.0) + EPSILON
+            offset = math.floor(seconds / float(self._stream.time_base or 1))
+            self._container.seek(offset, stream=self._stream)
+        self.latest, self.complete = -1.0, False
+        for frame in self._container.decode(self._stream):
+            if frame.time is None:
+                raise DataError("a frame has no timestamp")
+            if frame.is_corrupt:
+                raise DataError(f"the frame at {frame.time:.3f} s is damaged")
+            if self._first is None:
+                self._first = frame.time
+            time = frame.time - self._first
+            if abs(time) > MAX_SECONDS:
+                raise DataError(
+                    f"a frame has its timestamp at {time:,.0f} s; the limit is {MAX_SECONDS:,.0f} s"
+                )
+            if time < self.latest - _BACKWARD_SECONDS:
+                raise DataError(
+                    f"timestamps go back from {self.latest:.3f} s to {time:.3f} s; remux the file"
+                )
+            self.latest = max(self.latest, time)
+            duration = float((frame.duration or 0) * (frame.time_base or 0))
+            self.ends = self.latest + (duration or 1 / float(self._stream.average_rate or 1))
+            yield Picture(self.latest, partial(_pixels, frame))
+        if self.latest < 0:
+            raise DataError("the video stream holds no frame")
+        declared = _declared_seconds(self._container, self._stream, self._first or 0.0)
+        if declared is not None and self.ends < declared - _BREAK_SECONDS:
+            raise DataError(f"breaks off at {self.ends:.3f} s of {declared:.3f} s; copy it again")
+        self.complete = True
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[av.container.InputContainer]:
+    # A file, whatever its name looks like, and nothing that it might refer to.
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    with av.open(f"file:{path}", options=options) as container:
+        yield container
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    for stream in container.streams.video:
+        # A song's cover is a video stream of one picture.
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise DataError("the file holds no video stream")
+
+
+def _declared_seconds(
+    container: av.container.InputContainer, stream: av.VideoStream, first: float
+) -> float | None:
+    """When the video ends after its first picture, by the file's header; None: it does not say."""
+    name = container.format.name.split(",")[0]
+    if name not in _DECLARING:
+        return None
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    match = _CLOCK.match(stream.metadata.get("DURATION", ""))
+    if match:
+        hours, minutes, seconds = (float(group) for group in match.groups())
+        return 3600 * hours + 60 * minutes + seconds - first
+    if len(container.streams) == 1 and container.duration:
+        return container.duration / av.time_base - first
+    return None
+
+
+def _pixels(frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+    check_size(frame.width, frame.height)
+    pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    # Phones write pictures as the sensor lay, and say by how much to turn them, anticlockwise.
+    return np.rot90(pixels, round(frame.rotation / 90))
