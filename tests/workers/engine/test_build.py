@@ -61,6 +61,20 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 2))
 
 
+def test_offloads_need_their_zero_stage_and_engine() -> None:
+    def config_of(**changes: Any) -> Any:
+        return engine_config(OptimizerSpec(), stage_of(**changes), mesh_of(1))
+
+    with pytest.raises(ValueError, match="parameter_offload needs zero_stage 3, not 2"):
+        config_of(zero_stage=2, memory={"parameter_offload": True})
+    with pytest.raises(ValueError, match="optimizer_offload needs zero_stage 1, 2 or 3, not 0"):
+        config_of(zero_stage=0, memory={"optimizer_offload": True})
+    stage = stage_of(memory={"optimizer_offload": True})
+    assert config_of(memory=stage.memory).optimizer_offload
+    with pytest.raises(ValueError, match="the torch engine keeps all on the device; use the deep"):
+        build_engine("torch", net(), OptimizerSpec(), stage, mesh_of(1))
+
+
 def test_matrices_decay_and_norms_do_not() -> None:
     decay, no_decay = split_parameters(net(), OptimizerSpec(weight_decay=0.3))
     assert (decay.name, list(decay.parameters)) == ("decay", ["0.weight", "2.weight"])
@@ -96,7 +110,7 @@ from ringworld_workers.mesh import build_mesh
 stage = StageSpec.model_validate({
     "name": "a", "context_length": "128", "rope_theta": 1e4, "steps": 1,
     "global_batch_tokens": 128, "mixture": {"a": 1}, "learning_rate": {"peak": 0.1},
-    "zero_stage": 1, "precision": "bf16",
+    "zero_stage": 1, "precision": "bf16", "memory": {"optimizer_offload": OFFLOAD},
 })
 module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
 engine = build_engine("deepspeed", module, OptimizerSpec(), stage, build_mesh(1, 1))
@@ -109,14 +123,15 @@ dist.destroy_process_group()
 """
 
 
-def test_deepspeed_starts_bare_silent_and_compiles_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["False", "True"])
+def test_deepspeed_starts_bare_silent_and_compiles_nothing(tmp_path: Path, offload: str) -> None:
     """No launcher's variables, no output, no compiled extension, no compiler in reach."""
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in ranks}
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
     environment["PATH"] = str(tmp_path)
     said = subprocess.run(
-        [sys.executable, "-c", BARE],
+        [sys.executable, "-c", BARE.replace("OFFLOAD", offload)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -16,6 +16,7 @@ from ringworld_model.config import preset
 from ringworld_model.loss import combine
 from ringworld_model.packing import Example, pack_row
 from ringworld_model.ring import RingContext, plan_ring
+from ringworld_model.tokens import text_example
 from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.mesh import build_mesh
@@ -90,24 +91,28 @@ def ring_of(row: TrainBatch, ring_size: int, group: Any) -> RingContext:
     return RingContext(plans=[plan], group=group)
 
 
-def one_step(
-    rank: int, world_size: int, name: str, zero_stage: int, memory: MemorySpec
-) -> tuple[float, list[tuple[Any, ...]]]:
-    gc.freeze()
-    mesh = build_mesh(2, world_size // 2)
-    stage = StageSpec.model_validate(
+def stage_of(zero_stage: int, memory: MemorySpec, num_rows: int = NUM_ROWS) -> StageSpec:
+    return StageSpec.model_validate(
         {
             "name": "a",
             "context_length": f"{CONTEXT_LENGTH}",
             "rope_theta": 1e4,
-            "steps": 1,
-            "global_batch_tokens": CONTEXT_LENGTH * NUM_ROWS,
+            "steps": 3,
+            "global_batch_tokens": CONTEXT_LENGTH * num_rows,
             "mixture": {"a": 1},
             "learning_rate": {"peak": RATE},
             "zero_stage": zero_stage,
             "memory": memory,
         }
     )
+
+
+def one_step(
+    rank: int, world_size: int, name: str, zero_stage: int, memory: MemorySpec
+) -> tuple[float, list[tuple[Any, ...]]]:
+    gc.freeze()
+    mesh = build_mesh(2, world_size // 2)
+    stage = stage_of(zero_stage, memory)
     spec = OptimizerSpec(name="sgd", clip_norm=0.5)
     engine = build_engine(name, make_model(memory), spec, stage, mesh)
     weight = global_weight()
@@ -175,17 +180,7 @@ def stack_after(rank: int, world_size: int, num_steps: int, memory: MemorySpec) 
     from deepspeed.runtime.zero import parameter_offload
 
     mesh = build_mesh(1, world_size)
-    spec = {
-        "name": "a",
-        "context_length": f"{CONTEXT_LENGTH}",
-        "rope_theta": 1e4,
-        "steps": num_steps,
-        "global_batch_tokens": CONTEXT_LENGTH,
-        "mixture": {"a": 1},
-        "learning_rate": {"peak": RATE},
-        "zero_stage": 3,
-    }
-    stage = StageSpec.model_validate(spec)
+    stage = stage_of(3, memory, num_rows=1)
     engine = build_engine("deepspeed", make_model(memory), OptimizerSpec(name="sgd"), stage, mesh)
     ring = ring_of(rows()[0], 1, None)
     for _ in range(num_steps):
@@ -201,3 +196,39 @@ def test_recomputation_leaves_no_modules_behind(
     run_gang: Callable[..., list[Any]], memory: MemorySpec
 ) -> None:
     assert run_gang(stack_after, 1, 3, memory) == [1]
+
+
+def short_row() -> TrainBatch:
+    generator = np.random.default_rng(7)
+    ids = generator.integers(0, 500, 49).astype(np.int32)
+    return pack_row([text_example(ids)], 50, "example")
+
+
+def uneven_step(rank: int, world_size: int, memory: MemorySpec) -> list[tuple[Any, ...]]:
+    """Rank 0 has five tiles of tokens, rank 1 one."""
+    mesh = build_mesh(1, world_size)
+    stage = stage_of(3, memory)
+    spec = OptimizerSpec(name="sgd", clip_norm=0)
+    engine = build_engine("deepspeed", make_model(memory), spec, stage, mesh)
+    for _ in range(NUM_ROWS // world_size):
+        row = short_row() if rank else rows()[0]
+        plan = plan_ring(
+            document_lengths=row.document_lengths[0],
+            context_length=row.tokens.shape[1],
+            ring_size=1,
+            layout="auto",
+        )
+        sums = engine(row, RingContext(plans=[plan], group=None))
+        engine.backward(combine(sums, global_weight(), (0.5, 0.5), engine.loss_factor))
+    engine.step()
+    ranges = [(r.tensor, r.start, r.data.clone()) for r in engine.owned_ranges()]
+    engine.close()
+    return ranges
+
+
+def test_ranks_may_have_different_numbers_of_tiles(run_gang: Callable[..., list[Any]]) -> None:
+    whole, tiled = (run_gang(uneven_step, 2, memory) for memory in (NONE, ALL_FULL))
+    for wanted, found in zip(whole, tiled, strict=True):
+        for (name, start, values), (tensor, first, data) in zip(wanted, found, strict=True):
+            assert (tensor, first) == (name, start)
+            assert float((data - values).abs().max()) <= 1e-6, name
