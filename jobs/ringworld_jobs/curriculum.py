@@ -86,7 +86,7 @@ def _merge(
 
 def sources_of(spec: JobSpec, recipe: RecipeSpec | None) -> dict[str, Source]:
     """The datasets that a mixture may name."""
-    known = {name: Source() for name in spec.data.sources}
+    known: dict[str, Source] = {}
     for name, dataset in recipe.datasets.items() if recipe else ():
         if not isinstance(dataset, VideoTextDataset):
             known[name] = Source(vision=isinstance(dataset, MediaTextDataset))
@@ -97,11 +97,12 @@ def sources_of(spec: JobSpec, recipe: RecipeSpec | None) -> dict[str, Source]:
             continue
         frames = dataset.frames_per_clip
         known[name] = Source(
-            frames * (codes + 1) + CAPTION_TOKENS,
+            frames * (codes + 1) + CAPTION_TOKENS if dataset.longer == "refuse" else 0,
             vision=True,
             why=f"{frames} frames x {codes + 1} tokens + {CAPTION_TOKENS} for the caption",
         )
-    return known
+    parts = spec.data.sources.items()
+    return known | {name: known.get(part.dataset or "", Source()) for name, part in parts}
 
 
 def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
@@ -195,6 +196,15 @@ def _check_sources(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None
             checked.document.report(
                 ("data", "sources", name),
                 f"the recipe has a dataset of this name too ({recipe.document.file}); rename one",
+            )
+    datasets = recipe.spec.datasets if recipe is not None and recipe.spec is not None else {}
+    for name, source in spec.data.sources.items():
+        if source.dataset is not None and source.dataset not in datasets:
+            there = f"there are {', '.join(datasets)}" if datasets else "the job names no recipe"
+            checked.document.report(
+                ("data", "sources", name, "dataset"),
+                f"no such dataset in data.recipe; {there}",
+                hint=nearest(source.dataset, datasets),
             )
     known = sources_of(spec, recipe.spec if recipe else None)
     for index, stage in enumerate(spec.stages):

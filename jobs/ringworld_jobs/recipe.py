@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ringworld_jobs.recipe_dataset import DatasetBase, DocumentsSpec
+from ringworld_jobs.recipe_dataset import DatasetBase
 from ringworld_jobs.recipe_text import (
     ChatDataset,
     GeneratorSpec,
@@ -24,7 +24,7 @@ from ringworld_jobs.recipe_vision import (
     VideoSpec,
     VideoTextDataset,
 )
-from ringworld_jobs.spec import Name, Size, Spec
+from ringworld_jobs.spec import DocumentsSpec, Name, Size, Spec
 
 __all__ = [
     "CaptionSpec",

@@ -4,37 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ringworld_jobs.spec import Spec
-from ringworld_jobs.units import Tokens
+from ringworld_jobs.spec import DocumentsSpec, Spec
 
 HeldOutShare = Annotated[float, Field(ge=0, lt=1)]
 Longer = Literal["split", "drop", "refuse"]
-
-
-class DocumentsSpec(Spec):
-    """Which examples are kept, by their length."""
-
-    min_tokens: Tokens | None = None
-    """Shorter examples are left out, and counted."""
-    max_tokens: Tokens | None = None
-    """Examples of this length and longer ones are left out, and counted."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DocumentsSpec:
-        least, most = self.min_tokens, self.max_tokens
-        if least is not None and most is not None and most <= least:
-            raise ValueError(
-                f"max_tokens {most:,} is not above min_tokens {least:,}; nothing would be left"
-            )
-        return self
-
-    def keeps(self, length: int) -> bool:
-        """Whether an example of so many tokens is kept."""
-        return (self.min_tokens or 0) <= length and (
-            self.max_tokens is None or length < self.max_tokens
-        )
 
 
 class DatasetBase(Spec):
@@ -48,7 +23,7 @@ class DatasetBase(Spec):
     deduplicate: bool = True
     """Leave out examples that are equal to an earlier one, and count them."""
     documents: DocumentsSpec = DocumentsSpec()
-    """Which examples are kept, by their length."""
+    """Which examples are kept, by their length; the others are counted."""
     longer: Longer = "refuse"
     """What a stage does with an example longer than its context: split cuts it into rows, drop
     leaves it out and counts it, refuse stops with an error."""

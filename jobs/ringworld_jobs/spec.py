@@ -7,12 +7,13 @@ messages are in ``load.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ringworld_jobs.units import ContextLength, Every, Interval, Seconds, Tokens
+from ringworld_jobs.units import Bytes, ContextLength, Every, Interval, Seconds, Tokens
 from ringworld_model.config import PRESETS, ModelConfig, RopeForm, RopeScaling, preset
 
 Auto = Literal["auto"]
@@ -136,12 +137,60 @@ class ModelSpec(Spec):
         return replace(config, rope_scaling=scaling)
 
 
-class SourceSpec(Spec):
-    """A prepared dataset that a mixture may draw from."""
+class DocumentsSpec(Spec):
+    """Which examples are taken, by their length."""
 
-    shards: str
-    """Folder of a prepared dataset (it holds meta.json), as `ringworld data build` wrote it.
-    Relative to this file."""
+    min_tokens: Tokens | None = None
+    """Shorter examples are left out."""
+    max_tokens: Tokens | None = None
+    """Examples of this length and longer ones are left out."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DocumentsSpec:
+        least, most = self.min_tokens, self.max_tokens
+        if least is not None and most is not None and most <= least:
+            raise ValueError(
+                f"max_tokens {most:,} is not above min_tokens {least:,}; nothing would be left"
+            )
+        return self
+
+    def keeps(self, length: int) -> bool:
+        """Whether an example of so many tokens is kept."""
+        return (self.min_tokens or 0) <= length and (
+            self.max_tokens is None or length < self.max_tokens
+        )
+
+
+class SourceSpec(Spec):
+    """Something that a mixture may draw from: a dataset that is prepared already, or the examples
+    of a certain length of one."""
+
+    shards: str | None = None
+    """A prepared dataset: a folder (it holds meta.json) as `ringworld data build` wrote it,
+    relative to this file, or s3://BUCKET/FOLDER, whose shards are fetched as they are needed."""
+    dataset: Name | None = None
+    """Instead of shards: a dataset of data.recipe, to take only some of its examples."""
+    documents: DocumentsSpec = DocumentsSpec()
+    """Which training examples are drawn, by their length; the others are left out. Held-out
+    examples are scored whatever their length, so that stages can be compared."""
+
+    @model_validator(mode="after")
+    def _one(self) -> SourceSpec:
+        if (self.shards is None) == (self.dataset is None):
+            raise ValueError(
+                "give shards (a prepared dataset) or dataset (one of data.recipe), one of them"
+            )
+        return self
+
+
+class ShardCacheSpec(Spec):
+    """Where the shards of remote datasets are kept on each node, shared by its workers."""
+
+    folder: str = ".ringworld/shards"
+    """A folder on the node's own disk. Relative to the working directory."""
+    max_bytes: Bytes = 64 * 2**30
+    """Most bytes that the folder takes; shards that were not used for longest go first. It holds
+    the shards that are shuffled together, eight of each remote source, at least."""
 
 
 class DataSpec(Spec):
@@ -153,7 +202,23 @@ class DataSpec(Spec):
     cache: str = ".ringworld/data"
     """Folder of prepared data, one entry a content digest. Relative to the working directory."""
     sources: dict[str, SourceSpec] = {}
-    """Datasets that are prepared already, by name."""
+    """Further sources by name: prepared datasets, and parts of datasets."""
+    shard_cache: ShardCacheSpec = ShardCacheSpec()
+    """Where the shards of remote datasets are kept."""
+
+    def places(self, prepared: Mapping[str, str]) -> dict[str, str]:
+        """The folder or URL of every source.
+
+        Args:
+            prepared: folder of each of the recipe's datasets.
+
+        Raises:
+            KeyError: a source is of a dataset that the recipe does not have.
+        """
+        return dict(prepared) | {
+            name: prepared[source.dataset or ""] if source.shards is None else source.shards
+            for name, source in self.sources.items()
+        }
 
 
 class OptimizerSpec(Spec):
@@ -273,8 +338,8 @@ class LossSpec(Spec):
     """How token losses are weighed."""
 
     weights: Literal["token", "example"] = "example"
-    """token: every target weighs the same; example: every example does, as if unpacked and
-    padded."""
+    """token: every target weighs the same; example: every example does, as if unpacked and padded,
+    and a document that is longer than the context counts as the rows that it fills."""
     text: Share = 0.5
     """Weight of the text loss among the modalities present."""
     vision: Share = 0.5
@@ -345,6 +410,10 @@ class StageSpec(Spec):
     """Layout of the workers."""
     mixture: Annotated[dict[str, Positive], Field(min_length=1)]
     """Share of tokens from each source; they need not sum to 1. It replaces that of `defaults`."""
+    packing: Literal["best_fit", "sequential"] = "best_fit"
+    """How examples come into rows: best_fit keeps six rows open and puts each example where it fits
+    best; sequential lays them one after another, as they are drawn. Attention never crosses from
+    one example into another."""
     learning_rate: LearningRateSpec
     """The learning rate over the stage."""
     loss: LossSpec = LossSpec()

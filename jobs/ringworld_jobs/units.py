@@ -161,6 +161,11 @@ Tokens = Annotated[
     BeforeValidator(parse_count, json_schema_input_type=int | str),
     Field(json_schema_extra={"examples": ["4Ki", "4.8B"]}),
 ]
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_count, json_schema_input_type=int | str),
+    Field(json_schema_extra={"examples": ["64Gi", "2T"]}),
+]
 ContextLength = Annotated[
     int,
     BeforeValidator(parse_context_length, json_schema_input_type=int | str),

@@ -191,10 +191,18 @@ def absolute_paths(spec: JobSpec, base: Path) -> JobSpec:
     recipe = None if data.recipe is None else _absolute(data.recipe, base)
     sources = {
         name: source.model_copy(update={"shards": _absolute(source.shards, base)})
+        if source.shards is not None
+        else source
         for name, source in data.sources.items()
     }
+    folder = _absolute(data.shard_cache.folder, base)
     meant = data.model_copy(
-        update={"recipe": recipe, "cache": _absolute(data.cache, base), "sources": sources}
+        update={
+            "recipe": recipe,
+            "cache": _absolute(data.cache, base),
+            "sources": sources,
+            "shard_cache": data.shard_cache.model_copy(update={"folder": folder}),
+        }
     )
     store = spec.checkpoint.model_copy(update={"store": _absolute(spec.checkpoint.store, base)})
     return spec.model_copy(update={"data": meant, "checkpoint": store})

@@ -296,7 +296,6 @@ class JobRunner:
     def _stage_job(self, index: int, mesh: MeshSize, device: Literal["cpu", "cuda"]) -> StageJob:
         record = self.live.record
         prepared = record.prepared or {}
-        given = {name: source.shards for name, source in self.spec.data.sources.items()}
         return StageJob(
             run_id=record.run_id,
             spec=self.spec,
@@ -308,7 +307,7 @@ class JobRunner:
             data_parallel_size=mesh.data_parallel_size,
             device=device,
             data_dir=str(prepared.get("dir", "")),
-            sources={**prepared.get("datasets", {}), **given},
+            sources=self.spec.data.places(prepared.get("datasets", {})),
             model_config=self._model_config(prepared),
             checkpoint_url=f"{self.spec.checkpoint.store.rstrip('/')}/{record.run_id}/checkpoints",
             spec_digest=record.spec_digest,
