@@ -2,7 +2,7 @@
 
 A packed row trains as its examples would alone: no token sees another example (segment_ids), RoPE
 starts anew in each (position_ids), and in ``example`` mode each weighs the same however many
-targets it has. LWM's paper trains so; its release masks nothing and weighs by row.
+targets it has (see ``example_weights`` for those that are cut). LWM's paper trains so; its release masks nothing and weighs by row.
 """
 
 from __future__ import annotations
@@ -60,14 +60,24 @@ class Example:
         return len(self.tokens)
 
 
-def example_weights(example: Example, weight_mode: WeightMode) -> NDArray[np.float32]:
-    """Loss weight of each position of one example.
+def example_weights(
+    example: Example, weight_mode: WeightMode, context_length: int
+) -> NDArray[np.float32]:
+    """Loss weight of each position of one example, or of one piece of it.
+
+    ``token`` gives every target 1. ``example`` gives each target ``1 / min(N, context_length)``,
+    where N counts the targets of its modality in the whole example. So the targets of an example
+    that fits a row sum to 1 in each modality, wherever packing may have cut it, and ``sum(w * nll)
+    / sum(w)`` over a batch is the mean over examples of each one's mean. A document longer than the
+    context fills several rows however it is laid out; unpacked, each of those rows would be an
+    example. It therefore counts as the rows that it fills: not as one, which would let a caption
+    outweigh a novel, and not as its pieces, which would let a scrap that fills a gap weigh as much
+    as a whole row.
 
     Args:
         example: n tokens.
-        weight_mode: ``token`` gives every target 1; ``example`` gives each modality's targets
-            1/count, so that they sum to 1 and ``sum(w * nll) / sum(w)`` over a batch is the mean
-            over examples of each one's mean.
+        weight_mode: see above.
+        context_length: tokens of a row.
 
     Returns:
         float32 [n].
@@ -81,7 +91,12 @@ def example_weights(example: Example, weight_mode: WeightMode) -> NDArray[np.flo
     if weight_mode == "example":
         for modality in range(NUM_MODALITIES):
             counted = (weights != 0) & (example.target_modality == modality)
-            weights[counted] = 1.0 / max(1, int(counted.sum()))
+            targets = (
+                int(counted.sum())
+                if example.whole_targets is None
+                else example.whole_targets[modality]
+            )
+            weights[counted] = 1.0 / max(1, min(targets, context_length))
     return weights
 
 
@@ -128,7 +143,7 @@ def pack_row(
         row["target_modality"][here] = example.target_modality
         row["segment_ids"][here] = segment
         row["position_ids"][here] = np.arange(len(example))
-        row["loss_weights"][here] = example_weights(example, weight_mode)
+        row["loss_weights"][here] = example_weights(example, weight_mode, context_length)
         start += len(example)
     tensors = {name: torch.from_numpy(array)[None] for name, array in row.items()}
     return TrainBatch(**tensors, document_lengths=(lengths,))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ringworld_model.batch import TrainBatch
 from ringworld_model.loss import combine
@@ -28,13 +30,43 @@ def test_fields_of_a_row() -> None:
 
 def test_example_weights_sum_to_one_in_each_modality(examples: list[Example]) -> None:
     for example in (examples[0], examples[2]):
-        weights = example_weights(example, "example")
+        weights = example_weights(example, "example", 100)
         for modality in (0, 1):
             of_modality = weights[example.target_modality == modality]
             assert of_modality.sum() == pytest.approx(1)
             assert len(np.unique(of_modality[of_modality > 0])) == 1
-    assert set(example_weights(examples[0], "token")) == {0, 1}
-    assert example_weights(examples[0], "token").sum() == len(examples[0]) - 1
+    assert set(example_weights(examples[0], "token", 100)) == {0, 1}
+    assert example_weights(examples[0], "token", 100).sum() == len(examples[0]) - 1
+
+
+@given(st.integers(2, 300), st.lists(st.integers(1, 299), max_size=6, unique=True))
+def test_pieces_of_an_example_weigh_what_it_does(length: int, cuts: list[int]) -> None:
+    context_length = 100
+    rng = np.random.default_rng(length)
+    modality = (rng.random(length) < 0.3).astype(np.uint8)
+    loss = (rng.random(length) < 0.8).astype(np.uint8)
+    tokens = np.zeros(length, np.int32)
+    whole_targets = tuple(int(((modality == m) & (loss == 1)).sum()) for m in (0, 1))
+    edges = [0, *sorted(cut for cut in cuts if cut < length), length]
+    weights = np.concatenate(
+        [
+            example_weights(
+                Example(
+                    *(a[start:stop] for a in (tokens, modality, tokens, modality, loss)),
+                    whole_targets=whole_targets,
+                ),
+                "example",
+                context_length,
+            )
+            for start, stop in zip(edges, edges[1:], strict=False)
+        ]
+    )
+    for m, targets in enumerate(whole_targets):
+        counted = weights[(modality == m) & (loss == 1)]
+        assert len(np.unique(counted)) <= 1
+        # One example, or as many as the rows that its targets fill.
+        assert counted.sum() == pytest.approx(max(1, targets / context_length) if targets else 0)
+    assert not weights[loss == 0].any()
 
 
 def test_what_cannot_be_packed_is_refused(examples: list[Example]) -> None:

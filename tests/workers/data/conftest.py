@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from ringworld_workers.data.prepare import Prepared, build
+from ringworld_workers.data.shards import FORMAT_VERSION, SPLITS, ShardWriter, Split
 
 WORDS = "ring world token frame clip drum lamp guitar nation union state law people year".split()
 
@@ -115,6 +117,48 @@ def small(make_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """The unchanged recipe's data, built once; its texts lie in ``recipe`` beside the cache."""
     folder = tmp_path_factory.mktemp("small")
     return build(make_recipe(folder / "recipe"), folder / "cache")
+
+
+DatasetWriter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_dataset() -> DatasetWriter:
+    """Write a prepared dataset of text without a build: ``write(folder, {split: lengths})``."""
+
+    def write(folder: Path, splits: dict[Split, Sequence[int]], **changes: object) -> Path:
+        folder.mkdir(parents=True)
+        generator = np.random.default_rng(0)
+        meta: dict[str, object] = {
+            "format": FORMAT_VERSION,
+            "name": folder.name,
+            "kind": "text",
+            "longer": "split",
+            "pack_apart": False,
+            "tokenizer": {"size": 300, "digest": "a tokenizer"},
+            "codebook": None,
+        }
+        options = {key: changes.pop(key) for key in ("batch_tokens", "file_bytes") & changes.keys()}
+        found: dict[str, object] = {}
+        for split in SPLITS:
+            lengths = splits.get(split, ())
+            with ShardWriter(folder, split, **options) as writer:  # type: ignore[arg-type]
+                for number, length in enumerate(lengths):
+                    tokens = generator.integers(0, 300, length).astype(np.int32)
+                    modality, loss = np.zeros(length, np.uint8), np.ones(length, np.uint8)
+                    writer.add(tokens, modality, loss, f"{split} {number}")
+            found[split] = {
+                "examples": len(lengths),
+                "tokens": sum(lengths),
+                "text_tokens": sum(lengths),
+                "vision_tokens": 0,
+                "longest_example_tokens": max(lengths, default=0),
+                "shards": writer.entries(),
+            }
+        (folder / "meta.json").write_text(json.dumps(meta | {"splits": found} | changes))
+        return folder
+
+    return write
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
-from ringworld_jobs.spec import StageSpec
+from ringworld_jobs.spec import DataSpec, StageSpec
 from ringworld_model.batch import TrainBatch
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.loader import StageLoader, open_loader
 from ringworld_workers.data.mixture import KEPT_ROWS
+from ringworld_workers.data.prefetch import Prefetcher
 from ringworld_workers.data.prepare import Prepared, build
-from ringworld_workers.data.shards import Dataset, Split
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
 
 RecipeMaker = Callable[..., Path]
+DatasetWriter = Callable[..., Path]
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ def test_the_models_tables_must_fit_the_data(
     job = SimpleNamespace(
         sources=sources(prepared),
         stage=make_stage(),
-        spec=SimpleNamespace(seed=0),
+        spec=SimpleNamespace(seed=0, data=DataSpec()),
         model_config=SimpleNamespace(
             text_vocab_size=text_vocab_size, vision_codebook_size=codebook_size
         ),
@@ -210,16 +213,139 @@ def test_a_step_of_many_rows_is_planned_once(prepared: Prepared) -> None:
 
 
 def test_held_out_examples_that_fit_no_row_stop_the_stage_at_its_start(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    write_dataset: DatasetWriter, tmp_path: Path
 ) -> None:
-    read = Dataset.__init__
+    splits = {"train": [50, 60], "held_out": [50, 200]}
+    places = {"chat": str(write_dataset(tmp_path / "chat", splits, longer="refuse"))}
+    stage = make_stage(mixture={"chat": 1.0})
+    StageLoader(places, stage, 0)
+    with pytest.raises(DataError, match=r"stage 'short': source 'chat'.*do not fit.*held_out 1"):
+        StageLoader(places, stage.model_copy(update={"validation_rows": 2}), 0)
 
-    def lengthen(self: Dataset, folder: str, split: Split) -> None:
-        read(self, folder, split)
-        if split == "held_out":
-            self.lengths = self.lengths + 128
 
-    monkeypatch.setattr(Dataset, "__init__", lengthen)
-    StageLoader(sources(prepared), make_stage(), 0)
-    with pytest.raises(DataError, match=r"stage 'short': source 'clips'.*do not fit"):
-        StageLoader(sources(prepared), make_stage(validation_rows=2), 0)
+def bands(**limits: tuple[int | None, int | None]) -> DataSpec:
+    return DataSpec.model_validate(
+        {
+            "sources": {
+                name: {"dataset": "books", "documents": {"min_tokens": low, "max_tokens": high}}
+                for name, (low, high) in limits.items()
+            }
+        }
+    )
+
+
+def test_bands_of_one_dataset_are_sources_of_their_own(
+    write_dataset: DatasetWriter, tmp_path: Path
+) -> None:
+    lengths = [40, 90, 700, 120, 3000, 80, 650]
+    splits = {"train": lengths, "held_out": [60, 5000]}
+    data = bands(short=(None, 100), long=(600, 1000))
+    places = data.places({"books": str(write_dataset(tmp_path / "books", splits))})
+    stage = make_stage(mixture={"short": 0.5, "long": 0.5}, validation_rows=1000)
+    loader = StageLoader(places, stage, 0, data=data)
+    drawn: dict[str, set[int]] = {"short": set(), "long": set()}
+    for step in range(20):
+        for sample in loader.sample_ids(step):
+            source, _, index, _ = sample.split("/")
+            drawn[source].add(int(index))
+    assert drawn == {"short": {0, 1, 5}, "long": {2, 6}}
+    assert loader.left_out == {"short": 4, "long": 5}
+    # Both come from one dataset, whose held-out split is scored once and as a whole.
+    rows = loader.held_out_rows("text", 1000)
+    assert sum(sum(row.document_lengths[0]) for row in rows) == 5060
+    tokens_of = {tuple(row) for row in tokens(rows)}
+    everything = StageLoader(
+        {"books": places["short"]}, make_stage(mixture={"books": 1.0}, validation_rows=1000), 0
+    )
+    total = sum(sum(row.document_lengths[0]) for row in everything.held_out_rows("text", 1000))
+    assert (total, len(tokens_of)) == (5060, len(rows))
+
+
+def test_an_empty_band_is_refused_with_counts(write_dataset: DatasetWriter, tmp_path: Path) -> None:
+    data = bands(long=(1000, None))
+    folder = write_dataset(tmp_path / "books", {"train": [40, 900]})
+    with pytest.raises(
+        DataError, match=r"'long' .* of 2 \(the longest has 900 tokens\), 2 lie out"
+    ):
+        StageLoader(
+            data.places({"books": str(folder)}), make_stage(mixture={"long": 1.0}), 0, data=data
+        )
+
+
+def test_longer_examples_are_split_dropped_or_refused(
+    write_dataset: DatasetWriter, tmp_path: Path
+) -> None:
+    def open_with(longer: str) -> StageLoader:
+        folder = tmp_path / longer
+        write_dataset(folder, {"train": [40, 300, 128, 129], "held_out": [500]}, longer=longer)
+        return StageLoader({"texts": str(folder)}, make_stage(mixture={"texts": 1.0}), 0)
+
+    def indices(loader: StageLoader) -> set[str]:
+        return {sample.split("/")[2] for step in range(9) for sample in loader.sample_ids(step)}
+
+    assert indices(open_with("split")) == {"0", "1", "2", "3"}
+    dropped = open_with("drop")
+    assert indices(dropped) == {"0", "2"}
+    assert dropped.left_out == {"texts": 2}
+    assert dropped.held_out_rows("text", 5) == []
+    with pytest.raises(DataError, match=r"example 1: 300 tokens do not fit.*\(train 1\)"):
+        open_with("refuse")
+
+
+def test_pieces_of_a_document_weigh_as_the_rows_that_it_fills(
+    write_dataset: DatasetWriter, tmp_path: Path
+) -> None:
+    folder = write_dataset(tmp_path / "d", {"train": [40, 1000]})
+    stage = make_stage(mixture={"d": 1.0}, loss={"weights": "example"})
+    loader = StageLoader({"d": str(folder)}, stage, 0)
+    weight: dict[str, float] = {}
+    for step in range(10):
+        rows = [row for batch in loader.step_rows(step) for row in batch.loss_weights.split(1)]
+        ids = iter(loader.sample_ids(step))
+        lengths = loader.document_lengths(step)
+        for row, documents in zip(rows, lengths, strict=True):
+            for part in row[0, : sum(documents)].split(documents):
+                key = next(ids).rpartition("/")[0]
+                weight[key] = weight.get(key, 0.0) + float(part.sum())
+    assert weight["d/0/0"] == weight["d/1/0"] == pytest.approx(1)
+    assert weight["d/0/1"] == weight["d/1/1"] == pytest.approx(999 / 128)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "sequential"])
+def test_killed_anywhere_the_ids_are_those_of_an_undisturbed_run(
+    write_dataset: DatasetWriter, tmp_path: Path, packing: str
+) -> None:
+    generator = np.random.default_rng(0)
+    texts = {"train": generator.integers(20, 400, 40).tolist()}
+    chats = {"train": generator.integers(20, 140, 30).tolist()}
+    write_dataset(tmp_path / "texts", texts, batch_tokens=200, file_bytes=1)
+    write_dataset(tmp_path / "chats", chats, longer="drop", pack_apart=True)
+    data = DataSpec.model_validate(
+        {
+            "sources": {
+                "books": {"shards": str(tmp_path / "texts"), "documents": {"min_tokens": 50}},
+                "chats": {"shards": str(tmp_path / "chats")},
+            }
+        }
+    )
+    stage = make_stage(packing=packing, mixture={"books": 0.3, "chats": 0.7})
+
+    def start(size: int) -> StageLoader:
+        return StageLoader(data.places({}), stage, 7, data=data, data_parallel_size=size)
+
+    undisturbed = start(1)
+    expected = [undisturbed.sample_ids(step) for step in range(400)]
+    assert any(len({i.split("/")[0] for i in ids}) == 2 for ids in expected)
+    found, step, bookmark = [], 0, None
+    # Each life of the run is killed at its end, whatever it had planned ahead.
+    for size, steps in ((1, 3), (4, 150), (2, 1), (8, 200), (1, 46)):
+        loader = start(size)
+        assert bookmark is None or loader.open_at(json.loads(json.dumps(bookmark)))
+        with Prefetcher(loader.step_rows, range(step, 400)) as rows:
+            for _ in range(steps):
+                assert len(rows.take(step)) == 8 // size
+                found.append(loader.sample_ids(step))
+                step += 1
+            bookmark = loader.bookmark(step)
+    assert found == expected
+    assert bookmark is not None

@@ -6,25 +6,28 @@ a run that resumes on fewer sees the same data in the same order.
 
 from __future__ import annotations
 
+import logging
+import threading
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
-from ringworld_jobs.spec import StageSpec
+from ringworld_jobs.spec import DataSpec, DocumentsSpec, StageSpec
 from ringworld_model.batch import TrainBatch
 from ringworld_model.config import ModelConfig
 from ringworld_model.packing import WeightMode, pack_row, stack_rows
 from ringworld_workers.data.files import DataError
-from ringworld_workers.data.mixture import (
-    KEPT_ROWS,
-    Bookmark,
-    ExampleTooLong,
-    RowPlan,
-    RowPlanner,
-)
+from ringworld_workers.data.mixture import KEPT_ROWS, Bookmark, RowPlanner
+from ringworld_workers.data.prefetch import PREFETCHED_STEPS
+from ringworld_workers.data.row_plan import ExampleTooLong, RowPlan
+from ringworld_workers.data.shard_cache import ShardCache
 from ringworld_workers.data.shards import Dataset, Split
+from ringworld_workers.data.source_walk import PlannedSource
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
+
+log = logging.getLogger(__name__)
 
 SourceKind = Literal["text", "vision"]
 KINDS: tuple[SourceKind, ...] = ("text", "vision")
@@ -40,6 +43,7 @@ def open_loader(job: StageJob, mesh: Mesh) -> StageLoader:
         job.sources,
         job.stage,
         job.spec.seed,
+        data=job.spec.data,
         data_parallel_rank=mesh.data_parallel_rank,
         data_parallel_size=mesh.data_parallel_size,
     )
@@ -68,11 +72,13 @@ def check_tables(loader: StageLoader, stage_name: str, model: ModelConfig) -> No
 
 
 class StageLoader:
-    """Packed rows of one stage, by step.
+    """Packed rows of one stage, by step. Any thread may call any method.
 
     Attributes:
         tokenizer_size: ids of the text tokenizer that all sources share.
         codebook_size: codes of the codebook that all sources with video share; 0 without any.
+        left_out: training examples by source that the stage does not draw: outside the source's
+            band, or longer than the context in a dataset that says to drop those.
     """
 
     def __init__(
@@ -81,15 +87,19 @@ class StageLoader:
         stage: StageSpec,
         seed: int,
         *,
+        data: DataSpec | None = None,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
     ) -> None:
         """Open the stage's sources and plan its rows.
 
         Args:
-            sources: folder of each prepared dataset by name; those that the mixture names are used.
-            stage: context length, batch, mixture and loss weights.
+            sources: folder or URL of each prepared dataset by name; those that the mixture names
+                are used.
+            stage: context length, batch, mixture, packing and loss weights.
             seed: of the data order, together with the stage's name.
+            data: which examples are drawn from each source, and where remote ones are kept; empty:
+                all examples.
             data_parallel_rank: which ring this is.
             data_parallel_size: how many there are.
 
@@ -105,17 +115,56 @@ class StageLoader:
                 f"data_parallel_size * micro_batch_size = {data_parallel_size} * "
                 f"{stage.micro_batch_size}; change mesh.data_parallel or global_batch_tokens"
             )
+        data = data or DataSpec()
         self._stage = stage
         self._data_parallel_rank = data_parallel_rank
         self._data_parallel_size = data_parallel_size
-        self._folders = _used(sources, stage)
+        self._places = _used(sources, stage)
+        self._cache = ShardCache(data.shard_cache.folder, data.shard_cache.max_bytes)
         # Each stage draws its own order, else every stage would begin with the same examples.
         self._seed = zlib.crc32(f"{seed}/{stage.name}".encode())
-        self._datasets = self._open("train", self._folders)
+        self._lock = threading.RLock()
+        self._datasets = self._open("train", self._places)
         self.tokenizer_size, self.codebook_size = _vocabulary(self._datasets)
-        self._planner = self._plan(self._datasets, epochs=None)
+        self.left_out: dict[str, int] = {}
+        for name, dataset in self._datasets.items():
+            part = data.sources.get(name)
+            self._select(name, dataset, part.documents if part else DocumentsSpec())
+        self._planner = self._plan(self._datasets, stage.mixture, epochs=None)
         # Opened now: held-out examples that fit no row shall stop a stage at its start.
         self._held_out = {k: self._open_held_out(k) for k in KINDS} if stage.validation_rows else {}
+
+    def _select(self, name: str, dataset: Dataset, documents: DocumentsSpec) -> None:
+        """Leave out what the source's band or the dataset itself keeps from this stage.
+
+        Raises:
+            DataError: nothing is left; with counts.
+        """
+        total, longest = len(dataset), int(dataset.lengths.max(initial=0))
+        outside = dataset.keep_lengths(documents.min_tokens, documents.max_tokens)
+        dropped = _drop_longer(dataset, self._stage.context_length)
+        if len(dataset) == 0 and total:
+            band = ", ".join(
+                f"documents.{field}={value:,}"
+                for field, value in documents.model_dump(exclude_none=True).items()
+            )
+            raise DataError(
+                f"stage {self._stage.name!r}: source {name!r} is left without an example: of "
+                f"{total:,} (the longest has {longest:,} tokens), {outside:,} lie outside its band "
+                f"({band or 'it has none'}) and {dropped:,} more are longer than context_length="
+                f"{self._stage.context_length:,} in a dataset with longer: {dataset.longer}; "
+                "change the band or the context, or take the source out of the mixture"
+            )
+        if outside or dropped:
+            self.left_out[name] = outside + dropped
+            log.info(
+                "source %s: %d of %d examples drawn (%d outside the band, %d longer than a row)",
+                name,
+                len(dataset),
+                total,
+                outside,
+                dropped,
+            )
 
     def row_range(self, step: int) -> range:
         """Global rows of a step (counted from 0), over all rings."""
@@ -129,28 +178,44 @@ class StageLoader:
         mine = rows[self._data_parallel_rank * share :][:share]
         size = self._stage.micro_batch_size
         weights = self._stage.loss.weights
-        packed = [self._pack(self._planner.plan(row), self._datasets, weights) for row in mine]
+        packed = [self._pack(plan, self._datasets, weights) for plan in self._plans(mine)]
         return [stack_rows(packed[start : start + size]) for start in range(0, share, size)]
+
+    def _plans(self, rows: range) -> list[RowPlan]:
+        with self._lock:
+            plans = [self._planner.plan(row) for row in rows]
+            for name, dataset in self._datasets.items():
+                if dataset.remote:
+                    dataset.prefetch(self._planner.coming_shards(name))
+        return plans
 
     def bookmark(self, step: int) -> Bookmark | None:
         """A place from which a new loader reaches this step sooner than from the start."""
-        return self._planner.bookmark(self.row_range(step).start)
+        with self._lock:
+            return self._planner.bookmark(self.row_range(step).start)
 
     def open_at(self, bookmark: Bookmark) -> bool:
         """Continue from a bookmark; False, and nothing is done, if the data or mixture changed."""
-        return self._planner.open_at(bookmark)
+        with self._lock:
+            return self._planner.open_at(bookmark)
 
     def document_lengths(self, step: int) -> list[tuple[int, ...]]:
         """Tokens of each document in each of the step's rows, of every ring."""
         return [
-            tuple(piece.stop - piece.start for piece in self._planner.plan(row).pieces)
-            for row in self.row_range(step)
+            tuple(piece.stop - piece.start for piece in plan.pieces)
+            for plan in self._plans(self.row_range(step))
         ]
 
     def sample_ids(self, step: int) -> list[str]:
-        """Ids of the pieces in all of the step's rows, of every ring, in order."""
+        """Ids of the pieces in all of the step's rows, of every ring, in order.
+
+        ``source/epoch/example/start-stop``, where the example is its number in the whole dataset,
+        of which a source may draw a part.
+        """
         return [
-            piece.id for row in self.row_range(step) for piece in self._planner.plan(row).pieces
+            replace(piece, index=self._datasets[piece.source].row(piece.index)).id
+            for plan in self._plans(self.row_range(step))
+            for piece in plan.pieces
         ]
 
     def padding_share(self, step: int) -> float:
@@ -180,28 +245,46 @@ class StageLoader:
         return [self._pack(plan, datasets, "token") for _, plan in plans]
 
     def _open_held_out(self, kind: SourceKind) -> tuple[dict[str, Dataset], RowPlanner] | None:
-        wanted = {
-            name: folder
-            for name, folder in self._folders.items()
-            if _has_vision(self._datasets[name]) == (kind == "vision")
-        }
-        datasets = {n: d for n, d in self._open("held_out", wanted).items() if len(d)}
-        return (datasets, self._plan(datasets, epochs=1)) if datasets else None
+        """Whole held-out splits: parts of one dataset are scored once, on all of it."""
+        places: dict[str, str] = {}
+        weights: dict[str, float] = {}
+        for name, place in sorted(self._places.items()):
+            if _has_vision(self._datasets[name]) != (kind == "vision"):
+                continue
+            first = next((n for n, known in places.items() if known == place), name)
+            places[first] = place
+            weights[first] = weights.get(first, 0.0) + self._stage.mixture[name]
+        datasets = self._open("held_out", places)
+        for dataset in datasets.values():
+            _drop_longer(dataset, self._stage.context_length)
+        datasets = {name: dataset for name, dataset in datasets.items() if len(dataset)}
+        return (datasets, self._plan(datasets, weights, epochs=1)) if datasets else None
 
-    def _open(self, split: Split, folders: Mapping[str, str]) -> dict[str, Dataset]:
-        return {name: Dataset(folder, split) for name, folder in folders.items()}
+    def _open(self, split: Split, places: Mapping[str, str]) -> dict[str, Dataset]:
+        return {name: Dataset(place, split, self._cache) for name, place in places.items()}
 
-    def _plan(self, datasets: Mapping[str, Dataset], epochs: int | None) -> RowPlanner:
-        context_length = self._stage.context_length
+    def _plan(
+        self, datasets: Mapping[str, Dataset], weights: Mapping[str, float], epochs: int | None
+    ) -> RowPlanner:
+        rows = self._stage.rows_per_step
         try:
             return RowPlanner(
-                {name: dataset.lengths for name, dataset in datasets.items()},
-                {name: dataset.splittable for name, dataset in datasets.items()},
-                {name: self._stage.mixture[name] for name in datasets},
-                context_length,
+                {
+                    name: PlannedSource(
+                        lengths=dataset.lengths,
+                        weight=weights[name],
+                        splittable=dataset.splittable,
+                        apart=dataset.pack_apart,
+                        shard_sizes=dataset.shard_sizes,
+                    )
+                    for name, dataset in datasets.items()
+                },
+                self._stage.context_length,
                 self._seed,
+                packing=self._stage.packing,
                 epochs=epochs,
-                kept_rows=max(KEPT_ROWS, 2 * self._stage.rows_per_step),
+                # What is read ahead does not push out what the step at hand is asked about.
+                kept_rows=max(KEPT_ROWS, (PREFETCHED_STEPS + 3) * rows),
             )
         except ExampleTooLong as error:
             example = datasets[error.source].name(error.index)
@@ -212,6 +295,11 @@ class StageLoader:
     ) -> TrainBatch:
         examples = [datasets[p.source].read(p.index, p.start, p.stop) for p in plan.pieces]
         return pack_row(examples, self._stage.context_length, weights)
+
+
+def _drop_longer(dataset: Dataset, context_length: int) -> int:
+    """Leave out what is longer than a row, where the dataset says so; how many were."""
+    return dataset.keep_lengths(None, context_length + 1) if dataset.longer == "drop" else 0
 
 
 def _used(sources: Mapping[str, str], stage: StageSpec) -> dict[str, str]:

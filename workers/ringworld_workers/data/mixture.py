@@ -1,8 +1,8 @@
 """Which piece of which example goes into which row: the packing plan of one stage.
 
-The plan is a function of the seed, the length indexes, the mixture and the context length alone.
-Every rank computes the same one, at any data_parallel size. A resumed run finds its place by
-replaying lengths, reading no tokens, from a bookmark that its checkpoint holds.
+The plan is a function of the seed, the length indexes, the mixture, the packing and the context
+length alone. Every rank computes the same one, at any data_parallel size. A resumed run finds its
+place by replaying lengths, reading no tokens, from a bookmark that its checkpoint holds.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+
+from ringworld_workers.data.row_plan import ExampleTooLong, Piece, RowPlan
+from ringworld_workers.data.source_walk import PlannedSource, SourceWalk
+
+Packing = Literal["best_fit", "sequential"]
 
 MIN_PIECE_TOKENS = 32
 """Text is cut no finer: a shorter piece has almost no context to predict from."""
-OPEN_ROWS = 6
-"""Rows kept open at a time. More pack tighter, and let a row wait longer."""
+OPEN_ROWS: dict[Packing, int] = {"best_fit": 6, "sequential": 1}
+"""Rows kept open at a time by sources that share rows. More pack tighter, and let a row wait
+longer."""
 KEPT_ROWS = 4096
 """Plans kept for random access; asking for an older row replays from the start."""
 BOOKMARK_ROWS = 1024
@@ -33,81 +37,37 @@ Bookmark = dict[str, Any]
 """Where a plan stands after some row, as plain JSON."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens [start, stop) of one example, in one pass over its source."""
-
-    source: str
-    epoch: int
-    index: int
-    start: int
-    stop: int
-
-    @property
-    def id(self) -> str:
-        """The piece as metrics name it: ``source/epoch/index/start-stop``."""
-        return f"{self.source}/{self.epoch}/{self.index}/{self.start}-{self.stop}"
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """The pieces of one row, in order; what they leave free is padding."""
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the row, padding not included."""
-        return sum(piece.stop - piece.start for piece in self.pieces)
-
-
-class ExampleTooLong(ValueError):
-    """An example that may not be cut does not fit a row.
-
-    Attributes:
-        source: its source.
-        index: its place there.
-    """
-
-    def __init__(self, source: str, index: int, length: int, context_length: int) -> None:
-        """Say which example, its length and the limit."""
-        super().__init__(
-            f"source {source!r}, example {index}: {length} tokens do not fit "
-            f"context_length={context_length}; raise context_length, or take a source of "
-            f"shorter examples"
-        )
-        self.source = source
-        self.index = index
-
-
 class RowPlanner:
     """Plans the rows of a mixture, in order, for ever or for a number of epochs.
 
     The source that lacks most tokens of its share gives the next example, so the weights hold over
-    any stretch of rows, not only on average. Each source is walked in a fresh permutation per
-    epoch. An example that may not be cut goes to the open row that it fills best; a document is cut
-    to fill what open rows have left. Rows are numbered as they close.
+    any stretch of rows, not only on average: of the tokens of any window, a source has its share to
+    within ``(sources + groups * OPEN_ROWS[packing]) * context_length`` tokens, however long the
+    window is. Groups are the sources that share rows (one) and those that are packed apart (one
+    each). Each source is walked in a fresh permutation per epoch.
+
+    ``best_fit`` puts an example that may not be cut into the open row that it fills best, and cuts
+    a document to fill what open rows have left. ``sequential`` has one row open: it takes what
+    fits, and is closed by what does not. Rows are numbered as they close.
     """
 
     def __init__(
         self,
-        lengths: Mapping[str, npt.NDArray[np.int32]],
-        splittable: Mapping[str, bool],
-        weights: Mapping[str, float],
+        sources: Mapping[str, PlannedSource],
         context_length: int,
         seed: int,
         *,
+        packing: Packing = "best_fit",
         epochs: int | None = None,
         kept_rows: int = KEPT_ROWS,
     ) -> None:
         """Check that every example can be placed.
 
         Args:
-            lengths: tokens of each example, by source; [N] each.
-            splittable: whether a source's examples may be cut.
-            weights: share of tokens by source; they need not sum to 1.
+            sources: what to draw from, by name.
             context_length: tokens of a row.
             seed: of the permutations.
+            packing: how examples come into rows.
             epochs: passes over each source, after which the plan ends; empty: no end.
             kept_rows: how far back a row may be asked for without a replay.
 
@@ -115,23 +75,26 @@ class RowPlanner:
             ExampleTooLong: an example that may not be cut is longer than a row.
             ValueError: no source, an empty source, or a weight that is not positive.
         """
-        if not weights:
+        if not sources:
             raise ValueError("the mixture names no source")
-        for name, weight in weights.items():
-            if weight <= 0:
-                raise ValueError(f"mixture.{name}={weight:g} is not positive; leave the source out")
-            if len(lengths[name]) == 0:
+        for name, source in sources.items():
+            if source.weight <= 0:
+                raise ValueError(
+                    f"mixture.{name}={source.weight:g} is not positive; leave the source out"
+                )
+            if len(source.lengths) == 0:
                 raise ValueError(f"source {name!r} holds no example; take it out of the mixture")
-            longest = int(np.argmax(lengths[name]))
-            if not splittable[name] and lengths[name][longest] > context_length:
-                raise ExampleTooLong(name, longest, int(lengths[name][longest]), context_length)
-        self._arguments = (lengths, splittable, weights, context_length, seed, epochs)
+            longest = int(np.argmax(source.lengths))
+            if not source.splittable and source.lengths[longest] > context_length:
+                raise ExampleTooLong(name, longest, int(source.lengths[longest]), context_length)
+        self._sources = dict(sources)
+        self._numbers = (context_length, seed, epochs, packing)
         self._kept: deque[RowPlan] = deque(maxlen=kept_rows)
         self._bookmarks: deque[Bookmark] = deque(maxlen=kept_rows // BOOKMARK_ROWS + 2)
         self._start_over()
 
     def _start_over(self) -> None:
-        self._walk = _Walk(*self._arguments)
+        self._walk = _Walk(self._sources, *self._numbers)
         self._planned = 0
         self._kept.clear()
         self._bookmarks.clear()
@@ -188,62 +151,17 @@ class RowPlanner:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that the plan is a function of."""
-        lengths, splittable, weights, *numbers = self._arguments
-        digest = hashlib.sha256(json.dumps([sorted(weights.items()), *numbers]).encode())
-        for name in sorted(weights):
-            digest.update(f"{name}:{splittable[name]}:{len(lengths[name])}".encode())
-            digest.update(np.ascontiguousarray(lengths[name], np.int32).data)
+        weights = sorted((name, source.weight) for name, source in self._sources.items())
+        digest = hashlib.sha256(json.dumps([weights, *self._numbers]).encode())
+        for name, source in sorted(self._sources.items()):
+            how = (source.splittable, source.apart, source.shard_sizes, len(source.lengths))
+            digest.update(f"{name}:{how}".encode())
+            digest.update(np.ascontiguousarray(source.lengths, np.int32).data)
         return digest.hexdigest()
 
-
-@dataclass(slots=True)
-class _Source:
-    """Where a walk through one source stands."""
-
-    name: str
-    lengths: npt.NDArray[np.int32]
-    splittable: bool
-    share: float
-    seed: int
-    epochs: int | None
-    epoch: int = -1
-    order: list[int] = field(default_factory=list)
-    position: int = 0
-    start: int = 0
-    drawn: int = 0
-
-    def permute(self, epoch: int) -> None:
-        """Begin an epoch. Sorting raw random words gives the same order on any numpy."""
-        self.epoch = epoch
-        key = zlib.crc32(self.name.encode())
-        entropy = np.random.SeedSequence([self.seed & (2**64 - 1), key, self.epoch])
-        words = np.random.PCG64(entropy).random_raw(len(self.lengths))
-        self.order = np.argsort(words, kind="stable").tolist()
-        self.position = 0
-
-    @property
-    def remaining(self) -> int:
-        """Tokens left of the example at hand."""
-        return int(self.lengths[self.order[self.position]]) - self.start
-
-    def take(self, tokens: int) -> Piece:
-        """Cut off the next tokens of the example at hand."""
-        index = self.order[self.position]
-        piece = Piece(self.name, self.epoch, index, self.start, self.start + tokens)
-        self.drawn += tokens
-        if tokens == self.remaining:
-            self.start = 0
-            self.position += 1
-            if self.position == len(self.order):
-                self.permute(self.epoch + 1)
-        else:
-            self.start += tokens
-        return piece
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether its last epoch is over."""
-        return self.epochs is not None and self.epoch >= self.epochs
+    def coming_shards(self, source: str) -> list[list[int]]:
+        """Shards that a source's examples will be drawn from, soonest first."""
+        return self._walk.sources[source].coming_shards()
 
 
 @dataclass(slots=True, eq=False)
@@ -259,82 +177,110 @@ class _OpenRow:
         return RowPlan(tuple(self.pieces))
 
 
+_SHARED = ""
+"""Name of the group of all sources that are not packed apart."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Rows that are open to the same sources."""
+
+    most_rows: int
+    smallest: int = 2**62
+    """Fewest tokens that any of its sources may still add to a row."""
+    rows: list[_OpenRow] = field(default_factory=list)
+
+
 class _Walk:
     """The plan in the making: where each source stands, and the rows that are still open."""
 
     def __init__(
         self,
-        lengths: Mapping[str, npt.NDArray[np.int32]],
-        splittable: Mapping[str, bool],
-        weights: Mapping[str, float],
+        sources: Mapping[str, PlannedSource],
         context_length: int,
         seed: int,
         epochs: int | None,
+        packing: Packing,
     ) -> None:
         self._context_length = context_length
         # Half a row at most, so that any remainder of a document can be placed.
         self._min_piece = max(1, min(MIN_PIECE_TOKENS, context_length // 2))
         # An exact sum and a sorted list, so that the order in which a spec lists its sources plays
         # no part.
-        total = math.fsum(weights.values())
-        self._sources = [
-            _Source(name, lengths[name], splittable[name], weights[name] / total, seed, epochs)
-            for name in sorted(weights)
-        ]
-        for source in self._sources:
-            source.permute(0)
-        self._smallest = min(
-            min(self._min_piece, int(s.lengths.min())) if s.splittable else int(s.lengths.min())
-            for s in self._sources
-        )
-        self._rows: list[_OpenRow] = []
+        total = math.fsum(source.weight for source in sources.values())
+        self.sources = {
+            name: SourceWalk(name, sources[name], sources[name].weight / total, seed, epochs)
+            for name in sorted(sources)
+        }
+        self._groups: dict[str, _Group] = {}
+        for name, walk in self.sources.items():
+            walk.permute(0)
+            group = self._groups.setdefault(
+                name if walk.source.apart else _SHARED, _Group(OPEN_ROWS[packing])
+            )
+            shortest = int(walk.source.lengths.min())
+            if walk.source.splittable:
+                shortest = min(self._min_piece, shortest)
+            group.smallest = min(group.smallest, shortest)
 
     def advance(self) -> list[RowPlan] | None:
         """Place one piece; the rows that this closes. None: the last epoch is over."""
-        active = [source for source in self._sources if not source.exhausted]
+        active = [source for source in self.sources.values() if not source.exhausted]
         if not active:
-            left, self._rows = self._rows, []
-            return [row.plan() for row in left] or None
+            return self._close_all() or None
         drawn = sum(source.drawn for source in active)
         share = sum(source.share for source in active)
         # max takes the first of equals: ties go by name.
         source = max(active, key=lambda s: s.share / share * drawn - s.drawn)
+        group = self._groups[source.name if source.source.apart else _SHARED]
         closed = []
-        row, tokens = _place(source, self._rows, self._context_length, self._min_piece)
+        row, tokens = _place(source, group.rows, self._context_length, self._min_piece)
         if row is None:
-            if len(self._rows) == OPEN_ROWS:
+            if len(group.rows) == group.most_rows:
                 # The oldest: no row waits without end.
-                closed.append(self._rows.pop(0).plan())
+                closed.append(group.rows.pop(0).plan())
             row = _OpenRow(self._context_length)
-            self._rows.append(row)
+            group.rows.append(row)
         row.add(source.take(tokens))
-        if row.free < self._smallest:
-            self._rows.remove(row)
+        if row.free < group.smallest:
+            group.rows.remove(row)
             closed.append(row.plan())
         return closed
+
+    def _close_all(self) -> list[RowPlan]:
+        left = [row.plan() for _, group in sorted(self._groups.items()) for row in group.rows]
+        for group in self._groups.values():
+            group.rows = []
+        return left
 
     def place(self) -> Bookmark:
         """Where the walk stands, as plain JSON."""
         return {
-            "sources": [[s.epoch, s.position, s.start, s.drawn] for s in self._sources],
-            "open_rows": [[list(astuple(piece)) for piece in row.pieces] for row in self._rows],
+            "sources": {
+                name: [s.epoch, s.position, s.start, s.drawn] for name, s in self.sources.items()
+            },
+            "open_rows": {
+                name: [[list(astuple(piece)) for piece in row.pieces] for row in group.rows]
+                for name, group in self._groups.items()
+            },
         }
 
     def go_to(self, place: Bookmark) -> None:
         """Stand where ``place`` was taken."""
-        for source, (epoch, position, start, drawn) in zip(
-            self._sources, place["sources"], strict=True
-        ):
+        for name, (epoch, position, start, drawn) in place["sources"].items():
+            source = self.sources[name]
             source.permute(epoch)
             source.position, source.start, source.drawn = position, start, drawn
-        self._rows = [_OpenRow(self._context_length) for _ in place["open_rows"]]
-        for row, pieces in zip(self._rows, place["open_rows"], strict=True):
-            for piece in pieces:
-                row.add(Piece(*piece))
+        for name, rows in place["open_rows"].items():
+            group = self._groups[name]
+            group.rows = [_OpenRow(self._context_length) for _ in rows]
+            for row, pieces in zip(group.rows, rows, strict=True):
+                for piece in pieces:
+                    row.add(Piece(*piece))
 
 
 def _place(
-    source: _Source, rows: list[_OpenRow], context_length: int, min_piece: int
+    source: SourceWalk, rows: list[_OpenRow], context_length: int, min_piece: int
 ) -> tuple[_OpenRow | None, int]:
     """The open row that the source's next tokens fill best (None: a new one), and how many."""
     best: _OpenRow | None = None
@@ -346,12 +292,12 @@ def _place(
     return best, best_tokens
 
 
-def _fit(source: _Source, free: int, min_piece: int) -> int:
+def _fit(source: SourceWalk, free: int, min_piece: int) -> int:
     """How many of the source's next tokens go into a gap; 0: it does not fit."""
     remaining = source.remaining
     if remaining <= free:
         return remaining
-    if not source.splittable:
+    if not source.source.splittable:
         return 0
     # Leave enough for the document's rest to be a piece as well.
     tokens = min(free, remaining - min_piece)

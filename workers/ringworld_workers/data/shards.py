@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ringworld_model.packing import Example
 from ringworld_workers.data.files import DataError
+from ringworld_workers.data.shard_cache import ShardCache
 from ringworld_workers.data.shard_format import (
     FORMAT_VERSION,
     META_FILE,
@@ -26,8 +27,12 @@ from ringworld_workers.data.shard_format import (
     parse_meta,
     read_meta,
 )
-from ringworld_workers.data.shard_places import LocalShards
+from ringworld_workers.data.shard_places import RemoteShards, open_shards
 from ringworld_workers.data.shard_writer import ShardWriter
+from ringworld_workers.data.source_walk import BLOCK_SHARDS
+
+OPEN_REMOTE_SHARDS = BLOCK_SHARDS
+"""Shards of a remote dataset that a reader keeps mapped at a time."""
 
 __all__ = ["FORMAT_VERSION", "SPLITS", "Dataset", "ShardWriter", "Split", "read_meta"]
 
@@ -39,20 +44,28 @@ class Dataset:
         place: the folder or URL where it lies.
         split: "train" or "held_out".
         meta: the dataset's meta.json.
-        lengths: [N] int32, tokens of each example.
+        entries: its shards.
+        lengths: [N] int32, tokens of each example that is kept.
+        remote: whether shards are fetched.
         longer: what happens to an example that is longer than a row: split, drop or refuse.
         pack_apart: whether its rows hold no other dataset's examples.
     """
 
-    def __init__(self, place: Path | str, split: Split) -> None:
+    def __init__(self, place: Path | str, split: Split, cache: ShardCache | None = None) -> None:
         """Open a split; its shards are opened as they are read.
+
+        Args:
+            place: a folder, or a URL (``s3://bucket/folder``).
+            split: which split.
+            cache: where shards of a URL are kept.
 
         Raises:
             DataError: the place holds no prepared dataset, one of another format version, or a
                 length index that is not the one of its shards.
         """
         self.place, self.split = str(place), split
-        self._shards = LocalShards(Path(place))
+        self._shards = open_shards(self.place, cache)
+        self.remote = isinstance(self._shards, RemoteShards)
         self.meta: Mapping[str, Any] = parse_meta(
             self._shards.read(META_FILE), self._shards.where(META_FILE)
         )
@@ -65,7 +78,9 @@ class Dataset:
         starts = np.cumsum([0] + [entry["examples"] for entry in self.entries])
         self._starts: list[int] = starts.tolist()
         self._open: dict[int, _Shard] = {}
+        self._rows: npt.NDArray[np.int64] | None = None
         self._check_lengths()
+        self._shards.admit(self.entries)
 
     def _check_lengths(self) -> None:
         where = self._shards.where(lengths_file(self.split))
@@ -86,19 +101,56 @@ class Dataset:
         """Whether an example may be cut into pieces."""
         return self.longer == "split"
 
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Kept examples of each shard."""
+        if self._rows is None:
+            return tuple(entry["examples"] for entry in self.entries)
+        return tuple(np.diff(np.searchsorted(self._rows, self._starts)).tolist())
+
+    def keep_lengths(self, least: int | None, below: int | None) -> int:
+        """Keep only examples of ``least`` tokens or more and of fewer than ``below``.
+
+        Those that are kept are numbered anew; ``row`` has their place in the whole dataset.
+
+        Returns:
+            How many were left out now.
+        """
+        kept = self.lengths >= (least or 0)
+        if below is not None:
+            kept &= self.lengths < below
+        if kept.all():
+            return 0
+        rows = np.flatnonzero(kept)
+        self._rows = rows if self._rows is None else self._rows[rows]
+        self.lengths = self.lengths[rows]
+        return len(kept) - len(rows)
+
+    def row(self, index: int) -> int:
+        """Place in the whole dataset of a kept example."""
+        return index if self._rows is None else int(self._rows[index])
+
+    def prefetch(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Have remote shards fetched in the background; the first block matters most."""
+        self._shards.prefetch([[self.entries[shard] for shard in block] for block in blocks])
+
     def __len__(self) -> int:
-        """Number of examples."""
+        """Number of examples that are kept."""
         return len(self.lengths)
 
     def _locate(self, index: int) -> tuple[_Batch, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.place} ({self.split})")
-        number = bisect.bisect_right(self._starts, index) - 1
+        row = self.row(index)
+        number = bisect.bisect_right(self._starts, row) - 1
         shard = self._open.get(number)
         if shard is None:
             entry = self.entries[number]
+            if self.remote and len(self._open) >= OPEN_REMOTE_SHARDS:
+                # An open map keeps its file's blocks on the disk, even if the cache removed it.
+                del self._open[next(iter(self._open))]
             shard = self._open[number] = _Shard(self._shards.open(entry), entry)
-        return shard.locate(index - self._starts[number])
+        return shard.locate(row - self._starts[number])
 
     def name(self, index: int) -> str:
         """What the example is called: a file, or a clip's place in a video and its layout."""

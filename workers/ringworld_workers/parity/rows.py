@@ -6,12 +6,12 @@ R rows, S tokens of a whole row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ringworld_jobs.spec import JobSpec, StageSpec
+from ringworld_jobs.spec import DataSpec, JobSpec, StageSpec
 from ringworld_model.batch import TENSOR_FIELDS, TrainBatch
 from ringworld_model.config import ModelConfig
 from ringworld_workers.data.files import DataError
@@ -26,10 +26,12 @@ class JobData:
     Attributes:
         sources: dataset folder by source name.
         model_config: the job's model, table sizes filled in from the data.
+        spec: which examples of each source are drawn, and where remote ones are kept.
     """
 
     sources: dict[str, str]
     model_config: ModelConfig
+    spec: DataSpec = field(default_factory=DataSpec)
 
 
 def open_data(spec: JobSpec, on_progress: Callable[[str, int, int], None]) -> JobData:
@@ -39,14 +41,14 @@ def open_data(spec: JobSpec, on_progress: Callable[[str, int, int], None]) -> Jo
         DataError: an input is missing or useless.
         ValueError: the model's shape is impossible.
     """
-    sources = {name: source.shards for name, source in spec.data.sources.items()}
+    folders: dict[str, str] = {}
     tokenizer_size = codebook_size = None
     if spec.data.recipe is not None:
         prepared = build(Path(spec.data.recipe), Path(spec.data.cache), on_progress)
-        sources = {name: str(path) for name, path in prepared.datasets.items()} | sources
+        folders = {name: str(path) for name, path in prepared.datasets.items()}
         tokenizer_size, codebook_size = prepared.tokenizer_size, prepared.codebook_size
     config = spec.model.config(text_vocab_size=tokenizer_size, codebook_size=codebook_size)
-    return JobData(sources, config)
+    return JobData(spec.data.places(folders), config, spec.data)
 
 
 def first_rows(data: JobData, stage: StageSpec, seed: int, num_rows: int) -> TrainBatch:
@@ -62,7 +64,7 @@ def first_rows(data: JobData, stage: StageSpec, seed: int, num_rows: int) -> Tra
         "micro_batch_size": num_rows,
         "validation_rows": 0,
     }
-    loader = StageLoader(data.sources, stage.model_copy(update=batch), seed)
+    loader = StageLoader(data.sources, stage.model_copy(update=batch), seed, data=data.spec)
     check_tables(loader, stage.name, data.model_config)
     return loader.step_rows(0)[0]
 

@@ -1,0 +1,91 @@
+"""What the next steps need, made by a background thread while the step at hand computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+PREFETCHED_STEPS = 2
+"""Steps that are ready before they are asked for."""
+CLOSE_SECONDS = 5.0
+"""How long closing waits for the step in the making; the thread dies with the process anyway."""
+
+Item = TypeVar("Item")
+
+
+class Prefetcher(Generic[Item]):
+    """Makes item 0, 1, 2, ... of a range ahead of time, in order; use it as a context manager.
+
+    An exception comes out of ``take`` for the item that it belongs to, not before. Nothing depends
+    on how far the thread is: a run that stops drops what was ready, and a resume makes it again.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Item], items: range, ahead: int = PREFETCHED_STEPS
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            make: gives an item; called from the thread alone.
+            items: which ones, in order.
+            ahead: items that wait at most.
+        """
+        self._items, self._make = iter(items), make
+        self._ready: queue.Queue[tuple[int, Item | None, BaseException | None]] = queue.Queue(ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name="rows", daemon=True)
+        self._thread.start()
+
+    def _run(self, items: range) -> None:
+        for item in items:
+            if self._closed.is_set():
+                return
+            try:
+                result, error = self._make(item), None
+            except BaseException as caught:
+                result, error = None, caught
+            # close() empties the queue after it has set the flag, so this cannot block for ever.
+            self._ready.put((item, result, error))
+            if error is not None:
+                return
+
+    def take(self, item: int) -> Item:
+        """The next item; waits until it is made.
+
+        Raises:
+            Exception: what making it raised.
+            ValueError: it is not the next one.
+        """
+        expected = next(self._items, None)
+        if item != expected:
+            raise ValueError(f"item {item} was asked for, and {expected} comes next")
+        _, result, error = self._ready.get()
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Stop the thread, and drop what is ready."""
+        self._closed.set()
+        deadline = CLOSE_SECONDS
+        while self._thread.is_alive() and deadline > 0:
+            try:
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                deadline -= 0.01
+
+    def __enter__(self) -> Self:
+        """Return the prefetcher."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
