@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,10 @@ class MicroBatch:
     ring: RingContext
     weight: torch.Tensor
     """[2] float64 on the CPU: sum of the cut's loss weights, by target modality."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with the rows' cut on ``device``."""
+        return replace(self, local=self.local.to(device))
 
 
 def choose_stage_backend(job: StageJob, mesh: Mesh) -> tuple[str, str]:
@@ -67,6 +71,13 @@ def prepare_micro_batch(
         mesh: this rank's place.
         backend: what computes attention; the stage's where None.
     """
+    return cut_micro_batch(rows, stage, mesh, backend).to(mesh.device)
+
+
+def cut_micro_batch(
+    rows: TrainBatch, stage: StageSpec, mesh: Mesh, backend: str | None = None
+) -> MicroBatch:
+    """See ``prepare_micro_batch``; the cut stays on the CPU, where any thread may make it."""
     backend = backend or stage.attention.backend
     plans = plan_stage_rows(rows.document_lengths, stage, mesh, backend)
     ring = RingContext(
@@ -76,7 +87,7 @@ def prepare_micro_batch(
         backend=backend,
     )
     local = cut(rows, plans, mesh.sequence_parallel_rank)
-    return MicroBatch(local.to(mesh.device), ring, weight_by_modality(local))
+    return MicroBatch(local, ring, weight_by_modality(local))
 
 
 def weight_by_modality(batch: TrainBatch) -> torch.Tensor:

@@ -21,6 +21,7 @@ from ringworld_model.loss import LossSums, combine
 from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.data.loader import StageLoader, open_loader
+from ringworld_workers.data.prefetch import Prefetcher
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.evaluate.held_out import score_held_out
@@ -35,6 +36,7 @@ from ringworld_workers.metrics import (
 from ringworld_workers.micro_batch import (
     MicroBatch,
     choose_stage_backend,
+    cut_micro_batch,
     plan_stage_rows,
     prepare_micro_batch,
 )
@@ -134,6 +136,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
                     heads_size=mesh.heads_size,
                     data_parallel_size=mesh.data_parallel_size,
                     setup_seconds=time.monotonic() - started,
+                    **({"left_out": loader.left_out} if loader.left_out else {}),
                     **attention,
                 )
             )
@@ -166,11 +169,18 @@ class StageRun:
 
     def train(self, step: int, tokens: int) -> dict[str, Any]:
         """Run the steps from ``step`` on; ``tokens`` is what the job has consumed so far."""
+        with Prefetcher(self._micro_batches, range(step, self.stage.num_steps)) as ahead:
+            return self._train(ahead, step, tokens)
+
+    def _train(
+        self, ahead: Prefetcher[list[MicroBatch]], step: int, tokens: int
+    ) -> dict[str, Any]:
         while step < self.stage.num_steps:
             step_started = time.perf_counter()
             self.reporter.phase("data", step + 1)
             with self.timer.phase("data"):
-                batches = self._micro_batches(step)
+                # Waiting for what the background thread makes, where it is not ahead.
+                batches = [batch.to(self.mesh.device) for batch in ahead.take(step)]
             boundary = self._agree(batches)
             stall = self._at_boundary(boundary, step, tokens)
             if boundary.stop:
@@ -197,8 +207,11 @@ class StageRun:
         return self._end_of_stage(step, tokens)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's share of the step's rows, cut for the ring."""
-        return [self.prepare(rows) for rows in self.loader.step_rows(step)]
+        """This rank's share of the step's rows, cut for the ring; on the CPU."""
+        return [
+            cut_micro_batch(rows, self.stage, self.mesh, self.backend)
+            for rows in self.loader.step_rows(step)
+        ]
 
     def prepare(self, rows: TrainBatch) -> MicroBatch:
         """Plan the ring for whole rows [B, S] and cut out this rank's tokens [B, T]."""
