@@ -172,9 +172,7 @@ class StageRun:
         with Prefetcher(self._micro_batches, range(step, self.stage.num_steps)) as ahead:
             return self._train(ahead, step, tokens)
 
-    def _train(
-        self, ahead: Prefetcher[list[MicroBatch]], step: int, tokens: int
-    ) -> dict[str, Any]:
+    def _train(self, ahead: Prefetcher[list[MicroBatch]], step: int, tokens: int) -> dict[str, Any]:
         while step < self.stage.num_steps:
             step_started = time.perf_counter()
             self.reporter.phase("data", step + 1)
