@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -14,6 +15,11 @@ CLOSE_SECONDS = 5.0
 """How long closing waits for the step in the making; the thread dies with the process anyway."""
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: BaseException
 
 
 class Prefetcher(Generic[Item]):
@@ -34,7 +40,8 @@ class Prefetcher(Generic[Item]):
             ahead: items that wait at most.
         """
         self._items, self._make = iter(items), make
-        self._ready: queue.Queue[tuple[int, Item | None, BaseException | None]] = queue.Queue(ahead)
+        self._ready: queue.Queue[Item | _Failed] = queue.Queue(ahead)
+        self._error: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items,), name="rows", daemon=True)
         self._thread.start()
@@ -43,13 +50,11 @@ class Prefetcher(Generic[Item]):
         for item in items:
             if self._closed.is_set():
                 return
+            # close() empties the queue after it has set the flag, so no put blocks for ever.
             try:
-                result, error = self._make(item), None
-            except BaseException as caught:
-                result, error = None, caught
-            # close() empties the queue after it has set the flag, so this cannot block for ever.
-            self._ready.put((item, result, error))
-            if error is not None:
+                self._ready.put(self._make(item))
+            except BaseException as error:
+                self._ready.put(_Failed(error))
                 return
 
     def take(self, item: int) -> Item:
@@ -59,13 +64,16 @@ class Prefetcher(Generic[Item]):
             Exception: what making it raised.
             ValueError: it is not the next one.
         """
+        if self._error is not None:
+            raise self._error
         expected = next(self._items, None)
         if item != expected:
             raise ValueError(f"item {item} was asked for, and {expected} comes next")
-        _, result, error = self._ready.get()
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+        made = self._ready.get()
+        if isinstance(made, _Failed):
+            self._error = made.error
+            raise made.error
+        return made
 
     def close(self) -> None:
         """Stop the thread, and drop what is ready."""
