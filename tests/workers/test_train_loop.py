@@ -73,22 +73,25 @@ class Collector:
         return self._stop_after is not None and self._step > self._stop_after
 
 
-def write_source(folder: Path, examples: list[tuple[Any, Any]], splittable: bool) -> str:
+def write_source(folder: Path, examples: list[tuple[Any, Any]], longer: str) -> str:
     folder.mkdir(parents=True)
     generator = np.random.default_rng(len(examples))
     num_vision = 0
+    shards = {}
     for split, chosen in (("train", examples[5:]), ("held_out", examples[:5])):
         with ShardWriter(folder, split) as shard:  # type: ignore[arg-type]
             for tokens, modality in chosen:
                 loss = (generator.random(len(tokens)) < 0.9).astype(np.uint8)
                 shard.add(tokens, modality, loss, "made up")
                 num_vision += int(modality.sum())
+        shards[split] = {"shards": shard.entries()}
     meta = {
         "format": FORMAT_VERSION,
-        "splittable": splittable,
+        "longer": longer,
+        "pack_apart": False,
         "tokenizer": {"size": MODEL.text_vocab_size, "digest": "t"},
         "codebook": {"size": MODEL.vision_codebook_size, "digest": "c"},
-        "splits": {"train": {"vision_tokens": num_vision}},
+        "splits": shards | {"train": shards["train"] | {"vision_tokens": num_vision}},
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
@@ -107,8 +110,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         modality = (np.arange(length) >= 8).astype(np.uint8) * VISION
         clips.append((ids, modality))
     return {
-        "documents": write_source(folder / "documents", documents, splittable=True),
-        "clips": write_source(folder / "clips", clips, splittable=False),
+        "documents": write_source(folder / "documents", documents, longer="split"),
+        "clips": write_source(folder / "clips", clips, longer="refuse"),
     }
 
 
