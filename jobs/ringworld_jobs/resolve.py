@@ -46,6 +46,7 @@ def spec_digest(spec: JobSpec) -> str:
     if "recipe" in data["data"]:
         data["data"]["recipe"] = PurePath(data["data"]["recipe"]).name
     for source in data["data"]["sources"].values():
-        source["shards"] = PurePath(source["shards"]).name
+        if "shards" in source:
+            source["shards"] = PurePath(source["shards"]).name
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -30,11 +30,22 @@ PLANS = {
         (2**20, 32, 2, 2**15, 4, 2),
     ],
     "lwm-vision-7b": [
-        (2**10, 1, 64, 2**10, 8192, 4),
-        (2**13, 1, 64, 2**13, 1024, 4),
+        (2**10, 1, 64, 2**10, 8192, 8),
+        (2**13, 1, 64, 2**13, 1024, 8),
         (2**15, 1, 64, 2**15, 256, 4),
         (2**17, 4, 16, 2**15, 64, 4),
         (2**20, 32, 2, 2**15, 8, 4),
+    ],
+    "lwm-chat-text": [
+        (2**17, 4, 32, 2**15, 32, 1),
+        (2**18, 8, 16, 2**15, 16, 1),
+        (2**19, 16, 8, 2**15, 8, 1),
+        (2**20, 32, 4, 2**15, 4, 1),
+    ],
+    "demo": [
+        (2**10, 1, 2, 2**10, 8, 2),
+        (2**13, 2, 1, 2**12, 2, 2),
+        (2**15, 2, 1, 2**14, 1, 1),
     ],
 }
 
@@ -65,6 +76,50 @@ def test_every_job_loads_and_plans(name: str) -> None:
         assert plan.num_tokens >= (stage.tokens or 0)
 
 
+@pytest.mark.parametrize("gpus", [8, 16, 64, 128, 512])
+@pytest.mark.parametrize("name", ["lwm-text-7b", "lwm-vision-7b", "lwm-chat-text"])
+def test_the_lwm_jobs_run_on_8_to_512_gpus(name: str, gpus: int) -> None:
+    """Every stage has a mesh; a GPU holds 32Ki tokens of a row, or the ring spans all GPUs."""
+    spec = load_job(JOBS / f"{name}.yaml", check_files=False)
+    workers = spec.resources.workers.model_copy(update={"max": gpus})
+    resources = spec.resources.model_copy(update={"workers": workers})
+    for plan in plan_stages(spec.model_copy(update={"resources": resources})):
+        assert 8 <= plan.world_size <= gpus
+        assert plan.local_length <= 2**15 or plan.sequence_parallel_size == gpus
+        assert plan.local_length * plan.sequence_parallel_size == plan.context_length
+
+
+def test_the_lwm_jobs_have_the_paper_s_schedule() -> None:
+    """Tokens, RoPE base, warm-up and learning rate of each stage, as the paper's tables say."""
+    found = {
+        name: [
+            (
+                stage.tokens,
+                stage.rope_theta,
+                stage.learning_rate.warmup_steps,
+                stage.learning_rate.peak,
+                stage.global_batch_tokens,
+            )
+            for stage in load_job(JOBS / f"{name}.yaml", check_files=False).stages
+        ]
+        for name in ("lwm-text-7b", "lwm-vision-7b")
+    }
+    assert found["lwm-text-7b"] == [
+        (4_800_000_000, 1e6, 100, 4e-5, 2**22),
+        (12_000_000_000, 1e7, 200, 4e-5, 2**22),
+        (12_000_000_000, 1e7, 200, 4e-5, 2**22),
+        (3_000_000_000, 2.5e7, 50, 4e-5, 2**22),
+        (1_800_000_000, 5e7, 25, 4e-5, 2**22),
+    ]
+    assert found["lwm-vision-7b"] == [
+        (363_000_000_000, 5e7, 1000, 6e-4, 2**23),
+        (107_000_000_000, 5e7, 500, 6e-4, 2**23),
+        (10_000_000_000, 5e7, 100, 8e-5, 2**23),
+        (3_500_000_000, 5e7, 50, 8e-5, 2**23),
+        (400_000_000, 5e7, 5, 8e-5, 2**23),
+    ]
+
+
 def test_the_lwm_jobs_have_the_size_of_the_paper() -> None:
     text = plan_stages(load_job(JOBS / "lwm-text-7b.yaml", check_files=False))
     assert text[0].num_parameters == 6_738_415_616  # Llama-2 7B
@@ -74,7 +129,8 @@ def test_the_lwm_jobs_have_the_size_of_the_paper() -> None:
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    assert load_recipe(path).name == path.stem
+    shipped = path.stem == "quickstart"
+    assert load_recipe(path, check_files=shipped).name == path.stem
 
 
 def test_the_quickstart_is_ready_to_run_and_shows_what_it_should() -> None:
