@@ -51,7 +51,10 @@ def is_image(path: Path) -> bool:
             return True
     except UnidentifiedImageError:
         return False
-    except DataError:
+    except _DAMAGED as error:
+        # An image whose header is damaged; an OSError with a number is of the file system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         return True
 
 
@@ -113,7 +116,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         try:
             image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError as error:
-            raise DataError(f"{error}; the limit is {MAX_PIXELS:,} pixels, scale it") from error
+            raise DataError(
+                f"a picture of more than {MAX_PIXELS:,} pixels, the limit; scale it"
+            ) from error
         with image:
             yield image
 

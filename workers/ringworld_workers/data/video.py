@@ -42,7 +42,7 @@ _INDEXED = ("mov", "matroska")
 """Containers that know their key frames: a seek lands on one, and decoding from it is exact."""
 _DECLARING = ("mov", "matroska", "avi")
 """Containers whose header says how long the video stream is."""
-_BREAK_SECONDS = 1.0
+_BREAK_SECONDS = 0.5
 """A video that ends this much before its header says has lost its end."""
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _BACKWARD_SECONDS = 1.0
@@ -119,11 +119,14 @@ class _Film:
                 context = stream.codec_context
                 if context.width and context.height:
                     check_size(context.width, context.height)
+                _check_whole(path, stream)
                 film = _Film(path, container, stream)
                 yield film
         except av.FFmpegError as error:
             started = film is not None and film.latest >= 0
             where = f"after {film.latest:.3f} s" if film and started else "at its start"
+            if isinstance(error, av.EOFError) and not started:
+                raise DataError("the video stream holds no frame") from error
             why = error.strerror
             if film is None and isinstance(error, av.ArgumentError):
                 why = "it holds no image or video of a format that is read"
@@ -233,6 +236,17 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     raise DataError("the file holds no video stream")
+
+
+def _check_whole(path: Path, stream: av.VideoStream) -> None:
+    """Refuse a file that ends before the last frame that its index names."""
+    entries = stream.index_entries
+    if len(entries):
+        end, size = entries[-1].pos + entries[-1].size, path.stat().st_size
+        if end > size:
+            raise DataError(
+                f"breaks off at byte {size:,}, before its last frame at {end:,}; copy it again"
+            )
 
 
 def _declared_seconds(
