@@ -114,3 +114,21 @@ class CodebookJob(Spec):
     """How it is trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is trained; auto takes a GPU where there is one."""
+
+    @property
+    def crop_size(self) -> int:
+        """Pixels of a side of the crops that it trains on."""
+        if self.training.crop_size is not None:
+            return self.training.crop_size
+        step = self.shape.downsampling
+        return -(-self.shape.frame_size // (2 * step)) * step
+
+    @model_validator(mode="after")
+    def _crops(self) -> CodebookJob:
+        crop, shape = self.training.crop_size, self.shape
+        if crop is not None and (crop % shape.downsampling or crop > shape.frame_size):
+            raise ValueError(
+                f"training.crop_size {crop} is not a multiple of {shape.downsampling} (pixels of a "
+                f"code) up to shape.frame_size {shape.frame_size}"
+            )
+        return self

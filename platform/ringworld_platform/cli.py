@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from ringworld_platform.commands import data, look, machines, parity, train
+from ringworld_platform.commands import data, export, look, machines, parity, train, train_codebook
 from ringworld_platform.console import Guarded, examples
 
 TRAIN, LOOK, MACHINES = "Train", "Look", "Data and machines"
@@ -117,6 +117,13 @@ _add(
 )
 _add(
     app,
+    TRAIN,
+    export.export,
+    "ringworld export quickstart --out weights        # its last checkpoint",
+    "ringworld export quickstart-3 --stage 4k --dtype bf16 --out weights",
+)
+_add(
+    app,
     LOOK,
     look.status,
     "ringworld status                        # the newest run",
@@ -135,6 +142,13 @@ _add(app, LOOK, look.report, "ringworld report", "ringworld report quickstart-3"
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Prepare training data.")
 _add(data_app, None, data.build, "ringworld data build jobs/recipes/quickstart.yaml")
+_add(
+    data_app,
+    None,
+    train_codebook.train_codebook,
+    "ringworld data train-codebook jobs/codebooks/band.yaml",
+    "ringworld data train-codebook clips.yaml --out codebooks/clips",
+)
 app.add_typer(data_app, name="data", rich_help_panel=MACHINES)
 _add(
     app,

@@ -37,7 +37,7 @@ class VQGANTokenizer:
     """Frames to codes and back through a VQGAN.
 
     Attributes:
-        model: the network, on its device, in float32 and in eval mode.
+        model: the network, on its device, in float32.
         precision: of its convolutions.
     """
 
@@ -55,7 +55,8 @@ class VQGANTokenizer:
         """
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision={precision!r}; write fp32 or bf16")
-        self.model = model.to(device).eval().requires_grad_(False)
+        # A model that is still being trained keeps its gradients: nothing here asks for them.
+        self.model = model.to(device)
         self.precision = precision
         self._device = torch.device(device)
 

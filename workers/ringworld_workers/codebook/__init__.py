@@ -1,0 +1,1 @@
+"""Training of a small VQGAN on one's own clips."""
