@@ -38,16 +38,13 @@ def arrow_files(folder: InputFile) -> list[InputFile]:
             f"save_to_disk"
         )
     entries = state.get("_data_files")
-    names = [entry.get("filename") for entry in entries] if _all_dicts(entries) else entries
-    files = [_inside(folder, name) for name in _strings(folder, STATE_FILE, names)]
+    if isinstance(entries, list):
+        entries = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
+    files = [_inside(folder, name) for name in _strings(folder, STATE_FILE, entries)]
     for file in files:
         if not file.path.is_file():
             raise DataError(f"{file.label}: named in {STATE_FILE}, but not there; copy all files")
     return files
-
-
-def _all_dicts(entries: Any) -> bool:
-    return isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
 
 
 def _read(folder: InputFile, name: str) -> dict[str, Any]:

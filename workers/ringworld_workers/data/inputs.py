@@ -1,187 +1,164 @@
-"""Everything a recipe reads: found, digested, and sorted into training and held out."""
+"""Everything that a recipe reads: found, cut into tasks, and digested."""
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ringworld_jobs.recipe import RecipeSpec, TextDataset, VideoTextDataset
-from ringworld_workers.data.files import DataError, InputFile, file_digest, resolve
-from ringworld_workers.data.shards import FORMAT_VERSION
+from ringworld_jobs.recipe import RecipeSpec
+from ringworld_model.vision.patch_codebook import CODEBOOK_FILE
+from ringworld_workers.data.draft import DatasetReader
+from ringworld_workers.data.files import DataError, InputFile, file_digest, matches, resolve
+from ringworld_workers.data.media_store import MediaUse
+from ringworld_workers.data.readers import media_of
+from ringworld_workers.data.shard_format import FORMAT_VERSION
 from ringworld_workers.data.tokenizer import STORED_NAMES
+from ringworld_workers.data.work import Task, cut_tasks, written_whole
 
-
-@dataclass(frozen=True, slots=True)
-class SkippedFile:
-    """A file that could not be used."""
-
-    path: str
-    """The file as the recipe names it."""
-    reason: str
-    """Why not."""
+_REMEMBERED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The files of a recipe.
+    """What a recipe reads.
 
     Attributes:
-        texts: documents of each text dataset.
-        held_out: labels of the documents that are kept for validation, by text dataset.
-        videos: file of each video that a dataset uses.
+        tasks: of each dataset, in order.
+        media: images and videos of each dataset, in order.
         tokenizer: files of an existing tokenizer; empty when one is trained.
+        codebook: files of an existing frame tokenizer.
     """
 
-    texts: dict[str, list[InputFile]]
-    held_out: dict[str, set[str]]
-    videos: dict[str, InputFile]
+    tasks: dict[str, list[Task]]
+    media: dict[str, list[MediaUse]]
     tokenizer: list[InputFile]
+    codebook: list[InputFile]
 
-    def digest(self, recipe: RecipeSpec) -> str:
-        """SHA-256 over the recipe, the name and content of each file, and the format version."""
-        files: set[InputFile] = {*self.videos.values(), *self.tokenizer}
-        files.update(file for documents in self.texts.values() for file in documents)
-        content = {
-            "format": FORMAT_VERSION,
-            "recipe": recipe.model_dump(mode="json"),
-            "files": sorted((file.label, file_digest(file.path)) for file in files),
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    def files(self) -> list[InputFile]:
+        """Every file, once, by label."""
+        found = {file.label: file for file in (*self.tokenizer, *self.codebook)}
+        found.update(
+            (i.file.label, i.file) for ts in self.tasks.values() for t in ts for i in t.items
+        )
+        found.update((use.file.label, use.file) for uses in self.media.values() for use in uses)
+        return [found[label] for label in sorted(found)]
 
 
-def find_inputs(recipe: RecipeSpec, base: Path) -> Inputs:
-    """Find every file that a recipe names.
+def find_inputs(recipe: RecipeSpec, base: Path, readers: dict[str, DatasetReader]) -> Inputs:
+    """Find every file that a recipe names, or that a table or conversation of it names.
 
     Args:
         recipe: the recipe.
         base: folder that its paths are relative to.
+        readers: of its datasets.
 
     Raises:
         DataError: a path or pattern matches no file; names the recipe's entry.
     """
-    texts: dict[str, list[InputFile]] = {}
-    held_out: dict[str, set[str]] = {}
-    videos: dict[str, InputFile] = {}
-    for name, dataset in recipe.datasets.items():
-        if isinstance(dataset, TextDataset):
-            found = [
-                file
-                for pattern in dataset.files
-                for file in _resolve(f"datasets.{name}.files", pattern, base)
-            ]
-            texts[name] = sorted({file.label: file for file in found}.values(), key=_label)
-            held_out[name] = _held_out(name, dataset, texts[name])
-        elif isinstance(dataset, VideoTextDataset):
-            for video in dataset.videos:
-                where = f"videos.{video}.path"
-                videos[video] = _one(where, recipe.videos[video].path, base)
-    return Inputs(texts, held_out, videos, _tokenizer_files(recipe, base))
+    tasks: dict[str, list[Task]] = {}
+    media: dict[str, list[MediaUse]] = {}
+    for name, reader in readers.items():
+        items = reader.items()
+        tasks[name] = cut_tasks(name, items)
+        media[name] = [use for item in items for use in media_of(reader, item)]
+    return Inputs(tasks, media, _tokenizer_files(recipe, base), _codebook_files(recipe, base))
 
 
-def _label(file: InputFile) -> str:
-    return file.label
+@dataclass(frozen=True, slots=True)
+class DigestFile:
+    """Digests of files; those of large ones are remembered as long as the file is untouched.
+
+    Attributes:
+        folder: of what is remembered.
+    """
+
+    folder: Path
+
+    def __call__(self, file: InputFile) -> tuple[str, str]:
+        """The file's label, and the SHA-256 of its content; empty where it cannot be read."""
+        try:
+            return file.label, self._digest(file.path)
+        except OSError:
+            # The reader will say so; that it is readable now is another input.
+            return file.label, ""
+
+    def _digest(self, path: Path) -> str:
+        stat = path.stat()
+        if stat.st_size < _REMEMBERED_BYTES:
+            return file_digest(path)
+        known = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        place = self.folder / hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        try:
+            return place.read_text(encoding="ascii")
+        except FileNotFoundError:
+            digest = file_digest(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(place) as temporary:
+            temporary.write_text(digest, encoding="ascii")
+        return digest
 
 
-def _resolve(where: str, pattern: str, base: Path) -> list[InputFile]:
-    try:
-        return resolve(pattern, base)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _one(where: str, path: str, base: Path) -> InputFile:
-    files = _resolve(where, path, base)
-    if len(files) > 1:
-        raise DataError(f"{where}: {path!r} matches {len(files)} files; name one")
-    return files[0]
-
-
-def _held_out(name: str, dataset: TextDataset, files: Iterable[InputFile]) -> set[str]:
-    """Labels of the documents that match a held_out pattern; one that matches none is a slip."""
-    chosen: set[str] = set()
-    for pattern in dataset.held_out:
-        matches = {f.label for f in files if fnmatch.fnmatchcase(f.path.name, pattern)}
-        if not matches:
-            raise DataError(
-                f"datasets.{name}.held_out: {pattern!r} matches the name of none of the dataset's "
-                f"files; correct it, or add the file to datasets.{name}.files"
-            )
-        chosen |= matches
-    return chosen
+def recipe_digest(recipe: RecipeSpec, digests: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over the recipe, the label and digest of each file, and the format version."""
+    content = {
+        "format": FORMAT_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "files": sorted(digests),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_files(recipe: RecipeSpec, base: Path) -> list[InputFile]:
-    path = recipe.tokenizer.path
+    """The file, or the folder's files: its config names the document tokens."""
+    names = (*STORED_NAMES, "tokenizer_config.json")
+    return _of_path("tokenizer.path", recipe.tokenizer.path, base, lambda folder: names)
+
+
+def _codebook_files(recipe: RecipeSpec, base: Path) -> list[InputFile]:
+    def names(folder: Path) -> Iterator[str]:
+        if (folder / CODEBOOK_FILE).is_file():
+            yield CODEBOOK_FILE
+            return
+        for pattern in ("config.json", "*.safetensors"):
+            yield from sorted(p.relative_to(folder).as_posix() for p in folder.rglob(pattern))
+
+    path = recipe.codebook.path if recipe.codebook else None
+    return _of_path("codebook.path", path, base, names)
+
+
+def _of_path(
+    where: str, path: str | None, base: Path, names: Callable[[Path], Iterable[str]]
+) -> list[InputFile]:
+    """The one file or folder at a path, as its files."""
     if path is None:
         return []
-    if not path.startswith("package:") and (base / path).is_dir():
-        names = (*STORED_NAMES, "tokenizer_config.json")
-        found = [
-            InputFile(base / path / name, f"{path}/{name}")
-            for name in names
-            if (base / path / name).is_file()
-        ]
-        if not found:
-            raise DataError(f"tokenizer.path: {path!r} holds none of {', '.join(names)}")
-        return found
-    return [_one("tokenizer.path", path, base)]
-
-
-@dataclass(slots=True)
-class Skipped:
-    """Collects the files that could not be used, each once."""
-
-    files: list[SkippedFile] = field(default_factory=list)
-
-    def add(self, file: InputFile, reason: str) -> None:
-        """Note a file."""
-        entry = SkippedFile(file.label, reason.removeprefix(f"{file.path}: "))
-        if entry not in self.files:
-            self.files.append(entry)
-
-    def of(self, labels: Iterable[str]) -> list[dict[str, str]]:
-        """Entries about these files, for meta.json."""
-        wanted = set(labels)
-        return [asdict(entry) for entry in self.files if entry.path in wanted]
-
-
-def read_text(file: InputFile) -> str:
-    """A text file's content.
-
-    Raises:
-        DataError: it is not UTF-8, or cannot be read.
-    """
     try:
-        return file.path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file.path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"{file.path}: cannot be read: {error.strerror}") from error
+        found = matches(path, base)[1]
+        if len(found) == 1 and found[0].path.is_dir():
+            folder = found[0]
+            wanted = tuple(names(folder.path))
+            files = [
+                InputFile(folder.path / name, f"{folder.label}/{name}")
+                for name in wanted
+                if (folder.path / name).is_file()
+            ]
+            if not files:
+                raise DataError(f"{path!r} holds nothing of use; give another folder")
+            return files
+        files = resolve(path, base)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    if len(files) > 1:
+        raise DataError(f"{where}: {path!r} matches {len(files)} files; name one")
+    return files
 
 
-def readable_texts(
-    files: Iterable[InputFile], min_chars: int, skipped: Skipped, on_file: Callable[[], None]
-) -> tuple[list[InputFile], int]:
-    """The documents that can be read and are long enough, and how many are too short.
-
-    Args:
-        files: candidates.
-        min_chars: shorter ones are left out.
-        skipped: unreadable ones are noted here.
-        on_file: called after each file.
-    """
-    kept, short = [], 0
-    for file in files:
-        try:
-            if len(read_text(file)) >= min_chars:
-                kept.append(file)
-            else:
-                short += 1
-        except DataError as error:
-            skipped.add(file, str(error))
-        on_file()
-    return kept, short
+def codebook_place(files: Sequence[InputFile]) -> Path:
+    """Where a loader finds the files of ``codebook.path``: the one, or the folder of all."""
+    if len(files) == 1:
+        return files[0].path
+    return Path(os.path.commonpath([file.path.parent for file in files]))

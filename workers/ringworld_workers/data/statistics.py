@@ -35,14 +35,26 @@ class TargetCounts:
         tokens: npt.NDArray[np.int32],
         modality: npt.NDArray[np.uint8],
         loss: npt.NDArray[np.uint8],
+        lengths: npt.NDArray[np.int64],
     ) -> None:
-        """Count one example; its first token is nobody's target."""
-        self.examples += 1
-        self.longest = max(self.longest, len(tokens))
+        """Count examples.
+
+        Args:
+            tokens: [T] of the examples, joined.
+            modality: [T].
+            loss: [T]; of an example's first token, which is nobody's target, it is ignored.
+            lengths: [n] tokens of each example, at least one; T together.
+        """
+        if len(lengths) == 0:
+            return
+        self.examples += len(lengths)
+        self.longest = max(self.longest, int(lengths.max()))
+        counted = loss != 0
+        counted[np.cumsum(lengths) - lengths] = False
         for name, number in MODALITIES.items():
             of_this = modality == number
             self.tokens[name] += int(of_this.sum())
-            targets = tokens[1:][of_this[1:] & (loss[1:] != 0)]
+            targets = tokens[of_this & counted]
             self.counts[name] += np.bincount(targets, minlength=len(self.counts[name]))
 
     def summary(self) -> dict[str, Any]:

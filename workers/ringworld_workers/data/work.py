@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,12 +95,19 @@ class Mapper(Protocol):
     place: str
     """Where, for messages."""
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        accelerated: bool = False,
+    ) -> Iterator[Result]:
         """Results in any order, each as soon as it is there.
 
         Args:
             function: picklable; each worker unpickles it once, so it may keep what it loads.
             items: picklable.
+            accelerated: it uses a GPU where there is one.
         """
 
 
@@ -108,7 +116,13 @@ class InProcess:
 
     place = "in this process"
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        accelerated: bool = False,
+    ) -> Iterator[Result]:
         """Results in the items' order."""
         return map(function, items)
 
@@ -127,3 +141,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears under its name complete or not at all.
+
+    What an earlier try left half done is removed. One process at a time, unlike ``written_whole``.
+    """
+    temporary = path.with_name(f".{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    os.rename(temporary, path)

@@ -1,0 +1,79 @@
+"""The tasks of a build on a Ray cluster, through Ray Data: no other file of a build knows Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+
+from ringworld_workers.data.work import Item, Result
+
+
+class RayMapper:
+    """Spreads tasks over the CPUs of the connected cluster that are free.
+
+    A worker that dies is replaced and its task done again: tasks leave whole files or none.
+    """
+
+    place = "on the cluster"
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        accelerated: bool = False,
+    ) -> Iterator[Result]:
+        """Results as they come; see ``Mapper``."""
+        # Imported here: it takes a second, and a cached build needs none of it.
+        import ray.data
+
+        resources: dict[str, Any] = {"num_cpus": 1}
+        most = _free("CPU")
+        if accelerated and (gpus := _free("GPU")):
+            resources, most = {"num_cpus": 1, "num_gpus": 1}, min(most, gpus)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.use_ray_tqdm = False
+        rows = [{"item": item} for item in items]
+        worker: Any = _Worker
+        tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            worker,
+            fn_constructor_args=(function,),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=max(1, min(most, len(rows))),
+                # One at a time and one in waiting: tasks are long, and none should lie with a slow
+                # worker while another has nothing to do.
+                max_tasks_in_flight_per_actor=2,
+            ),
+            **resources,
+        )
+        for row in tasks.iter_rows():
+            yield row["result"]
+
+
+class _Worker:
+    """Holds the function in one process, with whatever it has loaded."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        # The tokenizer's threads are as many as Ray has counted; read when it starts its first.
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._function = function
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": self._function(row["item"])}
+
+
+def connected_mapper() -> RayMapper | None:
+    """Ray, where this process is connected to a cluster with room for another worker."""
+    if ray.is_initialized() and _free("CPU") >= 1:
+        return RayMapper()
+    return None
+
+
+def _free(resource: str) -> int:
+    return int(ray.available_resources().get(resource, 0))
