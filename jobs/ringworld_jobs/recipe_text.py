@@ -189,3 +189,12 @@ class LongQaDataset(DatasetBase):
     pack_apart: bool = True
     """Rows hold examples of this dataset alone: less than a hundredth of their tokens carry loss,
     which dense chat in the same row would drown."""
+
+    @model_validator(mode="after")
+    def _room(self) -> LongQaDataset:
+        if self.chunk_tokens >= self.target_tokens:
+            raise ValueError(
+                f"chunk_tokens {self.chunk_tokens:,} leaves no room for a question in "
+                f"target_tokens {self.target_tokens:,}; lower it, or raise target_tokens"
+            )
+        return self

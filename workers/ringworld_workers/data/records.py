@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -19,7 +19,7 @@ from ringworld_jobs.recipe_dataset import DatasetBase
 from ringworld_workers.data.draft import Refused, WorkItem
 from ringworld_workers.data.files import DataError, InputFile, resolve
 from ringworld_workers.data.held_out import drawn_held_out, named_held_out
-from ringworld_workers.data.text_sources import parts
+from ringworld_workers.data.text_sources import Part, parts
 
 RecordFormat = Literal["jsonl", "parquet"]
 MAX_RECORD_BYTES = 256 << 20
@@ -79,15 +79,19 @@ class RecordFiles:
                 raise DataError(f"datasets.{self._name}.files: {error}") from error
         return [found[label] for label in sorted(found)]
 
-    def items(self) -> list[WorkItem]:
+    def items(self, cut: Callable[[InputFile], Sequence[Part]] | None = None) -> list[WorkItem]:
         """The files, large ones in parts.
+
+        Args:
+            cut: the parts of a file; None: of bounded size.
 
         Raises:
             DataError: a pattern of files or held_out matches nothing.
         """
         files = self.files()
         self._names(files)
-        numbered = enumerate((f, part) for f in files for part in parts(f, record_format(f)))
+        cut = cut or (lambda file: parts(file, record_format(file)))
+        numbered = enumerate((file, part) for file in files for part in cut(file))
         return [
             WorkItem(self._name, number, file, part.start, part.stop, part.first)
             for number, (file, part) in numbered
