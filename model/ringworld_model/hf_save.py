@@ -111,10 +111,23 @@ def write_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> list[Path]:
     """Write a model whose parameters come one at a time, from wherever ``read`` takes them.
 
-    The arguments, the result and what is raised are those of ``save_pretrained``.
+    The other arguments, the result and what is raised are those of ``save_pretrained``.
+
+    Args:
+        folder: to write.
+        config: the shape.
+        read: asked for every parameter of the shape once, in the order of the files.
+        rope_theta: of the stage that trained it last.
+        context_length: of that stage.
+        dtype: of the weights.
+        max_shard_bytes: most bytes of tensors in a file.
+        bos_token_id: of the tokenizer.
+        eos_token_id: likewise.
+        finish: writes further files, such as a tokenizer's, before the folder gets its name.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -150,6 +163,8 @@ def write_pretrained(
             _write_json(scratch / GENERATION_FILE, {k: v for k, v in ids.items() if v is not None})
         _write_text_weights(scratch, config, shapes, read, dtype, max_shard_bytes)
         _write_own(scratch, config, shapes, read, dtype)
+        if finish is not None:
+            finish(scratch)
         scratch.replace(folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

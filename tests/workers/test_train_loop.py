@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import torch
 from ringworld_jobs.spec import JobSpec
 from ringworld_model.batch import TEXT, VISION
 from ringworld_model.config import ModelConfig
+from ringworld_model.hf import from_pretrained, save_pretrained
 from ringworld_model.ring import RingContext, plan_rows
-from ringworld_model.transformer import WorldModel
+from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers import train_loop
-from ringworld_workers.checkpoint.layout import Manifest
+from ringworld_workers.checkpoint.layout import CheckpointError, Manifest
 from ringworld_workers.checkpoint.reader import RangeReader, committed, newest, read_manifest
 from ringworld_workers.checkpoint.store import FileStore, StoreError, open_store
 from ringworld_workers.data.loader import StageLoader
 from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
 from ringworld_workers.engine.base import OwnedRange
+from ringworld_workers.export import choose_checkpoint, export_checkpoint
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import build_mesh
 from ringworld_workers.stage_job import StageJob
@@ -352,6 +355,73 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
     changed = job(store="whole", stage_index=1, global_batch_tokens=batch)
     larger = run(changed, fails=True)["result"]["error"]
     assert "01-second/step-00000002 continues at row 8, but" in larger
+
+
+def test_a_run_starts_from_given_weights_and_gives_its_own_away(
+    job: Callable[..., StageJob], run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    given = WorldModel(replace(MODEL, vision_codebook_size=0), rope_theta=1e4)
+    init_weights(given, 7)
+    save_pretrained(given, tmp_path / "given")
+
+    def starting(**changes: Any) -> StageJob:
+        made = job(learning_rate={"peak": 1e-30}, validation_rows=0, steps=2, **changes)
+        model = {"init_from": f"hf:{tmp_path / 'given'}", "preset": "tiny", **asdict(MODEL)}
+        model.pop("vision_codebook_size")
+        spec = made.spec.model_dump() | {"model": model}
+        return replace(made, spec=JobSpec.model_validate(spec))
+
+    first = starting(sequence_parallel=2, zero_stage=3, precision="bf16")
+    found = run(first, stop_after=1)
+    (event,) = (record for record in found["records"] if record["kind"] == "weights")
+    assert event["text"].startswith(f"stage first: weights from hf:{tmp_path / 'given'}")
+    assert event["drawn"] == ["vision_embed.weight", "vision_head.weight"]
+    # So small a rate changes no fp32 master, and masters are what was given, not its bf16.
+    drawn = WorldModel(MODEL, rope_theta=1e4)
+    init_weights(drawn, first.spec.seed)
+    expected = dict(drawn.named_parameters()) | dict(given.named_parameters())
+    for (name, kind), data in state_of(first).items():
+        if kind == "param":
+            assert torch.equal(data, expected[name]), name
+
+    # A resume does not look at the source again.
+    (tmp_path / "given").rename(tmp_path / "moved")
+    resumed = run(starting(attempt=2))
+    assert only(resumed, "stage_start")["resumed_from"] == "00-first/step-00000001"
+    assert not [record for record in resumed["records"] if record["kind"] == "weights"]
+    absent = run(starting(store="new"), fails=True)["result"]["error"]
+    assert absent == (
+        f"WeightsError: {tmp_path / 'given'}: no such folder; give the folder of a checkpoint in "
+        "Hugging Face's layout"
+    )
+
+    store = open_store(first.checkpoint_url)
+    ref = choose_checkpoint(store, "first", 2)
+    files = export_checkpoint(store, ref, first.spec, tmp_path / "out", max_shard_bytes=10_000)
+    assert len(files) > 4
+    again = from_pretrained(tmp_path / "out")
+    assert (again.config, again.rope_theta) == (MODEL, first.stage.rope_theta)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    for stage, step, message in (
+        ("second", None, "stage 'second' has no committed checkpoint; there are first"),
+        ("first", 5, "step 5 of stage first has no committed checkpoint; there are 1, 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            choose_checkpoint(store, stage, step)
+    other = first.spec.model_copy(
+        update={"model": first.spec.model.model_copy(update={"num_layers": 3})}
+    )
+    with pytest.raises(CheckpointError, match=r"parameter layers\.2\.\S+ is absent in it and"):
+        export_checkpoint(store, ref, other, tmp_path / "other")
+    (held,) = manifest_of(first).objects
+    damaged = tmp_path / "store" / held.key
+    content = bytearray(damaged.read_bytes())
+    content[next(part.offset for part in held.ranges if part.kind == "param")] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: checksum of param of"):
+        export_checkpoint(store, ref, first.spec, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_stage_of_one_modality_has_one_loss(

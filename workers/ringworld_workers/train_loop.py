@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from ringworld_model.batch import TEXT, VISION, TrainBatch
 from ringworld_model.loss import LossSums, combine
-from ringworld_model.transformer import WorldModel, init_weights
+from ringworld_model.transformer import WorldModel
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.data.loader import StageLoader, open_loader
 from ringworld_workers.data.prefetch import Prefetcher
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.evaluate.held_out import score_held_out
+from ringworld_workers.initial_weights import set_initial_weights
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.metrics import (
@@ -93,6 +94,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
 
     Raises:
         ParityFailed: the stage asks for parity, and its ring does not compute what one rank does.
+        WeightsError: `model.init_from` cannot be read here, or is of another model.
         TrainingDiverged: loss or gradient is not finite; the state is not saved.
         CheckpointError: the checkpoint to start from is damaged or absent.
         StoreError: the store failed for good.
@@ -113,7 +115,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
         mlp_tile_tokens=stage.memory.mlp_tile_tokens,
         loss_tile_tokens=stage.loss.tile_tokens,
     )
-    init_weights(model, job.spec.seed)
+    set_initial_weights(model, job, mesh, reporter)
     engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
     checkpoints = StageCheckpoints(job, mesh, engine)
     try:

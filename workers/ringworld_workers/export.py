@@ -1,0 +1,143 @@
+"""A committed checkpoint's fp32 master weights in Hugging Face's layout, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ringworld_jobs.spec import JobSpec
+from ringworld_model.config import SPARE_VISION_IDS, ModelConfig
+from ringworld_model.hf_layout import parameter_shapes
+from ringworld_model.hf_save import MAX_SHARD_BYTES, write_pretrained
+from ringworld_workers.checkpoint.layout import CheckpointError, CheckpointRef, Manifest
+from ringworld_workers.checkpoint.reader import RangeReader, committed, read_manifest
+from ringworld_workers.checkpoint.store import Store
+from ringworld_workers.data.tokenizer import load_tokenizer
+from ringworld_workers.engine.base import OwnedRange
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_checkpoint(
+    store: Store, stage: str | None = None, step: int | None = None
+) -> CheckpointRef:
+    """The newest committed checkpoint of a run, of a stage, or that of one step.
+
+    Args:
+        store: the run's.
+        stage: name of a stage; the last that has a checkpoint where None.
+        step: of that stage; its last one where None.
+
+    Raises:
+        CheckpointError: there is none; says which there are.
+    """
+    refs = committed(store)
+    if not refs:
+        raise CheckpointError(f"{store.url} holds no committed checkpoint; nothing can be exported")
+    wanted = stage or refs[-1].stage
+    of_stage = [ref for ref in refs if ref.stage == wanted]
+    if not of_stage:
+        there = ", ".join(dict.fromkeys(ref.stage for ref in refs))
+        raise CheckpointError(f"stage {wanted!r} has no committed checkpoint; there are {there}")
+    found = [ref for ref in of_stage if step is None or ref.step == step]
+    if not found:
+        there = ", ".join(str(ref.step) for ref in of_stage)
+        raise CheckpointError(
+            f"step {step} of stage {wanted} has no committed checkpoint; there are {there}"
+        )
+    return found[-1]
+
+
+def export_checkpoint(
+    store: Store,
+    ref: CheckpointRef,
+    spec: JobSpec,
+    folder: Path,
+    *,
+    dtype: Dtype = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: Path | None = None,
+    on_tensor: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Path]:
+    """Write a checkpoint so that ``transformers`` loads it, and ``from_pretrained`` and init_from.
+
+    Each parameter is read from the store, verified and written before the next one. config.json
+    gets the rope_theta and the context_length of the checkpoint's stage.
+
+    Args:
+        store: the run's.
+        ref: which checkpoint.
+        spec: of the run; tables have the sizes of the checkpoint's.
+        folder: to write; new, or empty.
+        dtype: of the weights.
+        max_shard_bytes: most bytes of tensors in a file.
+        tokenizer: a folder or file of the text tokenizer, to be written beside the weights; its
+            ids of text start and end go to config.json.
+        on_tensor: told the parameter that is next, how many are done, and how many there are.
+
+    Returns:
+        The files, config.json first.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model than the spec's.
+        WeightsError: the folder is not empty, or its disk lacks the room.
+        DataError: the tokenizer cannot be read.
+    """
+    manifest = read_manifest(store, ref)
+    config = held_config(spec, manifest, ref)
+    stage = spec.stages[ref.stage_index]
+    source = RangeReader(store, manifest)
+    text = None if tokenizer is None else load_tokenizer(tokenizer)
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        on_tensor(name, done, len(manifest.tensors))
+        done += 1
+        shape = manifest.tensors[name]
+        data = torch.empty(prod(shape), dtype=torch.float32)
+        source.read_into(OwnedRange(name, "param", shape, 0, data))
+        return data.view(shape)
+
+    return write_pretrained(
+        folder,
+        config,
+        read,
+        rope_theta=stage.rope_theta,
+        context_length=stage.context_length,
+        dtype=DTYPES[dtype],
+        max_shard_bytes=max_shard_bytes,
+        bos_token_id=None if text is None else text.bos_id,
+        eos_token_id=None if text is None else text.eos_id,
+        finish=None if text is None else text.save,
+    )
+
+
+def held_config(spec: JobSpec, manifest: Manifest, ref: CheckpointRef) -> ModelConfig:
+    """The shape of a checkpoint's model: the spec's, with tables as large as the checkpoint's.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    held = manifest.tensors
+    config = replace(
+        spec.model.config(),
+        text_vocab_size=held.get("text_embed.weight", (1,))[0],
+        vision_codebook_size=held.get("vision_embed.weight", (SPARE_VISION_IDS,))[0]
+        - SPARE_VISION_IDS,
+    )
+    wanted = parameter_shapes(config)
+    for name in sorted(held.keys() | wanted.keys()):
+        if held.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"checkpoint {ref.key} is of another model than its spec: parameter {name} is "
+                f"{held.get(name, 'absent')} in it and {wanted.get(name, 'absent')} in the spec's"
+            )
+    return config
