@@ -21,8 +21,8 @@ from ringworld_workers.data.sampling import Sampling
 
 WITHOUT_CAPTION = "clips without caption"
 """Why a clip is left out that no caption of the recipe covers."""
-TOO_SHORT = "videos and stretches shorter than frames_per_clip"
-"""Why a video, or a part of it between held-out stretches, gives no clip."""
+TOO_SHORT = "videos without frames_per_clip frames in a row"
+"""Why a video gives no clip: it is too short, or its held-out stretches leave no room."""
 
 
 class ClipReader:
