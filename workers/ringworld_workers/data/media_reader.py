@@ -91,6 +91,7 @@ class MediaReader:
             DataError: a pattern of captions matches no table, one of held_out no row's file, or
                 media_root's package is not installed.
         """
+        _ = self._root
         if self._dataset.held_out:
             named_held_out(self._name, self._dataset.held_out, self._files())
         return table_items(self._name, self._tables)
