@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import typer
 
-from ringworld_platform.commands import data, export, look, machines, parity, train, train_codebook
+from ringworld_platform.commands import (
+    data,
+    data_look,
+    export,
+    look,
+    machines,
+    parity,
+    train,
+    train_codebook,
+)
 from ringworld_platform.console import Guarded, examples
 
 TRAIN, LOOK, MACHINES = "Train", "Look", "Data and machines"
@@ -148,6 +157,21 @@ _add(
     train_codebook.train_codebook,
     "ringworld data train-codebook jobs/codebooks/band.yaml",
     "ringworld data train-codebook clips.yaml --out codebooks/clips",
+)
+_add(
+    data_app,
+    None,
+    data_look.inspect,
+    "ringworld data inspect .ringworld/data/quickstart-1a2b3c4d5e6f7a8b",
+    "ringworld data inspect jobs/recipes/quickstart.yaml --dataset clips --samples 8",
+    "ringworld data inspect jobs/recipes/quickstart.yaml --context 8Ki,128Ki --rings 4,16",
+)
+_add(
+    data_app,
+    None,
+    data_look.check,
+    "ringworld data check .ringworld/data/quickstart-1a2b3c4d5e6f7a8b",
+    "ringworld data check .ringworld/data/quickstart-1a2b3c4d5e6f7a8b/texts",
 )
 app.add_typer(data_app, name="data", rich_help_panel=MACHINES)
 _add(

@@ -69,9 +69,15 @@ class Dataset:
         self.meta: Mapping[str, Any] = parse_meta(
             self._shards.read(META_FILE), self._shards.where(META_FILE)
         )
-        self.longer: str = self.meta["longer"]
-        self.pack_apart = bool(self.meta["pack_apart"])
-        self.entries: list[ShardEntry] = self.meta["splits"][split]["shards"]
+        try:
+            self.longer: str = self.meta["longer"]
+            self.pack_apart = bool(self.meta["pack_apart"])
+            self.entries: list[ShardEntry] = self.meta["splits"][split]["shards"]
+        except KeyError as error:
+            raise DataError(
+                f"{self._shards.where(META_FILE)} is not a dataset's: it has no {error}; a "
+                "prepared recipe's datasets are the folders in it"
+            ) from None
         self.lengths: npt.NDArray[np.int32] = np.load(
             io.BytesIO(self._shards.read(lengths_file(split))), allow_pickle=False
         )
@@ -156,6 +162,14 @@ class Dataset:
         """What the example is called: a file, or a clip's place in a video and its layout."""
         batch, row = self._locate(index)
         return str(batch.names[row])
+
+    def raw(
+        self, index: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Tokens, modality and loss flags of a whole example, as they were written; [n] each."""
+        batch, row = self._locate(index)
+        here = slice(int(batch.offsets[row]), int(batch.offsets[row + 1]))
+        return batch.tokens[here], batch.modality[here], batch.loss[here]
 
     def read(self, index: int, start: int = 0, stop: int | None = None) -> Example:
         """One example, or a piece of it.
