@@ -16,16 +16,26 @@ from ringworld_workers.data.chunks import sentences
 from ringworld_workers.data.qa_generator import NoQuestion, QuestionAnswer
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
-_NUMBER = r"\d[\d,]*(?:\.\d+)?"
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 _SCALE = r"(?:[MBK]\b| (?:hundred|thousand|million|billion|trillion)\b)?"
 _CAPITAL = r"[A-Z][a-z]+(?:-[A-Z][a-z]+)?"
+_UNITS = "one|two|three|four|five|six|seven|eight|nine"
+_SPELLED = (
+    rf"\b(?:(?:(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:-(?:{_UNITS}))?"
+    rf"|{_UNITS}|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen)"
+    r"(?: (?:hundred|thousand|million|billion)\b)+"
+    rf"|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:-(?:{_UNITS}))?\b)"
+)
 _FACTS: tuple[tuple[str, int, re.Pattern[str]], ...] = (
+    ("date", 4, re.compile(r"\b\d{4}-\d\d-\d\d\b")),
     ("amount", 4, re.compile(rf"[$\u00a3\u20ac] ?{_NUMBER}{_SCALE}")),
     ("percentage", 4, re.compile(rf"{_NUMBER} ?(?:%|per ?cent\b)")),
     ("date", 4, re.compile(rf"\b(?:{_MONTH}) \d{{1,2}}(?:, \d{{4}})?\b")),
     ("year", 3, re.compile(r"\b(?:1[4-9]|20)\d\d\b(?![,.]?\d)")),
-    ("number", 3, re.compile(rf"\b{_NUMBER}{_SCALE}\b")),
-    ("name", 2, re.compile(rf"\b{_CAPITAL}(?: (?:of (?:the )?)?{_CAPITAL})+")),
+    # Two digits at least: a lone one is mostly an editor's "one".
+    ("number", 3, re.compile(rf"(?<![-\d.,])(?=\d[\d,.]+|\d [hmbt]){_NUMBER}{_SCALE}\b(?![-\d])")),
+    ("number", 3, re.compile(_SPELLED)),
+    ("name", 2, re.compile(rf"\b{_CAPITAL}(?: (?:of (?:the )?)?{_CAPITAL})+\b(?!\.\S)")),
     ("name", 1, re.compile(rf"\b{_CAPITAL}\b")),
 )
 """What is asked for, how much it is preferred, and how it looks; the first to match a place has
@@ -109,9 +119,9 @@ def _facts(chunk: str, flat: str) -> Iterator[_Fact]:
 
 
 def _whole(sentence: str) -> bool:
-    """Whether it is a sentence, and quotes none, which would break the question's own quotes."""
+    """Whether it is a sentence without quotes, which would break the question's, or remarks."""
     return (
-        sentence[0].isupper() and sentence[-1] in ".!?" and not re.search(r"[\"\u201c]", sentence)
+        sentence[0].isupper() and sentence[-1] in ".!?" and not re.search(r"[\"\u201c\[]", sentence)
     )
 
 

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -81,27 +82,42 @@ class OpenAiGenerator:
             DataError: the endpoint cannot be reached, refuses, or fails in spite of all retries.
                 What was answered until then is in the cache.
         """
-        with ThreadPoolExecutor(self._spec.concurrency) as pool:
+        errors: list[DataError] = []
+        stop = threading.Event()
+
+        def one(chunk: str) -> QuestionAnswer | NoQuestion:
             try:
-                return list(pool.map(self._one, chunks))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+                return self._one(chunk, stop)
+            except DataError as error:
+                errors.append(error)
+                stop.set()
                 raise
 
-    def _one(self, chunk: str) -> QuestionAnswer | NoQuestion:
+        with ThreadPoolExecutor(self._spec.concurrency) as pool:
+            try:
+                return list(pool.map(one, chunks))
+            except DataError:
+                # The first to fail says why; the others have merely stopped.
+                raise errors[0] from None
+            finally:
+                stop.set()
+
+    def _one(self, chunk: str, stop: threading.Event) -> QuestionAnswer | NoQuestion:
         place = self._place(chunk)
         with suppress(OSError, ValueError):  # absent, or torn by a full disk: it is asked again
             return parse_reply(place.read_text(encoding="utf-8"))
+        if stop.is_set():
+            raise DataError("stopped")
         reason = ""
         for attempt in range(self._spec.retries + 1):
             try:
-                answer = parse_reply(self._complete(chunk))
+                answer = parse_reply(self._complete(chunk, stop))
             except ValueError as error:
                 if isinstance(error, DataError):
                     raise
                 reason = str(error)
                 if attempt < self._spec.retries:
-                    time.sleep(self._backoff(attempt))
+                    self._pause(attempt, stop)
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
             content = {"question": answer.question, "answer": answer.answer}
@@ -120,7 +136,7 @@ class OpenAiGenerator:
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self._cache / digest[:2] / f"{digest}.json"
 
-    def _complete(self, chunk: str) -> str:
+    def _complete(self, chunk: str, stop: threading.Event) -> str:
         """The model's reply, after as many tries as allowed.
 
         Raises:
@@ -137,13 +153,18 @@ class OpenAiGenerator:
                         f"time with: {failure.reason}. What was answered is kept: start the build "
                         f"again when the endpoint is well, or raise retries or timeout"
                     ) from None
-                time.sleep(max(failure.pause_seconds, self._backoff(attempt)))
+                self._pause(attempt, stop, failure.pause_seconds)
         raise AssertionError("the loop above returns or raises")
 
-    def _backoff(self, attempt: int) -> float:
-        """Doubling, and jittered so that the requests in flight do not come back together."""
+    def _pause(self, attempt: int, stop: threading.Event, least_seconds: float = 0.0) -> None:
+        """Wait, doubling, and jittered so that requests in flight do not come back together.
+
+        Raises:
+            DataError: ``stop`` was set meanwhile.
+        """
         pause = min(MAX_PAUSE_SECONDS, self._first_pause * 2.0**attempt)
-        return pause * random.uniform(0.5, 1.0)
+        if stop.wait(max(least_seconds, pause * random.uniform(0.5, 1.0))):
+            raise DataError("stopped")
 
     def _post(self, chunk: str) -> bytes:
         spec = self._spec
