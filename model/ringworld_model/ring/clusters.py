@@ -61,9 +61,7 @@ class Cluster(NamedTuple):
         """The cluster's rows of key-side tensors [B, Hkv, T, D], likewise."""
         return self._part(self.k0, self.num_keys, tensors)
 
-    def _part(
-        self, start: int, length: int, tensors: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _part(self, start: int, length: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         parts = [tensor.narrow(2, start, length) for tensor in tensors]
         return [part.to(torch.float32) for part in parts] if self.wide else parts
 
