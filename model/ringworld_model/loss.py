@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+POSITION_BUCKETS = 16
+"""Buckets of ``LossSums.by_position``."""
+FIRST_BUCKET_TOKENS = 256
+"""Positions of the first bucket; each further one is as long as all before it: the second is
+256-511, the third 512-1023, and the last open to the end."""
 
 
 @dataclass
@@ -28,12 +34,25 @@ class LossSums:
         weight: float64 [2], sum of the loss weights.
         correct: float64 [2], sum of the weights of targets that the model ranks first.
         count: int64 [2], targets with a weight above 0.
+        by_position: float64 [2, POSITION_BUCKETS, 2], nll and weight of the targets by how far into
+            their document they stand. No gradient flows through it.
     """
 
     nll: Tensor
     weight: Tensor
     correct: Tensor
     count: Tensor
+    by_position: Tensor
+
+
+def bucket_edges(context_length: int) -> list[int]:
+    """First position of each bucket that a context reaches, and the context's end.
+
+    Args:
+        context_length: tokens of a row.
+    """
+    starts = [0, *(FIRST_BUCKET_TOKENS << i for i in range(POSITION_BUCKETS - 1))]
+    return [start for start in starts if start < context_length] + [context_length]
 
 
 def combine(
@@ -83,7 +102,9 @@ class VocabularyHead(nn.Module):
         self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.tile_tokens = tile_tokens
 
-    def forward(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Sums:
+    def forward(
+        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor, position_ids: Tensor
+    ) -> Sums:
         """Sums over the targets. Call it once a forward pass on every rank, with N = 0 if need be.
 
         Under ZeRO-3 a call is a collective, so a rank that skips it stalls the others. Returned is
@@ -93,15 +114,23 @@ class VocabularyHead(nn.Module):
             hidden: [N, E].
             targets: int64 [N].
             loss_weights: [N], above 0.
+            position_ids: ints [N], place of each in its document.
 
         Returns:
-            nll, weight, correct and count: the scalars of ``LossSums``.
+            One modality's part of each sum of ``LossSums``, in its order.
         """
-        nll, correct = _TiledCrossEntropy.apply(
+        nll, correct, each = _TiledCrossEntropy.apply(
             hidden, self.weight, targets, loss_weights, self.tile_tokens, torch.is_grad_enabled()
         )
         count = torch.tensor(len(targets), device=hidden.device)
-        return nll, loss_weights.double().sum(), correct, count
+        edges = bucket_edges(FIRST_BUCKET_TOKENS << POSITION_BUCKETS)[1:-1]
+        bucket = torch.bucketize(
+            position_ids, torch.tensor(edges, device=hidden.device), right=True
+        )
+        weights = loss_weights.double()
+        pairs = torch.stack([each, weights], dim=1)
+        by_position = pairs.new_zeros(POSITION_BUCKETS, 2).index_add_(0, bucket, pairs)
+        return nll, weights.sum(), correct, count, by_position
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of every position, for generation: [..., E] -> float32 [..., V].
@@ -112,7 +141,7 @@ class VocabularyHead(nn.Module):
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Sum of weight * nll, with both gradients made in the forward pass.
+    """Sum of weight * nll, with both gradients made in the forward pass; and its summands.
 
     The gradient of a sum over targets needs nothing that comes later but one scalar, so each tile's
     logits are used for the loss and for the gradients, then dropped: three matrix products instead
@@ -129,9 +158,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
         loss_weights: Tensor,
         tile_tokens: int,
         with_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _at_least_fp32(hidden.dtype)
-        nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        nll = torch.empty(len(targets), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.float64, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if with_gradients else None
         weight_grad = torch.zeros_like(weight, dtype=dtype) if with_gradients else None
@@ -144,7 +173,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             found = logits.gather(1, wanted).squeeze(1)
             exps = logits.sub_(highest[:, None]).exp_()
             total = exps.sum(dim=1)
-            nll += (scale * (highest + total.log() - found)).sum()
+            nll[tile] = scale * (highest + total.log() - found)
             correct += scale[guess == wanted.squeeze(1)].sum()
             if hidden_grad is None or weight_grad is None:
                 continue
@@ -158,8 +187,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 weight_grad += grad.T @ rows
         if hidden_grad is not None and weight_grad is not None:
             ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
-        ctx.mark_non_differentiable(correct)
-        return nll.to(dtype), correct
+        ctx.mark_non_differentiable(correct, nll)
+        return nll.sum().to(dtype), correct, nll
 
     @staticmethod
     @once_differentiable

@@ -113,12 +113,14 @@ class WorldModel(nn.Module):
         hidden = self._embed(batch.tokens, batch.modality)
         hidden = self._trunk(hidden, batch.position_ids, ring.attend).flatten(0, 1)
         targets, loss_weights = batch.targets.flatten(), batch.loss_weights.flatten()
+        positions = batch.position_ids.flatten()
         vision = batch.target_modality.flatten() == VISION
         weighted = loss_weights > 0
 
         def head_sums(head: VocabularyHead, mine: Tensor) -> Sums:
             rows = mine.nonzero().squeeze(1)
-            return head(hidden.index_select(0, rows), targets[rows], loss_weights[rows])
+            mine_hidden = hidden.index_select(0, rows)
+            return head(mine_hidden, targets[rows], loss_weights[rows], positions[rows])
 
         text = head_sums(self.text_head, weighted & ~vision)
         if self.vision_head is None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ringworld_model.live_tensors import LiveTensors
-from ringworld_model.loss import LossSums, VocabularyHead, combine
+from ringworld_model.loss import POSITION_BUCKETS, LossSums, VocabularyHead, bucket_edges, combine
 from ringworld_model.packing import pack_row
 from ringworld_model.tokens import text_example
 
@@ -26,10 +26,14 @@ def problem(dtype: torch.dtype = torch.float64, tile: int = 5):
     return head.to(dtype), hidden, targets, torch.rand(TARGETS) + 0.1
 
 
+def positions(targets: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(targets)) * 40
+
+
 @pytest.mark.parametrize("tile", [1, 5, TARGETS, 2048])
 def test_sums_and_gradients_equal_the_whole_loss(tile: int) -> None:
     head, hidden, targets, weights = problem(tile=tile)
-    nll, weight, correct, count = head(hidden, targets, weights)
+    nll, weight, correct, count, _ = head(hidden, targets, weights, positions(targets))
     (3.7 * nll + 1).backward()  # a factor put on afterwards must reach both gradients
     got = hidden.grad, head.weight.grad
     hidden.grad = head.weight.grad = None
@@ -50,7 +54,9 @@ def test_gradcheck() -> None:
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         parameters = {"weight": weight}
-        return torch.func.functional_call(head, parameters, (hidden, targets, weights))[0]
+        return torch.func.functional_call(
+            head, parameters, (hidden, targets, weights, positions(targets))
+        )[0]
 
     weight = head.weight.detach().requires_grad_()
     assert torch.autograd.gradcheck(loss, (hidden, weight))
@@ -58,8 +64,8 @@ def test_gradcheck() -> None:
 
 def test_zero_rows_still_depend_on_the_weight() -> None:
     head, hidden, targets, weights = problem()
-    sums = head(hidden[:0], targets[:0], weights[:0])
-    assert [value.item() for value in sums] == [0, 0, 0, 0]
+    sums = head(hidden[:0], targets[:0], weights[:0], targets[:0])
+    assert not any(value.any() for value in sums)
     sums[0].backward()
     assert head.weight.grad is not None
     assert head.weight.grad.abs().max() == 0
@@ -69,9 +75,11 @@ def test_zero_rows_still_depend_on_the_weight() -> None:
 def test_without_gradients_the_sums_are_the_same() -> None:
     head, hidden, targets, weights = problem()
     with torch.no_grad():
-        quiet = head(hidden, targets, weights)
+        quiet = head(hidden, targets, weights, positions(targets))
     assert not quiet[0].requires_grad
-    torch.testing.assert_close(quiet[0], head(hidden, targets, weights)[0].detach())
+    torch.testing.assert_close(
+        quiet[0], head(hidden, targets, weights, positions(targets))[0].detach()
+    )
 
 
 def test_logits_exist_for_one_tile_only() -> None:
@@ -79,7 +87,7 @@ def test_logits_exist_for_one_tile_only() -> None:
     torch.nn.init.normal_(head.weight)
     hidden = torch.randn(640, 4, requires_grad=True)
     with LiveTensors() as live:
-        sums = head(hidden, torch.randint(0, 50, (640,)), torch.ones(640))
+        sums = head(hidden, torch.randint(0, 50, (640,)), torch.ones(640), torch.arange(640))
         sums[0].backward()
     assert live.largest_bytes == hidden.nbytes
     assert live.peak_bytes < 640 * 50 * 4
@@ -87,7 +95,7 @@ def test_logits_exist_for_one_tile_only() -> None:
 
 def test_bf16_sums_in_fp32() -> None:
     head, hidden, targets, weights = problem(torch.bfloat16)
-    nll, *_ = head(hidden, targets, weights)
+    nll, *_ = head(hidden, targets, weights, positions(targets))
     assert nll.dtype == torch.float32
     nll.backward()
     assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16
@@ -102,9 +110,26 @@ def test_bf16_sums_in_fp32() -> None:
         assert error < 1e-2
 
 
+def test_sums_by_position_are_those_of_each_bucket_alone() -> None:
+    """23 targets at 0, 40, ..., 880 fall into 0-255, 256-511 and 512-1023."""
+    head, hidden, targets, weights = problem()
+    by_position = head(hidden, targets, weights, positions(targets))[-1]
+    assert by_position.shape == (POSITION_BUCKETS, 2)
+    assert bucket_edges(900) == [0, 256, 512, 900]
+    for bucket, (start, stop) in enumerate([(0, 7), (7, 13), (13, TARGETS)]):
+        mine = slice(start, stop)
+        nll, weight, *_ = head(hidden[mine], targets[mine], weights[mine], targets[mine])
+        torch.testing.assert_close(by_position[bucket], torch.stack([nll.detach(), weight]))
+    assert not by_position[3:].any()
+    assert not by_position.requires_grad
+    far = head(hidden, targets, weights, torch.full((TARGETS,), 2**40))[-1]
+    assert far[:-1].eq(0).all()  # the last bucket is open to the end
+    assert far[-1, 1] == weights.double().sum()
+
+
 def test_huge_logits_stay_finite() -> None:
     head, hidden, targets, weights = problem(torch.float32)
-    nll, *_ = head(hidden * 1e4, targets, weights)
+    nll, *_ = head(hidden * 1e4, targets, weights, positions(targets))
     nll.backward()
     assert torch.isfinite(nll)
     assert torch.isfinite(hidden.grad).all()
@@ -113,7 +138,11 @@ def test_huge_logits_stay_finite() -> None:
 def sums_of(nll: tuple[float, float]) -> LossSums:
     zero = torch.zeros(2)
     return LossSums(
-        torch.tensor(nll, requires_grad=True), zero.double(), zero.double(), zero.long()
+        torch.tensor(nll, requires_grad=True),
+        zero.double(),
+        zero.double(),
+        zero.long(),
+        torch.zeros(2, POSITION_BUCKETS, 2),
     )
 
 

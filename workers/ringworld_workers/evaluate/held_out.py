@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ringworld_jobs.spec import StageSpec
 from ringworld_model.batch import TrainBatch
+from ringworld_model.loss import POSITION_BUCKETS, bucket_edges
 from ringworld_workers.data.loader import SourceKind, StageLoader
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.mesh import Mesh
@@ -46,7 +47,8 @@ def score_held_out(
         ``loss_text``, ``loss_vision``, ``loss_caption`` (nats per target), ``accuracy_*`` (share of
         targets ranked first), ``targets_*`` (how many) and ``unigram_entropy_*``: the entropy of
         those very targets, which is the least loss that any model blind to context can reach on
-        them, even one fitted to them. Empty when the stage scores nothing.
+        them, even one fitted to them. ``loss_*_from_N``: the loss of the targets from N tokens into
+        their document to twice as far. Empty when the stage scores nothing.
     """
     scores: dict[str, float] = {}
     if not stage.validation_rows:
@@ -55,25 +57,31 @@ def score_held_out(
         rows = loader.held_out_rows(kind, stage.validation_rows)
         if not rows:
             continue
-        nll, correct, weight = _score(engine, rows, mesh, prepare)
+        nll, correct, weight, by_position = _score(engine, rows, mesh, prepare)
         for modality, name in enumerate(names):
             if name is not None and weight[modality] > 0:
                 scores[f"loss_{name}"] = float(nll[modality] / weight[modality])
                 scores[f"accuracy_{name}"] = float(correct[modality] / weight[modality])
                 scores[f"unigram_entropy_{name}"] = _entropy(rows, modality)
                 scores[f"targets_{name}"] = float(_num_targets(rows, modality))
+                starts = bucket_edges(stage.context_length)[:-1]
+                for start, (part, share) in zip(starts, by_position[modality], strict=False):
+                    if share > 0:
+                        scores[f"loss_{name}_from_{start}"] = float(part / share)
     return scores
 
 
 def _score(
     engine: Engine, rows: list[TrainBatch], mesh: Mesh, prepare: Callable[[TrainBatch], Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted nll, right guesses and weights by modality, float64 [2] each, over all ranks.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted nll, right guesses and weights by modality, over all ranks, float64 [2] each; and
+    nll and weights by modality and bucket of positions, float64 [2, POSITION_BUCKETS, 2].
 
     Rings take rows in turn. When they do not come out even, a ring scores a row once more without
     weight: all ranks must call the model equally often, because its modules hold collectives.
     """
     totals = torch.zeros(3, 2, dtype=torch.float64)
+    by_position = torch.zeros(2, POSITION_BUCKETS, 2, dtype=torch.float64)
     rings = mesh.data_parallel_size
     with engine.evaluate():
         for first in range(0, len(rows), rings):
@@ -84,8 +92,10 @@ def _score(
             totals[0] += sums.nll.detach().double().cpu()
             totals[1] += sums.correct.detach().double().cpu()
             totals[2] += sums.weight.detach().double().cpu()
+            by_position += sums.by_position.cpu()
     dist.all_reduce(totals, group=mesh.control_group)
-    return totals[0], totals[1], totals[2]
+    dist.all_reduce(by_position, group=mesh.control_group)
+    return totals[0], totals[1], totals[2], by_position
 
 
 def _weightless(row: TrainBatch) -> TrainBatch:
