@@ -40,6 +40,10 @@ _FORMATS = (
 or make pictures of any text."""
 _INDEXED = ("mov", "matroska")
 """Containers that know their key frames: a seek lands on one, and decoding from it is exact."""
+_EARLY_SECONDS = 1.0
+"""Seeks aim so much before: an index may go by the order of decoding, which runs ahead."""
+_LEAP_SECONDS = 3.0
+"""Less than this is decoded through; a seek would hardly save any."""
 _DECLARING = ("mov", "matroska", "avi")
 """Containers whose header says how long the video stream is."""
 _BREAK_SECONDS = 0.5
@@ -96,12 +100,10 @@ class _Film:
         ends: when it is over, of the last picture if ``complete``.
     """
 
-    def __init__(
-        self, path: Path, container: av.container.InputContainer, stream: av.VideoStream
-    ) -> None:
-        self._path, self._container, self._stream = path, container, stream
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        self._container, self._stream = container, stream
         self._indexed = container.format.name.split(",")[0] in _INDEXED
-        self._keys: npt.NDArray[np.float64] | None = None
+        self._leap = _LEAP_SECONDS
         self._first: float | None = None
         self.complete, self.latest, self.ends = False, -1.0, 0.0
 
@@ -120,7 +122,7 @@ class _Film:
                 if context.width and context.height:
                     check_size(context.width, context.height)
                 _check_whole(path, stream)
-                film = _Film(path, container, stream)
+                film = _Film(container, stream)
                 yield film
         except av.FFmpegError as error:
             started = film is not None and film.latest >= 0
@@ -137,15 +139,13 @@ class _Film:
         return Reel(self.decode(), self._skip if self._indexed else None)
 
     def decode_last(self) -> bool:
-        """Decode from the last key frame to the end; False: that cannot be done here."""
-        if not self._indexed:
+        """Decode from a key frame near the end; False: that cannot be done here."""
+        seconds = _declared_seconds(self._container, self._stream, 0.0)
+        if not self._indexed or seconds is None:
             return False
         next(self.decode(), None)  # the first picture, which is second 0
-        keys = self._key_frames()
-        if len(keys) == 0:
-            return False
         try:
-            for _ in self.decode(float(keys[-1])):
+            for _ in self.decode(max(0.0, seconds - _EARLY_SECONDS)):
                 pass
         except DataError:
             # Decoding all of it will say what is wrong.
@@ -153,38 +153,27 @@ class _Film:
         return self.complete
 
     def _skip(self, place: float, time: float) -> Iterator[Picture] | None:
-        """Pictures from the key frame before ``time``, where that is ahead of ``place``."""
-        keys = self._key_frames()
-        number = int(np.searchsorted(keys, time + EPSILON)) - 1
-        if number < 0 or keys[number] <= place:
+        """Pictures from the key frame before ``time`` on, where that may save decoding."""
+        gap = time - place
+        if gap <= self._leap:
             return None
-        pictures = self.decode(float(keys[number]))
+        pictures = self.decode(time - _EARLY_SECONDS)
         found = next(pictures, None)
-        if found is not None and found.time <= time + EPSILON:
-            return itertools.chain([found], pictures)
-        # The index is wrong. Nothing is passed over from here on.
-        self._keys = np.zeros(0)
-        return self.decode(0.0)
-
-    def _key_frames(self) -> npt.NDArray[np.float64]:
-        """Times of the key frames, rising; reads the file without decoding it."""
-        if self._keys is None:
-            with _container(self._path) as container:
-                stream = _video_stream(container)
-                times = [
-                    float(packet.pts * packet.time_base) - (self._first or 0.0)
-                    for packet in container.demux(stream)
-                    if packet.is_keyframe and packet.pts is not None and packet.time_base
-                ]
-            self._keys = np.sort(np.array(times))
-        return self._keys
+        if found is None or found.time > time + EPSILON:
+            # The index is wrong. Nothing is passed over from here on.
+            self._leap = math.inf
+            return self.decode(0.0)
+        if found.time <= place:
+            # Key frames are further apart than that: it was decoded again for nothing.
+            self._leap = 2 * gap
+        return itertools.chain([found], pictures)
 
     def decode(self, place: float | None = None) -> Iterator[Picture]:
         """Pictures in order.
 
         Args:
-            place: seconds; start from the last key frame that is not after it. None: from where the
-                file stands, which is its start.
+            place: seconds; start from a key frame that is not after it. None: from where the file
+                stands, which is its start.
 
         Raises:
             DataError: a picture is damaged or has no place in time, or the end is missing.
