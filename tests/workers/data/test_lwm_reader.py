@@ -238,6 +238,9 @@ def test_held_out_files_and_training_texts(tmp_path: Path) -> None:
     items = reader.items()
     assert [next(iter(reader.drafts(item))).held_out for item in items] == [None, True]  # type: ignore[union-attr]
     assert [list(reader.training_texts(item)) for item in items] == [["what"], []]
+    # A tokenizer is trained before there is a codebook to check codes against.
+    early = LwmReader("lwm", dataset(fields="a,vision"), tmp_path, CodeGeometry(1, 1))
+    assert [list(early.training_texts(item)) for item in items] == [["what"], ["so"]]
     with pytest.raises(DataError, match="held_out: 'd\\*' matches the name of none"):
         LwmReader("lwm", dataset(fields="a", held_out=["d*"]), tmp_path, None).items()
     with pytest.raises(DataError, match=r"datasets.lwm.files: 'x\*' matches no file"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +19,6 @@ import numpy.typing as npt
 from ringworld_jobs.lwm_fields import Field, holds_codes, parse_layout
 from ringworld_jobs.problem import nearest
 from ringworld_jobs.recipe_text import LwmDataset
-from ringworld_model.tokens import VISION_END, VISION_START
 from ringworld_workers.data.chat_template import clip_parts
 from ringworld_workers.data.draft import Draft, Part, Refused, SpecialPart, TextPart, WorkItem
 from ringworld_workers.data.files import DataError
@@ -67,15 +67,17 @@ class LwmReader:
         return self._files.items()
 
     def training_texts(self, item: WorkItem) -> Iterator[str]:
-        """Texts of the lines that are not held out, without the delimiters of codes."""
-        for draft in self.drafts(item):
-            if isinstance(draft, Refused):
+        """Texts of the lines that are not held out; codes may not be known yet, and are not read."""
+        for record in records(item):
+            if isinstance(record, Refused):
                 continue
-            if self._files.certainly_held_out(item.file, draft.document):
+            if self._files.certainly_held_out(item.file, record.digest):
                 continue
-            for part in draft.parts:
-                if isinstance(part, TextPart) and part.text not in ("", VISION_START, VISION_END):
-                    yield part.text
+            with suppress(ValueError):  # drafts() refuses the line
+                layout = self._layout(record)
+                for number, field in enumerate(_parsed(layout, self._geometry is not None)):
+                    if field.keys and not self._holds_codes(field):
+                        yield self._text(record, field, number)
 
     def drafts(self, item: WorkItem) -> Iterator[Draft | Refused]:
         """The item's examples; a line that does not hold what its layout says is refused."""
@@ -127,19 +129,26 @@ class LwmReader:
                 codes = self._codes(record, field, self._geometry)
                 yield from clip_parts(codes, loss=field.loss)
             else:
-                texts = [self._text(record, key) for key in field.keys]
-                joined = dataset.subfield_separator.join(texts)
-                start = dataset.prepend_text if number == 0 else ""
-                yield TextPart(start + joined, field.loss)
+                yield TextPart(self._text(record, field, number), field.loss)
         if dataset.add_eos_token:
             yield SpecialPart("eos", loss=True)
 
-    def _text(self, record: Record, key: str) -> str:
-        value = _value(record, key)
-        if isinstance(value, list):
-            why = "codes need codes: or the recipe's codebook:, and a key that holds 'vision'"
-            raise ValueError(f"{key!r} holds a list, expected text; {why}")
-        return require_text(f"{key!r}", value)
+    def _holds_codes(self, field: Field) -> bool:
+        return self._geometry is not None and holds_codes(field.keys[0])
+
+    def _text(self, record: Record, field: Field, number: int) -> str:
+        """Texts of a field, joined; before those of the first field stands ``prepend_text``."""
+        texts = []
+        for key in field.keys:
+            value = _value(record, key)
+            if isinstance(value, list):
+                raise ValueError(
+                    f"{key!r} holds a list, expected text; codes need codes: or the recipe's "
+                    f"codebook:, and a key that holds 'vision'"
+                )
+            texts.append(require_text(f"{key!r}", value))
+        start = self._dataset.prepend_text if number == 0 else ""
+        return start + self._dataset.subfield_separator.join(texts)
 
     def _codes(self, record: Record, field: Field, geometry: CodeGeometry) -> npt.NDArray[np.int32]:
         """Codes int32 [F, C] of a field, subsampled to max_frames."""
