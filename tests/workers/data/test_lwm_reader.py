@@ -20,6 +20,8 @@ from ringworld_workers.data.draft import Draft, Refused, SpecialPart, TextPart
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.lwm_reader import LwmReader, require_same_codebook
 from ringworld_workers.data.media_store import CodeGeometry
+from ringworld_workers.data.records import RecordFiles
+from ringworld_workers.data.text_sources import parts
 from ringworld_workers.data.tokenizer import JsonTokenizer
 
 WORDS = ["<s>", "</s>", "?", "<vision>", "</vision>", "draw", "a", "ring", "red", "what", "so"]
@@ -149,13 +151,14 @@ def test_layouts_are_drawn_by_line_as_lwm_draws_them(tmp_path: Path) -> None:
 FIRST_DRAWS = [1, 0, 0, 0, 0, 2, 2, 1]
 
 
-def test_a_file_in_parts_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_parts_is_the_file(tmp_path: Path) -> None:
     layouts = ["prompt", "caption"]
     lines = [EXAMPLE | {"fields": layouts, "n": "x" * (n % 7)} for n in range(60)]
     whole = read(tmp_path, lines, fields_from_example="fields")
-    monkeypatch.setattr("ringworld_workers.data.text_sources.PART_BYTES", 500)
-    reader = LwmReader("lwm", dataset(fields_from_example="fields"), tmp_path, GEOMETRY)
-    items = reader.items()
+    spec = dataset(fields_from_example="fields")
+    reader = LwmReader("lwm", spec, tmp_path, GEOMETRY)
+    files = RecordFiles("lwm", spec, spec.files, tmp_path, seed=0)
+    items = files.items(lambda file: parts(file, "jsonl", 500))
     assert len(items) > 5
     assert [draft for item in items for draft in reader.drafts(item)] == whole
 

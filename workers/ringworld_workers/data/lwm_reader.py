@@ -67,7 +67,7 @@ class LwmReader:
         return self._files.items()
 
     def training_texts(self, item: WorkItem) -> Iterator[str]:
-        """Texts of the lines that are not held out; codes may not be known yet, and are not read."""
+        """Texts of the lines that are not held out; codes, not known yet maybe, are not read."""
         for record in records(item):
             if isinstance(record, Refused):
                 continue
