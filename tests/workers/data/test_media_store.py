@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ringworld_jobs.recipe import CropSpec, SpanSpec
 from ringworld_model.vision.patch_codebook import PatchCodebook
+from ringworld_model.vision.vqgan import VQGAN
+from ringworld_model.vision.vqgan_config import VQGANConfig
+from ringworld_model.vision.vqgan_tokenizer import VQGANTokenizer
 from ringworld_workers.data.files import DataError, InputFile
 from ringworld_workers.data.media import sample_media
 from ringworld_workers.data.media_store import MediaStore, MediaUse, Sampling
@@ -66,6 +71,21 @@ def test_a_medium_is_decoded_and_encoded_once(
     other_digest = MediaStore(store.folder, 8, store.tokenizer_path, "another")
     assert len(other_digest.codes(file, FPS).codes) == 32
     assert len(kept(store)) == 6
+
+
+def test_a_vqgan_gives_codes_through_the_same_seam(
+    tmp_path: Path, write_video: VideoWriter
+) -> None:
+    config = VQGANConfig((4, 4), 1, latent_channels=4, codebook_size=8, norm_num_groups=2)
+    torch.manual_seed(0)
+    tokenizer = VQGANTokenizer(VQGAN(replace(config, frame_size=8)))
+    tokenizer.save(tmp_path / "vqgan")
+    file = film(tmp_path, write_video)
+    store = MediaStore(tmp_path / "media", 8, tmp_path / "vqgan", tokenizer.digest(), "cpu")
+    media = store.codes(file, Sampling(10, max_frames=3))
+    frames = [frame.pixels for frame in sample_media(file.path, Sampling(10, max_frames=3), 8)]
+    assert np.array_equal(media.codes, tokenizer.encode(np.stack(frames)))
+    assert media.codes.shape == (3, store.geometry.codes_per_frame)
 
 
 def test_a_bad_file_leaves_nothing(tmp_path: Path, store: MediaStore) -> None:
