@@ -80,6 +80,11 @@ class ShardCache:
             DataError: ``fetch`` raised it, or the cache gave no place within the deadline.
         """
         path = self.folder / f"{entry['sha256']}.arrow"
+        if entry["bytes"] > self.max_bytes:
+            raise DataError(
+                f"data.shard_cache.max_bytes={self.max_bytes:,} has no room for {entry['file']} of "
+                f"{entry['bytes']:,} bytes; raise it to several times that"
+            )
         deadline = time.monotonic() + WAIT_SECONDS
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:

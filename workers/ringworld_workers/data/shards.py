@@ -78,15 +78,25 @@ class Dataset:
                 f"{self._shards.where(META_FILE)} is not a dataset's: it has no {error}; a "
                 "prepared recipe's datasets are the folders in it"
             ) from None
-        self.lengths: npt.NDArray[np.int32] = np.load(
-            io.BytesIO(self._shards.read(lengths_file(split))), allow_pickle=False
-        )
+        self.lengths = self._read_lengths()
         starts = np.cumsum([0] + [entry["examples"] for entry in self.entries])
         self._starts: list[int] = starts.tolist()
         self._open: dict[int, _Shard] = {}
         self._rows: npt.NDArray[np.int64] | None = None
         self._check_lengths()
-        self._shards.admit(self.entries)
+        if split == "train":  # held-out rows are read once, in order
+            self._shards.admit(self.entries)
+
+    def _read_lengths(self) -> npt.NDArray[np.int32]:
+        file = lengths_file(self.split)
+        content = self._shards.read(file)
+        try:
+            lengths: npt.NDArray[np.int32] = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(
+                f"{self._shards.where(file)} is damaged ({error}); build the data again"
+            ) from error
+        return lengths
 
     def _check_lengths(self) -> None:
         where = self._shards.where(lengths_file(self.split))
