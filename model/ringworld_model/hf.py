@@ -156,9 +156,11 @@ def load_pretrained(model: WorldModel, folder: Path | str, *, seed: int = 0) -> 
         for name, tensor in _tensors(file):
             if name in text:
                 _copy(parameters[text[name]], text[name], tensor, config)
+            del tensor  # before the next one is read
     if vision and not drawn:
         for name, tensor in _tensors(own):
             _copy(parameters[name], name, tensor, config)
+            del tensor
     if tied is not None and tied in shapes:
         _require_tied(folder, files, tied, parameters["text_embed.weight"])
     init_weights(model, seed, names=drawn)

@@ -264,6 +264,7 @@ def write_safetensors(
                 raise WeightsError(f"{name} is {list(tensor.shape)} and not {list(shape)}")
             plain = tensor.to("cpu", dtype).contiguous()
             file.write(plain.view(torch.uint8).numpy().data)
+            del tensor, plain  # before the next one is read
         file.flush()
         os.fsync(file.fileno())
 

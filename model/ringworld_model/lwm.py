@@ -92,6 +92,7 @@ def load_lwm(model: WorldModel, path: Path | str, *, seed: int = 0) -> LoadedWei
                 tensor = reorder_pairs(tensor, model.config.head_dim, to="half")
             with torch.no_grad():
                 parameters[name].copy_(tensor)
+            del tensor  # before the next one is read
     drawn = tuple(name for name in shapes if name not in found)
     init_weights(model, seed, names=drawn)
     used = {place.key for place in found.values()}

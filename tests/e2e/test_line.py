@@ -82,6 +82,32 @@ def test_the_run_folder_holds_report_spec_and_metrics(undisturbed: tuple[Project
     assert status["checkpoint"] == "02-third/step-00000006"
 
 
+def test_a_stage_is_exported_and_another_job_starts_from_it(
+    undisturbed: tuple[Project, str],
+) -> None:
+    from ringworld_jobs.load import load_job
+    from ringworld_model.hf import from_pretrained
+    from ringworld_workers.data.tokenizer import load_tokenizer
+
+    project, _ = undisturbed
+    code, shown = project.command("export", "small", "--stage", "second", "--out", "weights")
+    assert code == 0, shown
+    assert "small-1 01-second/step-00000080" in shown and "ringworld/vision.safetensors" in shown
+    folder = project.folder / "weights"
+    model, about = from_pretrained(folder), json.loads((folder / "config.json").read_text())
+    assert (model.rope_theta, about["max_position_embeddings"]) == (1e5, 640)
+    tokenizer = load_tokenizer(folder)
+    assert about["bos_token_id"] == tokenizer.bos_id and about["eos_token_id"] == tokenizer.eos_id
+    text = (project.folder / "job.yaml").read_text()
+    start = text.index("model:")
+    job = project.folder / "warm.yaml"
+    model_line = 'model: {init_from: "hf:weights"}'
+    job.write_text(text[:start] + model_line + text[text.index("\n", start) :])
+    assert load_job(job).model.config() == model.config
+    code, shown = project.command("export", "small", "--stage", "sekond", "--out", "weights")
+    assert code == 1 and "there are first, second, third" in shown
+
+
 def test_mlflow_has_the_job_and_a_child_per_stage(undisturbed: tuple[Project, str]) -> None:
     from mlflow import MlflowClient
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +22,7 @@ from ringworld_model.config import ModelConfig, RopeScaling
 from ringworld_model.hf import WeightsError, from_pretrained, load_pretrained, save_pretrained
 from ringworld_model.hf_config import read_config
 from ringworld_model.hf_layout import parameter_shapes
+from ringworld_model.hf_save import write_pretrained
 from ringworld_model.transformer import WorldModel, init_weights
 
 transformers = pytest.importorskip("transformers")
@@ -427,6 +430,20 @@ def test_dtypes_in_and_out(tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert llama.dtype == torch.bfloat16
+
+
+def test_one_tensor_at_a_time_is_written(tmp_path: Path) -> None:
+    config = FAMILIES["lwm"]
+    memory: list[weakref.ref[Any]] = []
+
+    def read(name: str) -> torch.Tensor:
+        assert not any(held() is not None for held in memory), f"two tensors at {name}"
+        array = np.zeros(parameter_shapes(config)[name], np.float32)
+        memory.append(weakref.ref(array))
+        return torch.from_numpy(array)
+
+    write_pretrained(tmp_path / "out", config, read, rope_theta=1e4, max_shard_bytes=20_000)
+    assert set(from_pretrained(tmp_path / "out").state_dict()) >= set(parameter_shapes(config))
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
