@@ -17,7 +17,7 @@ from ringworld_platform.console import FAILED, INTERRUPTED, err, out
 
 if TYPE_CHECKING:
     from ringworld_jobs.codebook import CodebookJob
-    from ringworld_workers.codebook.training import Update
+    from ringworld_workers.codebook.update import Update
 
 _EVERY_STEPS = 100
 """Steps between two lines where the output is no terminal."""
@@ -82,13 +82,19 @@ def _updates(
 def _on_cluster(
     spec: CodebookJob, base: Path, target: Path, stop: threading.Event
 ) -> Iterator[Update]:
-    """Run the training as one Ray task, with a GPU where the cluster has one."""
+    """Run the training as one Ray task, with a GPU where the cluster has one.
+
+    The clips and the folder lie where the cluster's machines see them too.
+    """
     import ray
 
     from ringworld_workers.data.files import DataError
 
     gpu = spec.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
     task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0, max_retries=0)(_task)
+    # Made here: the task may start only after it has been asked to stop.
+    target.mkdir(parents=True, exist_ok=True)
+    _stop_file(target).unlink(missing_ok=True)
     updates: Any = task.options(num_returns="streaming").remote(spec, base, target)
     asked = False
     while True:
@@ -113,9 +119,7 @@ def _task(spec: CodebookJob, base: Path, target: Path) -> Iterator[Update]:
     """What runs on the cluster; the driver asks it to stop through a file, which they share."""
     from ringworld_workers.codebook.training import train_codebook as train
 
-    target.mkdir(parents=True, exist_ok=True)
     stop = _stop_file(target)
-    stop.unlink(missing_ok=True)
     try:
         yield from train(spec, base, target, stop.exists)
     finally:

@@ -37,9 +37,20 @@ def write_report(
         tokenizers: what the frames go through, by name; the trained one first.
         qualities: of the same.
     """
-    figure = Figure(figsize=(10, 3.2 + 1.3 * len(tokenizers)), layout="constrained", dpi=110)
+    figure = Figure(figsize=(10, 3.2 + 1.3 * len(tokenizers)), dpi=110)
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.3 * (len(tokenizers) + 1), 2.4])
+    # Fixed margins: matplotlib's own layout draws everything twice.
+    grid = figure.add_gridspec(
+        2,
+        2,
+        height_ratios=[1.3 * (len(tokenizers) + 1), 2.4],
+        left=0.09,
+        right=0.99,
+        top=0.99,
+        bottom=0.08,
+        hspace=0.06,
+        wspace=0.16,
+    )
     _draw_frames(figure.add_subplot(grid[0, :]), frames, tokenizers, qualities)
     _draw_loss(figure.add_subplot(grid[1, 0]), records)
     _draw_quality(figure.add_subplot(grid[1, 1]), records, qualities)

@@ -20,14 +20,17 @@ from ringworld_model.vision.codes import nearest_codes
 from ringworld_model.vision.vqgan import VQGAN, ResidualBlock, from_pixels
 from ringworld_model.vision.vqgan_config import VQGANConfig
 from ringworld_workers.codebook.moving_codebook import MovingCodebook
+from ringworld_workers.data.files import DataError
 
 WARMUP_STEPS = 20
 LAST_RATE = 0.02
 """Of the peak, at the end of the cosine."""
 
 GRADIENT_NORM = 1.0
-START_VECTORS = 40_000
-"""Latents that the codebook starts from."""
+START_VECTORS = 65_536
+"""Latents that the codebook starts from, at most."""
+
+START_VECTORS_PER_CODE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,9 @@ class Trainer:
         Args:
             progress: share of the training that lies behind, 0..1; decides the learning rate, and
                 when the codebook starts.
+
+        Raises:
+            DataError: the loss is no finite number any more.
         """
         training = self._job.training
         if not self.quantised and progress >= training.continuous_share:
@@ -150,7 +156,7 @@ class Trainer:
             rate,
         )
         if not math.isfinite(figures.loss):
-            raise FloatingPointError(
+            raise DataError(
                 f"the loss is {figures.loss} at step {self.step}; lower training.learning_rate "
                 f"({training.learning_rate:g})"
             )
@@ -195,7 +201,8 @@ class Trainer:
     def _latents_to_start_from(self) -> Tensor:
         """Latents of training crops, [M, L] in random order, at least as many as codes."""
         per_crop = (self._job.crop_size // self._job.shape.downsampling) ** 2
-        wanted = max(START_VECTORS, self._job.shape.codebook_size)
+        codes = self._job.shape.codebook_size
+        wanted = max(codes, min(START_VECTORS, START_VECTORS_PER_CODE * codes))
         number = self._job.training.batch_crops
         parts = []
         for _ in range(-(-wanted // (number * per_crop))):

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,12 @@ from ringworld_workers.codebook.quality import (
 )
 from ringworld_workers.codebook.report import write_report
 from ringworld_workers.codebook.trainer import Trainer
+from ringworld_workers.codebook.update import Update
 from ringworld_workers.data.files import DataError
 
 METRICS_FILE, RESULT_FILE, REPORT_FILE = "metrics.jsonl", "result.json", "report.png"
 _STATE_FILE, _FRAMES_FOLDER = "state.pt", "frames"
 _YIELD_SECONDS = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """How far a training is.
-
-    Attributes:
-        phase: what is being done.
-        step: steps done.
-        share: of the whole training that lies behind, 0..1.
-        metrics: newest value of each figure, as in ``metrics.jsonl``.
-        result: at the end, what ``result.json`` holds; None before, and when it was stopped.
-    """
-
-    phase: str
-    step: int
-    share: float
-    metrics: dict[str, float]
-    result: dict[str, Any] | None = None
 
 
 def pick_device(wanted: str) -> str:
@@ -205,7 +187,10 @@ class _Training:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise DataError(f"{path} cannot be read ({error}); remove it to begin anew") from error
+            # What torch says would have the reader load it in a way that runs code.
+            raise DataError(
+                f"{path} is no state of a training, or damaged; remove it to begin anew"
+            ) from error
         if state["job"] != self.digest:
             raise DataError(_other_job(self.out))
         trainer.restore(state["trainer"])
