@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from ringworld_jobs.problem import JobSpecError
 from ringworld_model.tokens import frames_of
 from ringworld_model.vision.patch_codebook import PatchCodebook
+from ringworld_workers.data.build_lock import ABANDONED_SECONDS, sole_builder
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.prepare import CODEBOOK_FILE, Prepared, build
 from ringworld_workers.data.shards import Dataset
@@ -35,7 +38,7 @@ def test_documents_are_text_between_bos_and_eos(small: Prepared) -> None:
     tokenizer = load_tokenizer(small.dir)
     assert small.tokenizer_size == tokenizer.size == 300
     train = Dataset(small.datasets["texts"], "train")
-    assert train.splittable
+    assert train.longer == "split"
     names = [train.name(i) for i in range(len(train))]
     assert names == [f"text-{n}.txt" for n in (0, 1, 2, 4, 5)]
     for index, name in enumerate(names):
@@ -51,7 +54,7 @@ def test_documents_are_text_between_bos_and_eos(small: Prepared) -> None:
 def test_clips_follow_lwm_in_both_layouts(small: Prepared) -> None:
     tokenizer = load_tokenizer(small.dir)
     train = Dataset(small.datasets["clips"], "train")
-    assert not train.splittable
+    assert train.longer == "refuse"
     # Grey frames 0..29 and 45..59, four a clip, every second: 14 and 6 clips, two layouts each.
     assert len(train) == 2 * (14 + 6)
     start, end = tokenizer.encode("<vision>"), tokenizer.encode("</vision>")
@@ -79,8 +82,9 @@ def test_nothing_held_out_reaches_training(small: Prepared) -> None:
     starts = [float(train.name(i).split(" from ")[1].split(" s")[0]) for i in range(len(train))]
     assert all(start + 0.4 <= 3.0 + 1e-6 or start >= 4.5 for start in starts)
     held_out = Dataset(small.datasets["clips"], "held_out")
-    # Frames 30..44: six clips, two layouts.
-    assert len(held_out) == 12
+    # Frames 30..44: six clips, two layouts; they are all red, so one clip says it all.
+    assert len(held_out) == 2
+    assert meta_of(small, "clips")["left_out"] == {"examples equal to an earlier one": 10}
     caption = load_tokenizer(small.dir).encode("a red drum")
     assert held_out.read(0).tokens[1 : 1 + len(caption)].tolist() == caption
 
@@ -122,7 +126,6 @@ def test_meta_carries_credits_and_vocabulary(small: Prepared) -> None:
     assert texts["tokenizer"] == clips["tokenizer"] == {"size": 300, "digest": digest}
     codebook = PatchCodebook.load(small.dir / CODEBOOK_FILE)
     assert clips["codebook"]["digest"] == codebook.digest()
-    assert clips["videos"]["film"] == {"frames": 60, "seconds": 6.0, "fps": 10.0}
 
 
 def test_the_second_build_is_found_and_any_change_is_a_new_one(
@@ -136,7 +139,8 @@ def test_the_second_build_is_found_and_any_change_is_a_new_one(
         lambda phase, done, total: phases.append(phase),
     )
     assert (first.cached, again.cached) == (False, True)
-    assert (again.dir, again.digest, phases) == (first.dir, first.digest, [])
+    assert (again.dir, again.digest) == (first.dir, first.digest)
+    assert {phase.split(",")[0] for phase in phases} == {"find files", "digest files"}
     # The same inputs in another place are the same data.
     elsewhere = build(make_recipe(tmp_path / "elsewhere"), tmp_path / "cache")
     assert elsewhere.cached
@@ -150,71 +154,123 @@ def test_the_second_build_is_found_and_any_change_is_a_new_one(
 def test_builds_are_equal_byte_for_byte(make_recipe: RecipeMaker, tmp_path: Path) -> None:
     one = build(make_recipe(tmp_path / "recipe"), tmp_path / "one")
     two = build(make_recipe(tmp_path / "recipe"), tmp_path / "two")
-    files = sorted(p.relative_to(one.dir) for p in one.dir.rglob("*") if p.is_file())
-    assert len(files) == 14
-    for file in files:
-        assert (one.dir / file).read_bytes() == (two.dir / file).read_bytes(), file
+    assert_same_files(one.dir, two.dir)
 
 
-def test_of_two_builders_at_once_one_wins(make_recipe: RecipeMaker, tmp_path: Path) -> None:
-    inner: list[Prepared] = []
-
-    def overtake(phase: str, done: int, total: int) -> None:
-        # The second builder runs from start to end while the first is about to finish.
-        if phase.startswith("write clips") and not inner:
-            inner.append(build(recipe, tmp_path / "cache"))
-
+def test_of_two_builders_at_once_one_waits(make_recipe: RecipeMaker, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "recipe")
-    outer = build(recipe, tmp_path / "cache", overtake)
-    assert not inner[0].cached
-    assert outer.cached
-    assert outer.dir == inner[0].dir
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [outer.dir.name]
+    waits, built = threading.Event(), []
+
+    def second(phase: str, done: int, total: int) -> None:
+        if phase.startswith("wait for"):
+            waits.set()
+
+    def first(phase: str, done: int, total: int) -> None:
+        if phase.startswith("write clips"):
+            # The first is about to finish; it holds the lock until the second has come to it.
+            assert waits.wait(20)
+
+    def build_first() -> None:
+        built.append(build(recipe, tmp_path / "cache", first))
+
+    thread = threading.Thread(target=build_first)
+    thread.start()
+    while not list((tmp_path / "cache").glob(".building-*.lock")) and thread.is_alive():
+        thread.join(0.01)
+    found = build(recipe, tmp_path / "cache", second)
+    thread.join(20)
+    assert (built[0].cached, found.cached, built[0].dir) == (False, True, found.dir)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [found.dir.name]
 
 
-def test_a_build_that_fails_leaves_nothing(make_recipe: RecipeMaker, tmp_path: Path) -> None:
-    def fail(phase: str, done: int, total: int) -> None:
-        if phase.startswith("write"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(make_recipe(tmp_path / "recipe"), tmp_path / "cache", fail)
-    assert list((tmp_path / "cache").iterdir()) == []
+class Stopped(BaseException):
+    pass
 
 
-def test_leftovers_of_killed_builders_are_removed_after_a_day(
+def test_a_build_that_stops_goes_on_with_what_is_missing(
     make_recipe: RecipeMaker, tmp_path: Path
 ) -> None:
-    old, living = (tmp_path / "cache" / f".building-{name}" for name in ("old", "living"))
-    for folder in (old, living):
-        folder.mkdir(parents=True)
-    two_days_ago = time.time() - 2 * 86_400
-    os.utime(old, (two_days_ago, two_days_ago))
-    build_small(make_recipe, tmp_path)
-    assert not old.exists()
-    assert living.exists()
+    recipe = make_recipe(tmp_path / "recipe")
+    undisturbed = build(recipe, tmp_path / "undisturbed")
+    seen: list[str] = []
+
+    def stop_after(count: int) -> Prepared:
+        def watch(phase: str, done: int, total: int) -> None:
+            seen.append(f"{phase.split(',')[0]} {done}/{total}")
+            nonlocal count
+            count -= 1
+            if count == 0:
+                raise Stopped
+
+        return build(recipe, tmp_path / "cache", watch)
+
+    # Stop at every point where a stop can be: after each report of progress.
+    stops = 0
+    while True:
+        seen.clear()
+        try:
+            prepared = stop_after(count=11 + stops)
+            break
+        except Stopped:
+            stops += 1
+    assert stops > 3
+    # The last try found all but the last steps done.
+    assert not any(line.startswith(("fit", "train", "sample")) for line in seen)
+    assert_same_files(undisturbed.dir, prepared.dir)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [prepared.dir.name]
+
+
+def assert_same_files(one: Path, two: Path) -> None:
+    files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(two) for p in two.rglob("*") if p.is_file())
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+def test_leftovers_of_killed_builders_are_removed_after_a_week(
+    make_recipe: RecipeMaker, tmp_path: Path
+) -> None:
+    old, living, young = (tmp_path / "cache" / f".building-{n}" for n in ("old", "alive", "young"))
+    week_ago = time.time() - ABANDONED_SECONDS - 60
+    for folder in (old, living, young):
+        (folder / "examples").mkdir(parents=True)
+        os.utime(folder / "examples", (week_ago, week_ago))
+        if folder != young:
+            os.utime(folder, (week_ago, week_ago))
+    with sole_builder(living, lambda: None):
+        build_small(make_recipe, tmp_path)
+    assert [folder.exists() for folder in (old, living, young)] == [False, True, True]
 
 
 def test_bad_files_are_skipped_and_listed(make_recipe: RecipeMaker, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "recipe")
     (tmp_path / "recipe" / "text-bad.txt").write_bytes(b"fine \xff\xfe not")
-    (tmp_path / "recipe" / "text-short.txt").write_text("")
+    (tmp_path / "recipe" / "text-empty.txt").write_text("")
     prepared = build(recipe, tmp_path / "cache")
-    expected = {"path": "text-bad.txt", "reason": "not UTF-8 text (byte 5)"}
-    assert [(s.path, s.reason) for s in prepared.skipped] == [tuple(expected.values())]
-    meta = meta_of(prepared, "texts")
-    assert meta["skipped"] == [expected]
-    assert meta["left_out"] == {"documents shorter than min_chars": 1}
-    assert meta_of(prepared, "clips")["skipped"] == []
-    assert build(recipe, tmp_path / "cache").skipped == prepared.skipped
+    expected = [
+        ("text-bad.txt", "not UTF-8 text (byte 5)"),
+        ("text-empty.txt", "the file is empty"),
+    ]
+    assert prepared.refused == {"texts": 2, "clips": 0}
+    assert prepared.refusals("texts", 5) == expected
+    assert prepared.refusals("texts", 1) == expected[:1]
+    assert meta_of(prepared, "texts")["refused"] == 2
+    assert build(recipe, tmp_path / "cache").refused == prepared.refused
+    for name, reason in expected:
+        refuse = make_recipe(tmp_path / "recipe", bad_files="refuse")
+        with pytest.raises(DataError, match=re.escape(f"datasets.texts: {name}: {reason}")):
+            build(refuse, tmp_path / "cache")
+        (tmp_path / "recipe" / name).unlink()
 
 
 def test_an_error_when_nothing_is_left(make_recipe: RecipeMaker, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "recipe")
     (tmp_path / "recipe" / "film.mkv").write_bytes(b"no film")
-    with pytest.raises(DataError, match=r"datasets\.clips: no training example.*film\.mkv: cannot"):
+    with pytest.raises(DataError, match=r"codebook: no frame to fit it on \(film\.mkv: .*\)"):
         build(recipe, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    texts = {"texts": {"kind": "text", "files": ["text-*.txt"], "documents": {"max_tokens": 2}}}
+    with pytest.raises(DataError, match=r"datasets\.texts: no training example.*left out: 6 exam"):
+        build_small(make_recipe, tmp_path, datasets=texts)
 
 
 def test_clips_without_a_caption_are_left_out_and_counted(
@@ -228,6 +284,7 @@ def test_clips_without_a_caption_are_left_out_and_counted(
     prepared = build_small(make_recipe, tmp_path, videos={"film": film})
     # Clips from 0 to 1.8 s are covered, at least in part: 10 of 20; none of the 6 held-out ones.
     assert meta_of(prepared, "clips")["left_out"] == {"clips without caption": 16}
+    assert meta_of(prepared, "clips")["refused"] == 0
     assert len(Dataset(prepared.datasets["clips"], "train")) == 20
 
 

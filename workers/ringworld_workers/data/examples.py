@@ -25,7 +25,13 @@ from ringworld_workers.data.draft import (
 )
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.held_out import drawn_held_out
-from ringworld_workers.data.task_files import Example, TaskReport, report_of, write_examples
+from ringworld_workers.data.task_files import (
+    Example,
+    TaskReport,
+    read_report,
+    report_of,
+    write_examples,
+)
 from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
 from ringworld_workers.data.work import Task, written_whole
 
@@ -84,6 +90,8 @@ class WriteExamples:
         Returns:
             The dataset, and the task's first refusal.
         """
+        if self.done(task):  # by a worker that was lost before it could say so
+            return task.dataset, next(iter(read_report(self.place(task)).refused), None)
         reader, rules = self.readers[task.dataset], self.rules[task.dataset]
         encoder = Encoder(_loaded(self.tokenizer), rules)
         report = TaskReport()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,11 @@ class FrameVocabulary:
             weight = MEDIA_WEIGHT * sum(task.weight for task in tasks)
             list(self._phases.map("sample frames", SampleFrames(store), tasks, weight))
             self._phases.say("fit codebook")
+            frames = store.fit_frames(uses)
+            if len(frames) == 0:
+                raise DataError(f"no frame to fit it on ({_why_none(store, uses)})")
             return PatchCodebook.fit(
-                store.fit_frames(uses),
+                frames,
                 spec.codebook_size,
                 spec.patch_size,
                 iterations=spec.iterations,
@@ -136,3 +139,12 @@ class FrameVocabulary:
             path = self._recipe.codebook.path if self._recipe.codebook else None
             names = [known["digest"], known["kind"], path or ""]
             require_same_codebook(name, dataset, geometry, names)
+
+
+def _why_none(store: MediaStore, uses: Sequence[MediaUse]) -> str:
+    for use in uses:
+        try:
+            store.spool(use.file, use.sampling)
+        except DataError as error:
+            return f"{use.file.label}: {error}"
+    return "all of it is held out"

@@ -69,7 +69,7 @@ def find_inputs(recipe: RecipeSpec, base: Path, readers: dict[str, DatasetReader
 
 
 @dataclass(frozen=True, slots=True)
-class DigestFile:
+class DigestFiles:
     """Digests of files; those of large ones are remembered as long as the file is untouched.
 
     Attributes:
@@ -78,13 +78,16 @@ class DigestFile:
 
     folder: Path
 
-    def __call__(self, file: InputFile) -> tuple[str, str]:
-        """The file's label, and the SHA-256 of its content; empty where it cannot be read."""
-        try:
-            return file.label, self._digest(file.path)
-        except OSError:
-            # The reader will say so; that it is readable now is another input.
-            return file.label, ""
+    def __call__(self, files: Sequence[InputFile]) -> list[tuple[str, str]]:
+        """Label and SHA-256 of each file; the latter is empty where it cannot be read."""
+        found = []
+        for file in files:
+            try:
+                found.append((file.label, self._digest(file.path)))
+            except OSError:
+                # Its reader will say so; once it is readable, it is another input.
+                found.append((file.label, ""))
+        return found
 
     def _digest(self, path: Path) -> str:
         stat = path.stat()

@@ -25,9 +25,11 @@ def connected() -> Mapper | None:
 class Phases:
     """Does the phases of one build, and tells of them."""
 
-    def __init__(self, on_progress: Progress, cluster: Cluster) -> None:
-        """Take whom to tell, and where to find a cluster."""
-        self._on_progress, self._cluster = on_progress, cluster
+    def __init__(
+        self, on_progress: Progress, cluster: Cluster, little_bytes: int = LITTLE_BYTES
+    ) -> None:
+        """Take whom to tell, where to find a cluster, and what is too little for one."""
+        self._on_progress, self._cluster, self._little = on_progress, cluster, little_bytes
         self._found: Mapper | None = None
         self._asked = False
 
@@ -67,7 +69,7 @@ class Phases:
             yield result
 
     def _mapper(self, weight: int, count: int) -> Mapper:
-        if weight < LITTLE_BYTES or count < 2:
+        if weight < self._little or count < 2:
             return InProcess()
         if not self._asked:
             self._found, self._asked = self._cluster(), True

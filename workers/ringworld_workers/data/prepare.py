@@ -18,15 +18,17 @@ from ringworld_model.vision.patch_codebook import CODEBOOK_FILE
 from ringworld_workers.data.assemble import REFUSED_FILE
 from ringworld_workers.data.build import Build
 from ringworld_workers.data.build_lock import building_folder, sole_builder, sweep
-from ringworld_workers.data.inputs import DigestFile, Inputs, find_inputs, recipe_digest
+from ringworld_workers.data.inputs import DigestFiles, Inputs, find_inputs, recipe_digest
 from ringworld_workers.data.media_store import CodeGeometry, MediaStore
-from ringworld_workers.data.phases import Cluster, Phases, connected
+from ringworld_workers.data.phases import LITTLE_BYTES, Cluster, Phases, connected
 from ringworld_workers.data.readers import Means, make_readers
 from ringworld_workers.data.shard_format import read_meta
 from ringworld_workers.data.work import Progress
 
 __all__ = ["CODEBOOK_FILE", "Prepared", "Progress", "build", "open_prepared"]
 
+_DIGEST_FILES = 64
+"""Files that are digested at once."""
 _DIGEST_WEIGHT = 16
 """Bytes are digested so many times faster than read as text."""
 
@@ -74,6 +76,7 @@ def build(
     cache: Path,
     on_progress: Progress | None = None,
     cluster: Cluster = connected,
+    little_bytes: int = LITTLE_BYTES,
 ) -> Prepared:
     """Prepare a recipe's data, or find it in the cache.
 
@@ -87,6 +90,7 @@ def build(
         on_progress: told what is being done, and how far it is.
         cluster: asked for a cluster when there is much to do, and only then; None: there is none,
             and this process does it all.
+        little_bytes: how much text is too little for a cluster.
 
     Raises:
         JobSpecError: the recipe is not valid.
@@ -94,7 +98,7 @@ def build(
             left without a training example.
     """
     recipe = load_recipe(recipe_path)
-    phases = Phases(on_progress or _ignore, cluster)
+    phases = Phases(on_progress or _ignore, cluster, little_bytes)
     cache.mkdir(parents=True, exist_ok=True)
     # Workers of a cluster have another working directory.
     base, there = recipe_path.parent.absolute(), cache.absolute()
@@ -146,7 +150,9 @@ def _find(recipe: RecipeSpec, base: Path, cache: Path, phases: Phases) -> Inputs
 def _digests(inputs: Inputs, cache: Path, phases: Phases) -> list[tuple[str, str]]:
     files = inputs.files()
     weight = sum(_size(file.path) for file in files) // _DIGEST_WEIGHT
-    return list(phases.map("digest files", DigestFile(cache / ".digests"), files, weight))
+    groups = [files[i : i + _DIGEST_FILES] for i in range(0, len(files), _DIGEST_FILES)]
+    digest = DigestFiles(cache / ".digests")
+    return [pair for some in phases.map("digest files", digest, groups, weight) for pair in some]
 
 
 def _size(path: Path) -> int:

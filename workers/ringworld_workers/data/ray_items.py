@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ class RayMapper:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.use_ray_tqdm = False
-        rows = [{"item": item} for item in items]
+        # As bytes: of Python objects, Arrow would first try to make columns.
+        rows = [{"item": pickle.dumps(item)} for item in items]
         worker: Any = _Worker
         tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             worker,
@@ -52,7 +54,7 @@ class RayMapper:
             **resources,
         )
         for row in tasks.iter_rows():
-            yield row["result"]
+            yield pickle.loads(row["result"])
 
 
 class _Worker:
@@ -65,7 +67,7 @@ class _Worker:
         self._function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": self._function(row["item"])}
+        return {"result": pickle.dumps(self._function(pickle.loads(row["item"])))}
 
 
 def connected_mapper() -> RayMapper | None:

@@ -68,7 +68,8 @@ def _reader(name: str, dataset: Dataset, recipe: RecipeSpec, means: Means) -> Da
     if isinstance(dataset, MediaTextDataset):
         from ringworld_workers.data.media_reader import MediaReader
 
-        return MediaReader(name, dataset, means.base, _needed(name, means.media))
+        media = _needed(name, means.media)
+        return MediaReader(name, dataset, means.base, media, seed=recipe.seed)
     if isinstance(dataset, LwmDataset):
         from ringworld_workers.data.lwm_reader import LwmReader
 

@@ -63,16 +63,16 @@ def format_of(file: InputFile) -> Format:
     return _SUFFIXES.get(file.path.suffix.lower(), "txt")
 
 
-def parts(file: InputFile, kind: Format) -> Sequence[Part]:
+def parts(file: InputFile, kind: Format, part_bytes: int = PART_BYTES) -> Sequence[Part]:
     """The parts of a file; one for a small file, and for one that turns out to be unreadable."""
     try:
-        if kind == "txt" or file.path.stat().st_size <= PART_BYTES:
+        if kind == "txt" or file.path.stat().st_size <= part_bytes:
             return WHOLE
         if kind == "jsonl":
-            return _line_parts(file)
+            return _line_parts(file, part_bytes)
         if kind == "parquet":
-            return _row_group_parts(file)
-        return _record_batch_parts(file)
+            return _row_group_parts(file, part_bytes)
+        return _record_batch_parts(file, part_bytes)
     except (OSError, pa.ArrowException):
         return WHOLE
 
@@ -127,12 +127,12 @@ def _too_long(size: int) -> str:
 # --- jsonl ---
 
 
-def _line_parts(file: InputFile) -> Sequence[Part]:
+def _line_parts(file: InputFile, part_bytes: int) -> Sequence[Part]:
     """Byte ranges; a line belongs to the range that it starts in."""
     found: list[Part] = []
     line, place = 1, 0
     with file.path.open("rb") as stream:
-        while chunk := stream.read(PART_BYTES):
+        while chunk := stream.read(part_bytes):
             found.append(Part(place, place + len(chunk), line))
             place += len(chunk)
             line += chunk.count(b"\n")
@@ -206,25 +206,25 @@ def _checked(name: str, field: str, value: Any) -> Document | Refused:
 # --- parquet, and the Arrow files of Hugging Face sets ---
 
 
-def _row_group_parts(file: InputFile) -> Sequence[Part]:
+def _row_group_parts(file: InputFile, part_bytes: int) -> Sequence[Part]:
     with parquet.ParquetFile(file.path) as reader:
         meta = reader.metadata
         groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
-        return _grouped([(g.num_rows, g.total_byte_size) for g in groups])
+        return _grouped([(g.num_rows, g.total_byte_size) for g in groups], part_bytes)
 
 
-def _record_batch_parts(file: InputFile) -> Sequence[Part]:
+def _record_batch_parts(file: InputFile, part_bytes: int) -> Sequence[Part]:
     with _arrow_batches(file) as batches:
-        return _grouped([(batch.num_rows, batch.nbytes) for batch in batches])
+        return _grouped([(batch.num_rows, batch.nbytes) for batch in batches], part_bytes)
 
 
-def _grouped(sizes: Sequence[tuple[int, int]]) -> Sequence[Part]:
+def _grouped(sizes: Sequence[tuple[int, int]], part_bytes: int) -> Sequence[Part]:
     """Neighbours of (rows, bytes) together, until they hold a part's bytes."""
     found: list[Part] = []
     start, row, first, held = 0, 1, 1, 0
     for index, (rows, size) in enumerate(sizes):
         row, held = row + rows, held + size
-        if held >= PART_BYTES or index == len(sizes) - 1:
+        if held >= part_bytes or index == len(sizes) - 1:
             found.append(Part(start, index + 1, first))
             start, first, held = index + 1, row, 0
     return found or WHOLE

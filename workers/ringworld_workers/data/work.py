@@ -80,13 +80,12 @@ def cut_tasks(dataset: str, items: Iterable[WorkItem]) -> list[Task]:
 
 
 def weigh(item: WorkItem) -> int:
-    """Bytes of input of an item; a part of a file counts as one task's, for its unit is unknown."""
-    if item.stop is not None:
-        return TASK_BYTES
+    """Bytes of input of an item; of a part of a file, whose unit is not known, a task's at most."""
     try:
-        return item.file.path.stat().st_size
+        size = item.file.path.stat().st_size
     except OSError:
         return 0
+    return size if item.stop is None else min(size, TASK_BYTES)
 
 
 class Mapper(Protocol):
