@@ -63,8 +63,8 @@ class Assembly:
     def examples(self) -> Iterator[tuple[str, tuple[Part, ...]] | Refused]:
         """Each example's name and parts, and what was left out.
 
-        No example exceeds the target; each is at least 99 % of it, but where its document ends, or
-        where sentences are long.
+        No example exceeds the target; each ends within a hundredth, or a sentence, of it, but for
+        the document's last.
 
         Raises:
             DataError: the generator fails.
