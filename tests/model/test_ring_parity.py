@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from ringworld_model.batch import TrainBatch, cut, restore
 from ringworld_model.config import ModelConfig
 from ringworld_model.loss import combine
-from ringworld_model.packing import pack_row, stack_rows
+from ringworld_model.packing import Example, pack_row, stack_rows
 from ringworld_model.ring import RingContext, plan_ring
 from ringworld_model.tokens import clip_example, text_example
 from ringworld_model.transformer import WorldModel, init_weights
@@ -142,3 +143,102 @@ def test_ring_equals_one_device(
         for name, gradient in gradients.items():
             error = (ring_gradients[name].double() - gradient).abs().max()
             assert error <= tolerance * gradient.abs().max(), f"{case}: {name}"
+
+
+def documents() -> list[Example]:
+    """Clips in both orders, texts, and a long document cut into three pieces."""
+    rng = np.random.default_rng(5)
+
+    def clip(words: int, frames: int, layout: str) -> Example:
+        return clip_example(
+            rng.integers(0, 40, words),
+            rng.integers(0, 32, (frames, 6)),
+            layout=layout,  # type: ignore[arg-type]
+            start_ids=[1, 2],
+            end_ids=[3],
+            codebook_size=32,
+        )
+
+    long = rng.integers(0, 40, 150)
+    whole_targets = (len(long) - 1, 0)
+    pieces = [
+        replace(text_example(long[start:stop], following), whole_targets=whole_targets)
+        for start, stop, following in ((0, 90, long[90]), (90, 99, long[99]), (99, 150, None))
+    ]
+    texts = [text_example(rng.integers(0, 40, n)) for n in (2, 37, 29)]
+    clips = [clip(12, 4, "text,vision"), clip(5, 3, "vision,text")]
+    return [clips[0], pieces[1], texts[0], clips[1], pieces[0], texts[2], texts[1], pieces[2]]
+
+
+PACKED_LENGTH = 120
+PACKED_ROWS = (slice(0, 4), slice(4, 6), slice(6, 8))
+PACKINGS = [
+    (weights, layout, dtype)
+    for weights in ("token", "example")
+    for layout, dtype in (("auto", torch.float64), ("striped", torch.float32))
+]
+
+
+def packed_gradients(
+    rows: TrainBatch, layout: str, dtype: torch.dtype, rank: int, ring_size: int, group: object
+) -> dict[str, torch.Tensor]:
+    """Loss and gradients, of the text loss and of the vision loss, summed over the ring."""
+    plans = [
+        plan_ring(list(lengths), PACKED_LENGTH, ring_size, layout)
+        for lengths in rows.document_lengths
+    ]
+    weights = rows.loss_weights.double()
+    vision = rows.target_modality == 1
+    total = torch.stack([weights[~vision].sum(), weights[vision].sum()])
+    found: dict[str, torch.Tensor] = {}
+    for name, shares in (("text", (1.0, 0.0)), ("vision", (0.0, 1.0))):
+        model = WorldModel(CONFIG, rope_theta=1e6, loss_tile_tokens=64)
+        init_weights(model, 0)
+        model.to(dtype)
+        sums = model(cut(rows, plans, rank), RingContext(plans=plans, group=group))
+        loss = combine(sums, total, shares)
+        loss.backward()
+        found[f"{name} loss"] = loss.detach().clone()
+        for parameter, value in model.named_parameters():
+            found[f"{name} {parameter}"] = value.grad
+    if group is not None:
+        for value in found.values():
+            dist.all_reduce(value, group=group)
+    return found
+
+
+def packed_on_a_ring(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    group = dist.group.WORLD if world_size > 1 else None
+    found = []
+    for weights, layout, dtype in PACKINGS:
+        examples = documents()
+        packed = [pack_row(examples[row], PACKED_LENGTH, weights) for row in PACKED_ROWS]
+        found.append(packed_gradients(stack_rows(packed), layout, dtype, rank, world_size, group))
+    return found
+
+
+@pytest.mark.parametrize("ring_size", [1, 2, 3])
+def test_packed_on_a_ring_equals_unpacked_on_one_device(
+    ring_size: int, run_gang: Callable[..., list[Any]]
+) -> None:
+    """Packing must reproduce rows of one padded example each.
+
+    In double precision to 1e-12 of the largest value, in single precision to 1e-6: on one device
+    fp32 itself is 1.5e-6 of the largest value away from fp64 here, so a relative bound on it would
+    measure rounding.
+    """
+    if ring_size == 1:
+        packed = packed_on_a_ring(0, 1)
+    else:
+        packed = run_gang(packed_on_a_ring, ring_size, timeout=50.0)[0]
+    for (weights, layout, dtype), found in zip(PACKINGS, packed, strict=True):
+        rows = [pack_row([example], PACKED_LENGTH, weights) for example in documents()]
+        expected = packed_gradients(stack_rows(rows), "contiguous", dtype, 0, 1, None)
+        for name, value in expected.items():
+            largest = value.abs().max()
+            error = (found[name] - value).abs().max()
+            bound = 1e-12 * largest if dtype == torch.float64 else 1e-6
+            assert error <= bound, f"{weights} {layout} {name}: {error:.1e} of {largest:.1e}"
+            # Each loss reaches every weight but the other modality's head.
+            other = {"text": "vision_head", "vision": "text_head"}[name.split()[0]]
+            assert (largest > 0) == (other not in name), name
