@@ -55,8 +55,8 @@ class TokenizerTraining(Spec):
     vocabulary_size: Annotated[int, Field(ge=300)]
     """Pieces, special tokens and the 256 bytes included."""
     max_bytes: Size | None = None
-    """Most bytes of text to train on, an equal share from the start of each training document;
-    empty: all of it."""
+    """Most bytes of documents to train on, and as many of captions: an equal share from the start
+    of each, or of fewer, evenly chosen, where that were less than 1 KiB; empty: all of them."""
 
 
 class TokenizerSpec(Spec):

@@ -116,15 +116,21 @@ those datasets. `ringworld validate RECIPE` checks it, `ringworld data build REC
 ## How it is read and built
 
 - Paths and patterns are relative to the recipe; `package:NAME/path` is a file of an installed
-  Python package. Text is UTF-8, a file a document; video is whatever FFmpeg decodes.
+  Python package. Text is UTF-8: txt, jsonl, parquet, or a folder of Hugging Face's; images and
+  video are whatever FFmpeg decodes. [Data](data.md) describes the kinds of datasets, how a build
+  runs and resumes, and what lies on disk.
 - **What it costs in context.** A frame is `(frame_size / patch_size)^2` codes and one token after
   them: 257 by default. A clip is `frames_per_clip` frames, its caption and two delimiters, and must
-  fit the context of every stage that draws from it: `ringworld validate JOB` says so. A text of any
-  length is cut into rows.
-- **Held out** are whole texts, by file name, and stretches of video, in seconds. Training sees
-  nothing of them; the validation rows of a stage come from them alone.
+  fit the context of every stage that draws from it: `ringworld validate JOB` says so. `longer` says
+  what becomes of longer examples; documents of text are cut into rows.
+- **Held out** are whole files, by name, stretches of video, in seconds, and a share of the other
+  documents. Training sees nothing of them, nor do tokenizer and codebook; the validation rows of a
+  stage come from them alone.
+- **What cannot be used** is left out, counted and listed in the dataset's `refused.jsonl` with its
+  line or row and the reason, or stops the build: `bad_files`.
 - **The cache** (`data.cache` of the job, `--cache` of the command) has a folder for each content
-  digest of recipe and files: a changed file or recipe is built anew, an unchanged one never.
+  digest of recipe and files: a changed file or recipe is built anew, an unchanged one never. A
+  build that was stopped or killed goes on where it was.
 - Units, scalars, unknown keys, editors: as in [the job spec](job_spec.md#how-a-file-is-read), with
   `docs/schema/data.schema.json`.
 

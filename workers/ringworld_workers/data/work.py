@@ -11,7 +11,8 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,9 @@ class Task:
         return f"{self.number:06d}-{digest[:12]}"
 
 
-def cut_tasks(dataset: str, items: Iterable[WorkItem]) -> list[Task]:
+def cut_tasks(dataset: str, items: Sequence[WorkItem]) -> list[Task]:
     """Group a dataset's items: a part of a file alone, small files together."""
+    parts = Counter(item.file.label for item in items)
     tasks: list[Task] = []
     group: list[WorkItem] = []
     weight = 0
@@ -68,7 +70,7 @@ def cut_tasks(dataset: str, items: Iterable[WorkItem]) -> list[Task]:
         group, weight = [], 0
 
     for item in items:
-        size = weigh(item)
+        size = _file_bytes(item) // parts[item.file.label]
         if item.stop is not None or weight + size > TASK_BYTES or len(group) >= TASK_FILES:
             close()
         group.append(item)
@@ -79,13 +81,11 @@ def cut_tasks(dataset: str, items: Iterable[WorkItem]) -> list[Task]:
     return tasks
 
 
-def weigh(item: WorkItem) -> int:
-    """Bytes of input of an item; of a part of a file, whose unit is not known, a task's at most."""
+def _file_bytes(item: WorkItem) -> int:
     try:
-        size = item.file.path.stat().st_size
+        return item.file.path.stat().st_size
     except OSError:
         return 0
-    return size if item.stop is None else min(size, TASK_BYTES)
 
 
 class Mapper(Protocol):
