@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,41 @@ def test_prepared_datasets_must_be_there_unless_not_asked(tmp_path: Path) -> Non
     assert load_job(path, check_files=False).stages[0].name == "a"
     (tmp_path / "books" / "meta.json").write_text("{}")
     assert load_job(path).data.sources["books"].shards == str(tmp_path / "books")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{shards: s3://bucket/books}", ""),
+        ("{shards: s3://bucket}", "a bucket and a folder in it are needed"),
+        ("{shards: gs://bucket/books}", "no datasets are read from gs://"),
+        ("{dataset: book}", "no such dataset in data.recipe; the job names no recipe"),
+        ("{}", "give shards (a prepared dataset) or dataset"),
+        ("{shards: x, dataset: y}", "give shards (a prepared dataset) or dataset"),
+    ],
+)
+def test_remote_datasets_and_parts_of_datasets(tmp_path: Path, source: str, words: str) -> None:
+    path = tmp_path / "job.yaml"
+    written = re.sub(r"books: \{shards: [^}]*\}", f"books: {source}", JOB)
+    assert written != JOB
+    path.write_text(written)
+    if words:
+        assert words in problem_of(path).message
+    else:
+        assert load_job(path).data.places({}) == {"books": "s3://bucket/books"}
+
+
+def test_a_band_of_a_recipes_dataset_is_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("FILES", "a.txt"))
+    path = tmp_path / "job.yaml"
+    band = "{dataset: a, documents: {min_tokens: 10K, max_tokens: 100K}}"
+    data = f"recipe: recipe.yaml, sources: {{books: {band}}}"
+    path.write_text(JOB.replace("sources: {books: {shards: books}}", data))
+    spec = load_job(path).data
+    assert spec.places({"a": "/cache/a"}) == {"a": "/cache/a", "books": "/cache/a"}
+    assert spec.sources["books"].documents.keeps(10_000)
+    assert not spec.sources["books"].documents.keeps(100_000)
 
 
 RECIPE = """\
