@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter
 from ringworld_platform.plots import BLUE, DOTS_PER_INCH, GREY, INK, VERMILION
 
 _FRAME_INCHES = 1.15
-_TEXT_WIDTH = 110
+_TEXT_WIDTH = 150
 _TEXT_LINES = 6
 _LINE_INCHES = 0.17
 

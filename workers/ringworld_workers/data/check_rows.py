@@ -137,7 +137,7 @@ def check_batch(batch: Batch) -> Iterator[Found]:
         yield from _first_of_rows(
             batch,
             values >= most,
-            lambda t, name=name, values=values: f"{name} {values[t]} is neither 0 nor 1",  # type: ignore[misc]
+            lambda t, name=name, values=values: f"{name} {values[t]} is neither 0 nor 1",
         )
     yield from _check_framing(batch, vision)
     yield from _check_targets(batch)
