@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ringworld_jobs.codebook import CodebookJob
+from ringworld_model.vision.frames import psnr
 from ringworld_model.vision.vqgan_tokenizer import VQGANTokenizer
 from ringworld_workers.codebook.clips import Clips, gather_clips
 from ringworld_workers.codebook.files import replaced
@@ -88,7 +89,7 @@ class _Training:
         yield Update("decode clips", 0, 0.0, {})
         clips = gather_clips(self.job, self.base, self.out / _FRAMES_FOLDER)
         trainer = Trainer(self.job, clips.frames("train"), device)
-        self.spent = self._restore(trainer, device)
+        self.spent = self._restore(trainer)
         self.started = time.monotonic()
         self._forget_after(trainer.step)
         held_out = clips.frames("held_out")
@@ -124,9 +125,8 @@ class _Training:
             return {"held_out_psnr_db": continuous_psnr(trainer.model, frames, device)}
         tokenizer = VQGANTokenizer(trainer.model, device)
         codes = tokenizer.encode(frames)
-        difference = tokenizer.decode(codes).astype(np.float64) - frames
         return {
-            "held_out_psnr_db": float(10 * np.log10(255**2 / (difference**2).mean())),
+            "held_out_psnr_db": psnr(tokenizer.decode(codes), frames),
             "held_out_codes_used": len(np.unique(codes)),
         }
 
@@ -179,13 +179,13 @@ class _Training:
         with replaced(self.out / _STATE_FILE) as path:
             torch.save(state, path)
 
-    def _restore(self, trainer: Trainer, device: str) -> float:
+    def _restore(self, trainer: Trainer) -> float:
         """Load the folder's state, if it has one; returns the seconds spent so far."""
         path = self.out / _STATE_FILE
         if not path.is_file():
             return 0.0
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             # What torch says would have the reader load it in a way that runs code.
             raise DataError(
