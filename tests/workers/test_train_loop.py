@@ -428,7 +428,13 @@ def test_a_stage_of_one_modality_has_one_loss(
     job: Callable[..., StageJob], run: Callable[..., Outcome]
 ) -> None:
     changes = {"mixture": {"documents": 1}, "zero_stage": 3, "steps": 2, "validation_rows": 0}
-    memory = {"activation_checkpointing": "attention_saved"}
+    memory = {
+        "activation_checkpointing": "attention_saved",
+        "activation_offload": True,
+        "mlp_tile_tokens": 32,
+        "optimizer_offload": True,
+        "parameter_offload": True,
+    }
     found = run(job(sequence_parallel=2, memory=memory, **changes))
     assert [record["loss"] == record["loss_text"] for record in steps(found)] == [True, True]
     assert all("loss_vision" not in record for record in steps(found))
