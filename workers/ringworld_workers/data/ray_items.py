@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +36,8 @@ class RayMapper:
         most = _free("CPU")
         if accelerated and (gpus := _free("GPU")):
             resources, most = {"num_cpus": 1, "num_gpus": 1}, min(most, gpus)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.use_ray_tqdm = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        _quiet()
         # As bytes: of Python objects, Arrow would first try to make columns.
         rows = [{"item": pickle.dumps(item)} for item in items]
         worker: Any = _Worker
@@ -55,6 +55,18 @@ class RayMapper:
         )
         for row in tasks.iter_rows():
             yield pickle.loads(row["result"])
+
+
+def _quiet() -> None:
+    """Keep Ray Data's plans from the terminal, where a build shows its own progress.
+
+    Its log files keep them.
+    """
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(
+            handler, logging.FileHandler
+        ):
+            handler.setLevel(logging.ERROR)
 
 
 class _Worker:
