@@ -219,7 +219,12 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
         settings["zero_force_ds_cpu_optimizer"] = False
         settings["zero_optimization"]["offload_optimizer"] = _HOST
     if config.parameter_offload:
-        settings["zero_optimization"]["offload_param"] = _HOST
+        # Left out, it keeps what it has gathered up to a thousand million parameters.
+        settings["zero_optimization"] |= {
+            "offload_param": _HOST,
+            "stage3_max_live_parameters": _BUCKET_ELEMENTS,
+            "stage3_max_reuse_distance": _BUCKET_ELEMENTS,
+        }
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         # A ring's ranks hold parts of one gradient: they are added up in fp32.
