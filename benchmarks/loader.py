@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/loader.py
 
 One process, one thread, the quickstart's own data and stages. Writes
-benchmarks/results/<date>-loader.md. The quickstart's consumption is the fastest stage's in the
+benchmarks/results/loader-<date>.md. The quickstart's consumption is the fastest stage's in the
 newest benchmarks/results/*-quickstart.md.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
                 f"| {ready:,.0f} | {ready / consumed:.0f} |"
             )
             print(lines[-1])
-    target = RESULTS / f"{date.today().isoformat()}-loader.md"
+    target = RESULTS / f"loader-{date.today().isoformat()}.md"
     target.write_text("\n".join(lines) + "\n")
     print(f"written to {target.relative_to(ROOT)}")
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/quickstart.py
 
-Writes benchmarks/results/<date>-quickstart.md. The held-out loss is compared, in the same run,
+Writes benchmarks/results/quickstart-<date>.md. The held-out loss is compared, in the same run,
 with the entropy of the held-out tokens: what a model blind to context could reach at best.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     log = (folder / "runs" / "quickstart-1" / "metrics.jsonl").read_text().splitlines()
     table = render([json.loads(line) for line in log], wall_seconds)
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{date.today().isoformat()}-quickstart.md"
+    target = RESULTS / f"quickstart-{date.today().isoformat()}.md"
     target.write_text(table)
     print(table)
     print(f"written to {target.relative_to(ROOT)}")
