@@ -4,7 +4,7 @@
 
 One process, one thread, the quickstart's own data and stages. Writes
 benchmarks/results/loader-<date>.md. The quickstart's consumption is the fastest stage's in the
-newest benchmarks/results/*-quickstart.md.
+newest benchmarks/results/quickstart-*.md.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def rate(loader: StageLoader, stage: StageSpec, seconds: float, ring_size: int |
 
 def consumption() -> float:
     """Tokens a second of the quickstart's fastest stage, as last measured."""
-    newest = sorted(RESULTS.glob("*-quickstart.md"))[-1].read_text()
+    newest = sorted(RESULTS.glob("quickstart-*.md"))[-1].read_text()
     header, *rows = [line for line in newest.splitlines() if line.startswith("|")]
     column = next(
         i for i, cell in enumerate(header.split("|")) if "tokens" in cell and "/s" in cell
