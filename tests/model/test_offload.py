@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from ringworld_model.host_pool import PIECE_BYTES, HostPool
 from ringworld_model.live_tensors import LiveTensors
 from ringworld_model.loss import combine
 from ringworld_model.packing import pack_row
+from ringworld_model.tokens import text_example
 from ringworld_model.transformer import WorldModel
 
 LAYERS = 4
@@ -184,3 +186,38 @@ def test_the_pool_holds_no_more_than_was_used_at_once() -> None:
     assert [piece.numel() for piece in again] == [PIECE_BYTES] * 3
     assert all(pool.holds(piece.data_ptr()) for piece in again)
     assert pool.held_bytes == most
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_holds_less_and_computes_the_same(
+    mode: str, build: Any, ring_of: Any, config: ModelConfig
+) -> None:
+    """Over many steps: a copy that is overtaken, either way, would change a gradient."""
+    config = replace(config, hidden_size=512, ffn_size=1024, num_layers=8)
+    batch = pack_row([text_example(np.arange(8192) % 40)], 8192, "example").to("cuda")
+    found, peaks, kept = {}, {}, {}
+    for moved in (False, True):
+        model = build(config=config, activation_checkpointing=mode, activation_offload=moved)
+        model.to("cuda", torch.bfloat16)
+        for step in range(6):
+            model.zero_grad()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            loss = loss_of(model, batch, ring_of(batch))
+            kept[moved] = torch.cuda.memory_allocated() - before
+            loss.backward()
+            peaks[moved] = torch.cuda.max_memory_allocated() - before
+            del loss
+            for name, parameter in model.named_parameters():
+                gradient = parameter.grad.float()
+                wanted = found.setdefault(name, gradient)  # sums of atomics differ a little
+                error = (gradient - wanted).norm() / wanted.norm().clamp(min=1e-12)
+                assert error <= 1e-2, (name, moved, step)
+    pool = model.offload.pool
+    assert pool.pinned and pool.used_bytes == 0
+    a_layer = 8192 * 512 * 2
+    assert kept[False] - kept[True] >= (config.num_layers - 1) * a_layer * 0.99
+    assert peaks[True] < peaks[False]
