@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from ringworld_workers.data.files import DataError, Unavailable
 from ringworld_workers.data.prepare import Prepared, build
 from ringworld_workers.data.shards import Dataset
 from ringworld_workers.data.task_files import read_report
@@ -110,6 +112,30 @@ def test_a_share_of_documents_is_held_out_and_stays_so(tmp_path: Path) -> None:
     assert {text: more[text] for text in first} == first
 
 
+def test_an_endpoint_that_is_not_there_stops_the_build_and_leaves_nothing_out(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "recipe"
+    texts = {"kind": "text", "files": ["*.jsonl"]}
+    questions: dict[str, Any] = {
+        "kind": "long_qa",
+        "files": ["*.jsonl"],
+        "target_tokens": 1024,
+        "chunk_tokens": 100,
+    }
+    write_lines(folder / "a.jsonl", [make_text(1, 300)])
+    with socket.socket() as deaf:  # bound, but it does not listen
+        deaf.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        generator = {"url": url, "model": "m", "retries": 0}
+        recipe = write_recipe(
+            folder, {"texts": texts, "questions": questions | {"generator": generator}}
+        )
+        with pytest.raises(Unavailable, match="failed 1 times.*start the build again"):
+            build(recipe, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("small-*"))
+
+
 def test_a_share_of_text_is_of_fewer_documents_where_there_are_too_many() -> None:
     assert Share.of(None, 10) == Share()
     assert Share.of(10_000, 4) == Share(2500)
@@ -197,6 +223,8 @@ def test_on_a_cluster_it_is_the_same_even_if_workers_are_killed(
 ) -> None:
     import ray
 
+    from ringworld_workers.data.ray_items import RayMapper
+
     here = build(parted, tmp_path / "here")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
@@ -219,8 +247,14 @@ def test_on_a_cluster_it_is_the_same_even_if_workers_are_killed(
         assert "on the cluster" in places
         assert killed
         assert same_files(here.dir, there.dir)
+        with pytest.raises(DataError, match=r"^nothing can be asked of \d$"):
+            list(RayMapper().map(refuse, [1, 2]))
     finally:
         ray.shutdown()
+
+
+def refuse(item: int) -> None:
+    raise Unavailable(f"nothing can be asked of {item}")
 
 
 def kill_a_worker() -> list[int]:

@@ -131,4 +131,8 @@ class DatasetReader(Protocol):
         """Texts of an item that a tokenizer may learn from: nothing that is certainly held out."""
 
     def drafts(self, item: WorkItem) -> Iterator[Draft | Refused]:
-        """The item's examples, streamed; a file that is unreadable gives a refusal, no error."""
+        """The item's examples, streamed; a file that is unreadable gives a refusal, no error.
+
+        Raises:
+            Unavailable: what the reader asks besides its files is not there; the build stops.
+        """

@@ -23,7 +23,7 @@ from ringworld_workers.data.draft import (
     TextPart,
     VisionPart,
 )
-from ringworld_workers.data.files import DataError
+from ringworld_workers.data.files import DataError, Unavailable
 from ringworld_workers.data.held_out import drawn_held_out
 from ringworld_workers.data.task_files import (
     Example,
@@ -114,6 +114,8 @@ def _loaded(path: Path) -> TextTokenizer:
 def _drafts(reader: DatasetReader, item: Any) -> Iterator[Draft | Refused]:
     try:
         yield from reader.drafts(item)
+    except Unavailable:
+        raise
     except DataError as error:
         yield Refused(item.file.label, str(error).removeprefix(f"{item.file.path}: "))
 

@@ -16,6 +16,14 @@ class DataError(ValueError):
     """Data that cannot be found, read or used; the message names the file and what to do."""
 
 
+class Unavailable(DataError):
+    """What a build needs besides its files is not to be had now.
+
+    The build stops and keeps what is done; started again later, it goes on. Nothing is left out for
+    it, as it would be for a file that cannot be used.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class InputFile:
     """One input file.

@@ -67,7 +67,7 @@ class Assembly:
         the document's last.
 
         Raises:
-            DataError: the generator fails.
+            Unavailable: the generator fails.
         """
         if self.dataset.questions is None:
             self._ask(range(len(self.chunks)))

@@ -75,7 +75,7 @@ class LongQaReader:
         """The examples of the item's documents.
 
         Raises:
-            DataError: the generator's endpoint fails; what it answered until then is kept.
+            Unavailable: the generator's endpoint fails; what it answered until then is kept.
         """
         tokenizer = _tokenizer(self._tokenizer_file)
         generator = _generator(self._dataset, self._cache)

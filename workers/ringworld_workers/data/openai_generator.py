@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.recipe_text import GeneratorSpec
-from ringworld_workers.data.files import DataError
+from ringworld_workers.data.files import Unavailable
 from ringworld_workers.data.qa_generator import NoQuestion, QuestionAnswer
 from ringworld_workers.data.work import written_whole
 
@@ -79,16 +79,16 @@ class OpenAiGenerator:
         """One question a chunk; a chunk whose replies stay malformed has none.
 
         Raises:
-            DataError: the endpoint cannot be reached, refuses, or fails in spite of all retries.
+            Unavailable: the endpoint cannot be reached, refuses, or fails in spite of all retries.
                 What was answered until then is in the cache.
         """
-        errors: list[DataError] = []
+        errors: list[Unavailable] = []
         stop = threading.Event()
 
         def one(chunk: str) -> QuestionAnswer | NoQuestion:
             try:
                 return self._one(chunk, stop)
-            except DataError as error:
+            except Unavailable as error:
                 errors.append(error)
                 stop.set()
                 raise
@@ -96,7 +96,7 @@ class OpenAiGenerator:
         with ThreadPoolExecutor(self._spec.concurrency) as pool:
             try:
                 return list(pool.map(one, chunks))
-            except DataError:
+            except Unavailable:
                 # The first to fail says why; the others have merely stopped.
                 raise errors[0] from None
             finally:
@@ -107,13 +107,13 @@ class OpenAiGenerator:
         with suppress(OSError, ValueError):  # absent, or torn by a full disk: it is asked again
             return parse_reply(place.read_text(encoding="utf-8"))
         if stop.is_set():
-            raise DataError("stopped")
+            raise Unavailable("stopped")
         reason = ""
         for attempt in range(self._spec.retries + 1):
             try:
                 answer = parse_reply(self._complete(chunk, stop))
             except ValueError as error:
-                if isinstance(error, DataError):
+                if isinstance(error, Unavailable):
                     raise
                 reason = str(error)
                 if attempt < self._spec.retries:
@@ -140,7 +140,7 @@ class OpenAiGenerator:
         """The model's reply, after as many tries as allowed.
 
         Raises:
-            DataError: no try succeeded, or trying again cannot help.
+            Unavailable: no try succeeded, or trying again cannot help.
             ValueError: a reply of another form.
         """
         for attempt in range(self._spec.retries + 1):
@@ -148,7 +148,7 @@ class OpenAiGenerator:
                 return _content(self._post(chunk))
             except _Retry as failure:
                 if attempt == self._spec.retries:
-                    raise DataError(
+                    raise Unavailable(
                         f"generator.url: {self._spec.url} failed {attempt + 1} times, the last "
                         f"time with: {failure.reason}. What was answered is kept: start the build "
                         f"again when the endpoint is well, or raise retries or timeout"
@@ -160,11 +160,11 @@ class OpenAiGenerator:
         """Wait, doubling, and jittered so that requests in flight do not come back together.
 
         Raises:
-            DataError: ``stop`` was set meanwhile.
+            Unavailable: ``stop`` was set meanwhile.
         """
         pause = min(MAX_PAUSE_SECONDS, self._first_pause * 2.0**attempt)
         if stop.wait(max(least_seconds, pause * random.uniform(0.5, 1.0))):
-            raise DataError("stopped")
+            raise Unavailable("stopped")
 
     def _post(self, chunk: str) -> bytes:
         spec = self._spec
@@ -202,7 +202,7 @@ class OpenAiGenerator:
             pause = _retry_after(error.headers.get("Retry-After"), time.time)
             if pause <= MAX_PAUSE_SECONDS:
                 return _Retry(status, pause)
-            return DataError(
+            return Unavailable(
                 f"generator.url: {self._spec.url} answers {status} and wants to be left alone for "
                 f"{pause:,.0f} s; start the build again then, what was answered is kept"
             )
@@ -217,7 +217,7 @@ class OpenAiGenerator:
             remedy = f"{'replace' if key else 'set'} the key in the environment variable {variable}"
         elif 300 <= error.code < 400:
             remedy = "give the address that it redirects to"
-        return DataError(f"generator.url: {self._spec.url} answers {status}: {said}; {remedy}")
+        return Unavailable(f"generator.url: {self._spec.url} answers {status}: {said}; {remedy}")
 
     def _key(self) -> str:
         variable = self._spec.api_key_variable
@@ -225,7 +225,7 @@ class OpenAiGenerator:
         if not key.isascii() or any(
             not character.isprintable() or character == " " for character in key
         ):
-            raise DataError(
+            raise Unavailable(
                 f"the environment variable {variable} holds no key: there are spaces or control "
                 f"characters in it"
             )

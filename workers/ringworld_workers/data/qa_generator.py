@@ -39,5 +39,5 @@ class QaGenerator(Protocol):
             document: all of it: a question should have one answer in it.
 
         Raises:
-            DataError: no question can be had at all, for the generator is not there or refuses.
+            Unavailable: no question can be had at all, for the generator is not there or refuses.
         """

@@ -6,10 +6,12 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from ringworld_workers.data.files import DataError
 from ringworld_workers.data.work import Item, Result
 
 
@@ -28,7 +30,11 @@ class RayMapper:
         *,
         accelerated: bool = False,
     ) -> Iterator[Result]:
-        """Results as they come; see ``Mapper``."""
+        """Results as they come; see ``Mapper``.
+
+        Raises:
+            DataError: the function raised it.
+        """
         # Imported here: it takes a second, and a cached build needs none of it.
         import ray.data
 
@@ -54,7 +60,10 @@ class RayMapper:
             **resources,
         )
         for row in tasks.iter_rows():
-            yield pickle.loads(row["result"])
+            found = pickle.loads(row["result"])
+            if isinstance(found, _Failed):
+                raise found.error
+            yield found
 
 
 def _quiet() -> None:
@@ -69,6 +78,13 @@ def _quiet() -> None:
             handler.setLevel(logging.ERROR)
 
 
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """What a task says to the user; raised there, Ray Data would wrap it in its own errors."""
+
+    error: DataError
+
+
 class _Worker:
     """Holds the function in one process, with whatever it has loaded."""
 
@@ -79,7 +95,11 @@ class _Worker:
         self._function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": pickle.dumps(self._function(pickle.loads(row["item"])))}
+        try:
+            found = self._function(pickle.loads(row["item"]))
+        except DataError as error:
+            found = _Failed(error)
+        return {"result": pickle.dumps(found)}
 
 
 def connected_mapper() -> RayMapper | None:
