@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from ringworld_platform.plots import BLUE, DOTS_PER_INCH, GREY, INK, VERMILION
+from ringworld_platform.plot_style import BLUE, DOTS_PER_INCH, GREY, INK, VERMILION
 
 _FRAME_INCHES = 1.15
 _TEXT_WIDTH = 150

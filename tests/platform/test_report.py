@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ringworld_platform.curves import curves_of, running_mean
 from ringworld_platform.formatting import bytes_text, duration, quantity
-from ringworld_platform.plots import curves_of, running_mean, write_plots
+from ringworld_platform.plots import write_plots
 from ringworld_platform.proofs import is_proved, keep_proof, read_proofs
 from ringworld_platform.report import build_report, render_terminal, write_report
 from ringworld_platform.run_folder import RunFolder
@@ -67,11 +68,12 @@ def test_the_html_needs_nothing_else(recorded_run: Path) -> None:
     text = write_report(recorded_run).read_text()
     page = Resources()
     page.feed(text)
-    assert len(page.sources) == 7
+    assert len(page.sources) == 8
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe"} & page.tags
     assert not re.search(r"url\(|@import", text)
-    for name in ("loss", "learning_rate", "grad_norm", "throughput", "step_time", "ring", "memory"):
+    names = ("loss", "position", "learning_rate", "grad_norm", "throughput", "step_time", "ring")
+    for name in (*names, "memory"):
         assert (recorded_run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -174,6 +176,24 @@ def test_stage_spans_cover_the_tokens(recorded_run: Path) -> None:
     assert [span.label for span in spans] == ["4k: 4Ki", "8k: 8Ki", "16k: 16Ki"]
     assert [span.first for span in spans] == [0, 20 * 16384, 40 * 16384]
     assert spans[-1].last == 60 * 16384
+
+
+def test_held_out_losses_by_position_are_told_apart_by_stage(
+    recorded_run: Path, recording: Recording
+) -> None:
+    curves = curves_of(read_run(recorded_run))
+    text = {span.name: losses for span, losses in curves.by_position("text").items()}
+    assert {name: list(losses) for name, losses in text.items()} == {
+        "4k": [0, 256, 512, 1024, 2048],
+        "8k": [0, 256, 512, 1024, 2048, 4096],
+        "16k": [0, 256, 512, 1024, 2048, 4096, 8192],
+    }
+    assert text["16k"][256] == pytest.approx(2.9)
+    assert curves.by_position("caption") == {}
+    plain = [{k: v for k, v in r.items() if "_from_" not in k} for r in recording["metrics"]()]
+    (recorded_run / "metrics.jsonl").unlink()
+    recording["append"](recorded_run / "metrics.jsonl", plain)
+    assert "position" not in {plot.name for plot in write_plots(read_run(recorded_run))}
 
 
 def test_reading_goes_on_where_it_ended(tmp_path: Path) -> None:
