@@ -14,24 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ringworld_jobs.mesh import MeshError, MeshSize, resolve_mesh
 from ringworld_jobs.spec import JobSpec
-from ringworld_model.config import ModelConfig
-from ringworld_platform.capacity import Bundle, has_gpus
+from ringworld_platform.capacity import Bundle
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
 from ringworld_platform.live_run import LiveRun, OwnershipLost
-from ringworld_platform.proofs import is_proved
 from ringworld_platform.recovery import Failure, decide
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
+from ringworld_platform.stage_setup import device_of, heads_apart, mesh_of, stage_job
 from ringworld_platform.tracking import Tracker
 from ringworld_platform.waiting_line import Place, WaitingLine
 from ringworld_workers.checkpoint.store import StoreError
 from ringworld_workers.recorder import Entry, Progress
-from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
 
@@ -227,9 +224,9 @@ class JobRunner:
         live = self.live
         index = live.record.stages_done
         stage = self.spec.stages[index]
-        mesh = self._mesh(index)
+        mesh = mesh_of(self.spec, index)
         world_size = mesh.world_size
-        device = self._device()
+        device = device_of(self.spec)
         live.set_fields(
             stage=stage.name,
             stage_index=index,
@@ -241,7 +238,7 @@ class JobRunner:
             heads_size=mesh.heads_size,
             data_parallel_size=mesh.data_parallel_size,
         )
-        job = self._stage_job(index, mesh, device)
+        job = stage_job(live, index, mesh, device)
         threads = self.spec.resources.cpus_per_worker
         stall = self.spec.recovery.stall_timeout
         bundle = Bundle(threads, 1 if device == "cuda" else 0)
@@ -256,7 +253,8 @@ class JobRunner:
                 collective_timeout_seconds=COLLECTIVE_TIMEOUT_FACTOR * stall,
             )
             live.gang_started(gang.identities, device)
-            self._warn_of_apart(mesh, [found.node for found in gang.identities])
+            if apart := heads_apart(mesh, [found.node for found in gang.identities]):
+                live.event("mesh", apart)
             if not self._stop.is_set():
                 live.set_state(RunState.RUNNING, running)
             self._training = gang
@@ -268,69 +266,6 @@ class JobRunner:
         live.set_fields(stages_done=index + 1, restarts=0, error=None)
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
         live.save()
-
-    def _warn_of_apart(self, mesh: MeshSize, nodes: Sequence[str]) -> None:
-        """Say where workers that split heads are on several nodes; that is right, but slow."""
-        size = mesh.heads_size
-        places = [nodes[first : first + size] for first in range(0, len(nodes), size)]
-        apart = sum(len(set(place)) > 1 for place in places)
-        if apart:
-            self.live.event(
-                "mesh",
-                f"{apart} of {len(places)} groups of {size} workers that split the heads lie on "
-                "several nodes, and their exchange is the mesh's heaviest; make "
-                "mesh.sequence_parallel.heads a divisor of the workers of a node",
-            )
-
-    def _mesh(self, index: int) -> MeshSize:
-        """The size of each axis of a stage's mesh."""
-        try:
-            return resolve_mesh(self.spec.stages[index], self.spec.resources)
-        except MeshError as error:
-            raise JobFailed(f"stages[{index}].{error.field}: {error}") from error
-
-    def _device(self) -> Literal["cpu", "cuda"]:
-        asked = self.spec.resources.accelerator
-        return "cuda" if asked == "gpu" or (asked == "auto" and has_gpus()) else "cpu"
-
-    def _stage_job(self, index: int, mesh: MeshSize, device: Literal["cpu", "cuda"]) -> StageJob:
-        record = self.live.record
-        prepared = record.prepared or {}
-        return StageJob(
-            run_id=record.run_id,
-            spec=self.spec,
-            stage_index=index,
-            attempt=record.attempt,
-            world_size=mesh.world_size,
-            sequence_parallel_size=mesh.sequence_parallel_size,
-            heads_size=mesh.heads_size,
-            data_parallel_size=mesh.data_parallel_size,
-            device=device,
-            data_dir=str(prepared.get("dir", "")),
-            sources=self.spec.data.places(prepared.get("datasets", {})),
-            model_config=self._model_config(prepared),
-            checkpoint_url=f"{self.spec.checkpoint.store.rstrip('/')}/{record.run_id}/checkpoints",
-            spec_digest=record.spec_digest,
-            proved=is_proved(
-                self.live.folder.path,
-                self.spec.stages[index].name,
-                {
-                    "ring_size": mesh.ring_size,
-                    "heads_size": mesh.heads_size,
-                    "data_parallel_size": mesh.data_parallel_size,
-                    "device": device,
-                },
-            ),
-        )
-
-    def _model_config(self, prepared: dict[str, Any]) -> ModelConfig:
-        try:
-            return self.spec.model.config(
-                text_vocab_size=prepared.get("tokenizer_size"),
-                codebook_size=prepared.get("codebook_size"),
-            )
-        except (KeyError, ValueError) as error:
-            raise JobFailed(f"model: {error}") from error
 
     # --- gangs ---
 
