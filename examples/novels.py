@@ -57,7 +57,7 @@ def vectors(content: bytes) -> Iterator[list[str]]:
     """The character vectors of an R lazy-load data file.
 
     Args:
-        content: records of a length (4 bytes, big endian) and a zlib stream of that many bytes.
+        content: records of a length (4 bytes, big endian) and a zlib stream that unpacks to it.
 
     Raises:
         ValueError: a record is something else.
