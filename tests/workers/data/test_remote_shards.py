@@ -21,6 +21,7 @@ from ringworld_workers.data import shard_places
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.loader import StageLoader
 from ringworld_workers.data.shard_cache import ShardCache
+from ringworld_workers.data.shard_format import ShardEntry
 from ringworld_workers.data.shards import Dataset
 
 DatasetWriter = Callable[..., Path]
@@ -131,6 +132,12 @@ def folder(server: Server, write_dataset: DatasetWriter) -> Path:
     return write_dataset(server.root / "texts", splits, batch_tokens=1, file_bytes=1)
 
 
+def used_bytes(cache: ShardCache) -> int:
+    """Bytes of its files, while others change them."""
+    with cache._locked():
+        return sum(path.stat().st_size for path in cache.folder.iterdir())
+
+
 def stage() -> StageSpec:
     return StageSpec.model_validate(
         {
@@ -158,8 +165,7 @@ def test_rows_are_those_of_the_folder_and_the_cache_keeps_its_bound(
     for step in range(15):
         expected, found = local.step_rows(step), remote.step_rows(step)
         assert [b.tokens.tolist() for b in found] == [b.tokens.tolist() for b in expected]
-        used = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.*[a-z]"))
-        assert 0 < used <= bound
+        assert 0 < used_bytes(ShardCache(tmp_path / "cache", bound)) <= bound
     assert remote.held_out_rows("text", 3)
     assert server.gets["texts/held_out-00000.arrow"] == 1
     assert all(server.gets[f"texts/train-{n:05d}.arrow"] for n in range(20))
@@ -224,6 +230,24 @@ def test_the_ranks_of_a_node_download_a_shard_once(
     shards = {key: number for key, number in server.gets.items() if key.endswith(".arrow")}
     assert set(shards.values()) == {1}
     assert len(shards) == len(list((tmp_path / "cache").glob("*.arrow"))) == 20
+
+
+def test_ranks_that_push_each_others_shards_out_all_get_theirs(tmp_path: Path) -> None:
+    entries = [
+        ShardEntry(file=f"{n}", examples=1, tokens=1, bytes=1000, sha256=f"{n}", lengths_sha256="")
+        for n in range(8)
+    ]
+
+    def read_some(rank: int) -> None:
+        cache = ShardCache(tmp_path / "cache", 6000)  # a shard for each rank, and two more
+        for n in np.random.default_rng(rank).integers(0, 8, 60):
+            content = bytes([n]) * 1000
+            with cache.open(entries[n], lambda file, content=content: file.write(content)) as shard:
+                assert shard.read() == content
+            assert used_bytes(cache) <= 6000
+
+    with ThreadPoolExecutor(4) as ranks:
+        list(ranks.map(read_some, range(4), timeout=60))
 
 
 def test_the_next_shards_are_fetched_ahead(server: Server, folder: Path, tmp_path: Path) -> None:

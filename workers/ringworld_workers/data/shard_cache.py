@@ -99,7 +99,9 @@ class ShardCache:
                 fetch(part)
                 part.flush()
                 os.fsync(part.fileno())
-                os.replace(path.with_suffix(".part"), path)
+                # Names change under the lock alone: whoever makes room sees each file once.
+                with self._locked():
+                    os.replace(path.with_suffix(".part"), path)
 
     def prefetch(self, task: Callable[[], object]) -> None:
         """Run a download in the background; its failure is left to whoever needs the shard."""
@@ -137,14 +139,16 @@ class ShardCache:
         with file:
             while not _try_lock(file):
                 self._pause(entry, deadline)
-            if not _is_at(file, path):
+            with self._locked():  # whoever takes it for abandoned has removed it by now, or never
+                mine = _is_at(file, path)
+            if not mine:
                 yield None
                 return
             try:
                 yield file
             finally:
                 # After the rename there is no such file any more.
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError), self._locked():
                     path.unlink()
 
     def _reserve(self, entry: ShardEntry, part: BinaryIO, deadline: float) -> None:
