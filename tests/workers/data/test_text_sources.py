@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from ringworld_jobs.recipe import TextDataset
+from ringworld_workers.data import text_sources
 from ringworld_workers.data.draft import Draft, Refused, TextPart, WorkItem
 from ringworld_workers.data.files import DataError, InputFile
 from ringworld_workers.data.text_reader import TextReader
@@ -109,6 +110,19 @@ def test_parts_of_any_size_hold_each_document_once(
     # Names too: lines and rows are counted from the file's first.
     assert found(cut) == found([whole])
     assert len(found([whole])) in (60, 35)
+
+
+def test_the_line_after_one_that_is_too_long_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sources, "MAX_DOCUMENT_BYTES", 40)
+    # Longer by its newline alone, and by more.
+    for length in (40, 41, 200):
+        lines = [b'{"text": "one"}', b"x" * length, b'{"text": "three"}']
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+        first, refused, last = read(tmp_path, files=["a.jsonl"])
+        assert isinstance(refused, Refused) and refused.name == "a.jsonl line 2"
+        assert texts_of([first, last]) == ["one", "three"] and last.name == "a.jsonl line 3"
 
 
 def no_text(path: Path) -> None:

@@ -173,7 +173,8 @@ def _lines(item: WorkItem) -> Iterator[Record | Refused]:
                 return
             name = f"{label} line {number}"
             if len(line) > MAX_RECORD_BYTES:
-                _skip(stream)
+                if not line.endswith(b"\n"):
+                    _skip(stream)
                 yield Refused(name, f"longer than the limit of {MAX_RECORD_BYTES:,} bytes")
             elif line.strip():
                 yield _record(name, number, line)

@@ -159,7 +159,8 @@ def _lines(item: WorkItem, field: str) -> Iterator[Document | Refused]:
                 return
             name = f"{label} line {number}"
             if len(line) > MAX_DOCUMENT_BYTES:
-                _skip_line(stream, at_boundary=False)
+                if not line.endswith(b"\n"):
+                    _skip_line(stream, at_boundary=False)
                 yield Refused(name, f"longer than the limit of {MAX_DOCUMENT_BYTES:,} bytes")
             elif line.strip():
                 yield _record(name, line, field, first=number == 1)
@@ -266,7 +267,7 @@ def _arrow_rows(item: WorkItem, field: str) -> Iterator[Document | Refused]:
                     return
                 yield from _rows(label, field, batch.column(field), number)
                 number, rows = number + batch.num_rows, rows + batch.num_rows
-            if rows == 0:
+            if rows == 0 and item.start == 0:
                 yield Refused(label, "the file holds no row")
     except pa.ArrowException as error:
         where = f"{label} from row {number}" if number > 1 else label
