@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from pyarrow import parquet
 
 from ringworld_jobs.recipe_text import ChatDataset
 from ringworld_model.vision.patch_codebook import PatchCodebook
+from ringworld_workers.data import records
 from ringworld_workers.data.chat_reader import ChatReader
 from ringworld_workers.data.draft import Draft, Refused, SpecialPart, TextPart, VisionPart
+from ringworld_workers.data.files import InputFile
+from ringworld_workers.data.inputs import Inputs
 from ringworld_workers.data.media_store import MediaStore
 
 QUESTION, ANSWER = {"role": "user", "content": " Why? "}, {"role": "assistant", "content": "So."}
@@ -118,6 +122,17 @@ def test_what_is_no_conversation_is_refused_by_line(
     assert re.search(reason, bad.reason), bad.reason
 
 
+def test_the_line_after_one_that_is_too_long_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good: dict[str, Any] = {"data": ["Why?", "So."]}
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 40)
+    for length in (38, 200):  # longer by its newline alone, and by more
+        first, bad, last = read(tmp_path, [good, "x" * length, good])
+        assert isinstance(bad, Refused) and "longer than the limit of 40 bytes" in bad.reason
+        assert spoken(first) == spoken(last)
+
+
 @pytest.fixture
 def media(tmp_path: Path) -> MediaStore:
     codebook = PatchCodebook.fit(
@@ -164,3 +179,7 @@ def test_media_stand_where_lwm_puts_them(tmp_path: Path, media: MediaStore) -> N
     uses = list(reader.media(reader.items()[0]))
     assert [use.file.label for use in uses] == ["red.png", "broken.png"]
     assert uses[0].document == shown.document and uses[0].sampling.max_frames == 1
+    # Another dataset's medium of the same name, in a folder of its own, is another file.
+    other = replace(uses[0], file=InputFile(tmp_path / "red.png", "red.png"))
+    files = Inputs({}, {"talk": uses, "other": [other]}, [], []).files()
+    assert [file.label for file in files] == ["broken.png", "red.png", "red.png"]

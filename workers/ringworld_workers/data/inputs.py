@@ -39,13 +39,15 @@ class Inputs:
     codebook: list[InputFile]
 
     def files(self) -> list[InputFile]:
-        """Every file, once, by label."""
-        found = {file.label: file for file in (*self.tokenizer, *self.codebook)}
-        found.update(
-            (i.file.label, i.file) for ts in self.tasks.values() for t in ts for i in t.items
-        )
-        found.update((use.file.label, use.file) for uses in self.media.values() for use in uses)
-        return [found[label] for label in sorted(found)]
+        """Every file, once, by label.
+
+        Two datasets may call different files alike: a conversation names its media below its
+        dataset's own media_root.
+        """
+        found = {*self.tokenizer, *self.codebook}
+        found.update(i.file for tasks in self.tasks.values() for t in tasks for i in t.items)
+        found.update(use.file for uses in self.media.values() for use in uses)
+        return sorted(found, key=lambda file: (file.label, file.path))
 
 
 def find_inputs(recipe: RecipeSpec, base: Path, readers: dict[str, DatasetReader]) -> Inputs:
