@@ -179,8 +179,10 @@ class JobRunner:
             )
         names = ", ".join(sorted(prepared["datasets"]))
         how = "found in the cache" if prepared.get("cached") else "built"
-        self.live.set_fields(prepared=prepared)
-        self.live.event("data", f"datasets {names} {how} in {prepared['dir']}")
+        text = f"datasets {names} {how} in {prepared['dir']}"
+        # The reason too: the last phase of the build would stand there as if it still went on.
+        self.live.set_fields(prepared=prepared, reason=text)
+        self.live.event("data", text)
         self.live.save()
 
     def _until_done(self, action: Callable[[], None]) -> None:
