@@ -37,7 +37,7 @@ def spec_digest(spec: JobSpec) -> str:
 
     Comments, key order and units do not matter, nor does the folder that data stands in: of
     `model.init_from` and the paths under `data`, which ``load_job`` makes absolute, only the last
-    name counts.
+    name counts. A URL counts whole.
     """
     data = resolved(spec)
     if "init_from" in data["model"]:
@@ -46,7 +46,7 @@ def spec_digest(spec: JobSpec) -> str:
     if "recipe" in data["data"]:
         data["data"]["recipe"] = PurePath(data["data"]["recipe"]).name
     for source in data["data"]["sources"].values():
-        if "shards" in source:
+        if "shards" in source and "://" not in source["shards"]:
             source["shards"] = PurePath(source["shards"]).name
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

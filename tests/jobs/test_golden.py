@@ -181,7 +181,7 @@ def test_the_digest_sees_meaning_and_nothing_else(tmp_path: Path) -> None:
     job = """\
 kind: train
 name: a
-data: {sources: {x: {shards: x}, y: {shards: y}}}
+data: {sources: {x: {shards: x}, y: {shards: "s3://one/y"}}}
 stages:
 - {name: s, context_length: 4Ki, rope_theta: 1e4, steps: 1, global_batch_tokens: 4Ki,
    learning_rate: {peak: 1}, mixture: {x: 1, y: 2}}
@@ -192,6 +192,7 @@ stages:
         .replace("name: a", "# a comment\nname: 'a'"),
         "elsewhere": job,
         "other": job.replace("1e4", "1e5"),
+        "bucket": job.replace("one/y", "two/y"),
     }
     (tmp_path / "job.yaml").write_text(job)
     (tmp_path / "elsewhere").mkdir()
@@ -200,7 +201,8 @@ stages:
         path = tmp_path / ("elsewhere/job.yaml" if name == "elsewhere" else f"{name}.yaml")
         path.write_text(text)
         digests[name] = spec_digest(load_job(path, check_files=False))
-    assert digests[""] == digests["same"] == digests["elsewhere"] != digests["other"]
+    assert digests[""] == digests["same"] == digests["elsewhere"]
+    assert len(set(digests.values())) == 3
 
 
 def test_generated_files_are_current() -> None:
