@@ -9,40 +9,21 @@ Three things are taken whole: a stage's `mixture` replaces that of `defaults`, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ringworld_jobs.document import Document
 from ringworld_jobs.memory import check_memory
 from ringworld_jobs.mesh import MeshError, resolve_mesh
 from ringworld_jobs.problem import NO_VALUE, KeyPath, kind_of, nearest
-from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec, VideoTextDataset
+from ringworld_jobs.recipe import RecipeSpec
+from ringworld_jobs.sources import check_mixtures
 from ringworld_jobs.spec import JobSpec, SequenceParallelSpec, StageSpec
 from ringworld_jobs.units import format_tokens
 from ringworld_jobs.validate import Checked
 from ringworld_model.config import PRESETS, check_head_split
 
-CAPTION_TOKENS = 16
-"""What an example adds to its frames: the two vision delimiters and a short caption."""
-
 TAKEN_WHOLE = frozenset({"mixture"})
 EITHER_OR = {"steps": "tokens", "tokens": "steps"}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What is known of a dataset before it is read.
-
-    Attributes:
-        example_tokens: tokens that an example needs in one row; 0 where it can be cut, or unknown.
-        vision: whether it holds vision codes for certain.
-        why: how example_tokens comes about, for messages.
-    """
-
-    example_tokens: int = 0
-    vision: bool = False
-    why: str = ""
 
 
 def merge_defaults(document: Document) -> None:
@@ -84,27 +65,6 @@ def _merge(
             _merge(document, target[key], value, (*path, key), (*origin, key))
 
 
-def sources_of(spec: JobSpec, recipe: RecipeSpec | None) -> dict[str, Source]:
-    """The datasets that a mixture may name."""
-    known: dict[str, Source] = {}
-    for name, dataset in recipe.datasets.items() if recipe else ():
-        if not isinstance(dataset, VideoTextDataset):
-            known[name] = Source(vision=isinstance(dataset, MediaTextDataset))
-            continue
-        codes = recipe.codebook.codes_per_frame if recipe and recipe.codebook else 0
-        if codes == 0:
-            known[name] = Source(vision=True)  # only the tokenizer at codebook.path knows
-            continue
-        frames = dataset.frames_per_clip
-        known[name] = Source(
-            frames * (codes + 1) + CAPTION_TOKENS if dataset.longer == "refuse" else 0,
-            vision=True,
-            why=f"{frames} frames x {codes + 1} tokens + {CAPTION_TOKENS} for the caption",
-        )
-    parts = spec.data.sources.items()
-    return known | {name: known.get(part.dataset or "", Source()) for name, part in parts}
-
-
 def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
     """Report what no field can know alone; looks only at parts that are sound by themselves.
 
@@ -116,7 +76,7 @@ def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | No
         return
     possible = _check_model(checked, recipe)
     _check_names(checked)
-    _check_sources(checked, recipe)
+    check_mixtures(checked, recipe)
     for index, stage in enumerate(checked.spec.stages):
         here: KeyPath = ("stages", index)
         _check_batch(checked, stage, here)
@@ -182,69 +142,6 @@ def _check_names(checked: Checked[JobSpec]) -> None:
                 path, f"stages[{first[stage.name]}] has this name too; stage names are unique"
             )
         first.setdefault(stage.name, index)
-
-
-def _check_sources(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> None:
-    spec = checked.spec
-    assert spec is not None
-    if not checked.sound(("data",)) or (spec.data.recipe and (not recipe or not recipe.spec)):
-        return
-    if recipe is not None and recipe.spec is not None:
-        if not recipe.sound(("datasets",)):
-            return
-        for name in spec.data.sources.keys() & recipe.spec.datasets.keys():
-            checked.document.report(
-                ("data", "sources", name),
-                f"the recipe has a dataset of this name too ({recipe.document.file}); rename one",
-            )
-    datasets = recipe.spec.datasets if recipe is not None and recipe.spec is not None else {}
-    for name, source in spec.data.sources.items():
-        if source.dataset is not None and source.dataset not in datasets:
-            there = f"there are {', '.join(datasets)}" if datasets else "the job names no recipe"
-            checked.document.report(
-                ("data", "sources", name, "dataset"),
-                f"no such dataset in data.recipe; {there}",
-                hint=nearest(source.dataset, datasets),
-            )
-    known = sources_of(spec, recipe.spec if recipe else None)
-    for index, stage in enumerate(spec.stages):
-        path: KeyPath = ("stages", index, "mixture")
-        _check_mixture(checked, stage, path, known)
-
-
-def _check_mixture(
-    checked: Checked[JobSpec], stage: StageSpec, path: KeyPath, known: Mapping[str, Source]
-) -> None:
-    assert checked.spec is not None
-    report = checked.document.report
-    no_vision = checked.spec.model.vision.codebook_size == 0 and checked.sound(("model",))
-    written = checked.document.value(path)
-    for name in written if isinstance(written, dict) else ():
-        source = known.get(name)
-        if source is None:
-            there = f"there are {', '.join(known)}" if known else "the job names none"
-            report(
-                (*path, name),
-                f"no such dataset in data.recipe or data.sources; {there}",
-                hint=nearest(name, known),
-            )
-            continue
-        if source.vision and no_vision:
-            report(
-                ("model", "vision", "codebook_size"),
-                f"a model without vision cannot train on the video of dataset {name} (stage "
-                f"{stage.name}); leave the field out, or take {name} out of the mixture",
-            )
-        if source.example_tokens > stage.context_length and checked.sound(
-            (*path[:-1], "context_length")
-        ):
-            fits = 1 << (source.example_tokens - 1).bit_length()
-            report(
-                (*path, name),
-                f"an example of {name} needs {source.example_tokens:,} tokens ({source.why}) and "
-                f"the context of stage {stage.name} has {stage.context_length:,}; raise "
-                f"context_length to {format_tokens(fits)} or take {name} out of the mixture",
-            )
 
 
 def _check_batch(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:

@@ -158,6 +158,27 @@ def test_a_band_of_a_recipes_dataset_is_a_source(tmp_path: Path) -> None:
     assert not spec.sources["books"].documents.keeps(100_000)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "band", "where", "words"),
+    [
+        ("documents: {max_tokens: 2K}", "{min_tokens: 2K}", "min_tokens", "below 2,000 tokens"),
+        ("documents: {min_tokens: 2K}", "{max_tokens: 2K}", "max_tokens", "from 2,000 tokens on"),
+        ("longer: drop", "{min_tokens: 20K}", "books", "needs 20,000 tokens (documents.min_tokens"),
+    ],
+)
+def test_a_band_that_would_be_empty_is_found_before_the_data_is_built(
+    tmp_path: Path, dataset: str, band: str, where: str, words: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    recipe = RECIPE.replace("[FILES]", f"[a.txt], {dataset}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    data = f"recipe: recipe.yaml, sources: {{books: {{dataset: a, documents: {band}}}}}"
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.replace("sources: {books: {shards: books}}", data))
+    problem = problem_of(path)
+    assert problem.path.endswith(f".{where}") and words in problem.message
+
+
 RECIPE = """\
 kind: data
 name: r
