@@ -259,7 +259,8 @@ def verdicts(report: Report) -> list[str]:
             than = "below" if result.beats_guessing else "NOT below"
             found[result.modality] = (
                 f"{result.modality.capitalize()}: held-out loss {loss(result.validation)} after "
-                f"stage {stage.name}, {than} the {loss(result.baseline)} of guessing by frequency."
+                f"stage {stage.name}, {than} the {loss(result.baseline)} of guessing by "
+                "those rows' own token frequencies."
             )
     sentences = list(found.values())
     for wanted, verdict in ((True, "gives"), (False, "does NOT give")):
