@@ -23,7 +23,7 @@ from ringworld_workers.data.media_store import CodeGeometry, MediaStore
 from ringworld_workers.data.phases import LITTLE_BYTES, Cluster, Phases, connected
 from ringworld_workers.data.readers import Means, make_readers
 from ringworld_workers.data.shard_format import read_meta
-from ringworld_workers.data.work import Progress
+from ringworld_workers.data.work import Progress, sync_files
 
 __all__ = ["CODEBOOK_FILE", "Prepared", "Progress", "build", "open_prepared"]
 
@@ -114,6 +114,7 @@ def build(
         sweep(there)
         building.mkdir(exist_ok=True)
         result = Build(recipe, base, inputs, there, building, phases).run(digest)
+        sync_files(result)
         os.rename(result, folder)
         shutil.rmtree(building, ignore_errors=True)
     return open_prepared(folder, cached=False)

@@ -152,4 +152,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    sync_files(temporary)
     os.rename(temporary, path)
+
+
+def sync_files(folder: Path) -> None:
+    """Put a folder's files on the disk, so that a name that is given to it later holds them all.
+
+    A rename may reach the disk before the content of what is renamed.
+    """
+    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
