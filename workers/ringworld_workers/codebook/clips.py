@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ringworld_jobs.codebook import CodebookJob
-from ringworld_workers.codebook.files import replaced
 from ringworld_workers.data.clips import Timeline
 from ringworld_workers.data.files import DataError, InputFile, resolve
 from ringworld_workers.data.media import sample_media
 from ringworld_workers.data.sampling import SampledFrame, Sampling
+from ringworld_workers.data.work import written_whole
 
 _INDEX = "frames.json"
 _REPORT_FRAMES = 50
@@ -109,7 +109,7 @@ def gather_clips(
             reasons = "".join(f"; {name}: {why}" for name, why in skipped.items())
             raise DataError(f"no {split.replace('_', '-')} frame is left{reasons}")
     entry = {"key": key, "held_out": [asdict(clip) for clip in held_out], "skipped": skipped}
-    with replaced(index) as path:
+    with written_whole(index) as path:
         path.write_text(json.dumps(entry, indent=1), encoding="utf-8")
     return clips
 

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ringworld_model.vision.frame_tokenizer import FrameTokenizer
-from ringworld_workers.codebook.files import replaced
 from ringworld_workers.codebook.quality import Quality, evenly
+from ringworld_workers.data.work import written_whole
 
 SHOWN_FRAMES = 8
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#8A8F98"
@@ -54,7 +54,7 @@ def write_report(
     _draw_frames(figure.add_subplot(grid[0, :]), frames, tokenizers, qualities)
     _draw_loss(figure.add_subplot(grid[1, 0]), records)
     _draw_quality(figure.add_subplot(grid[1, 1]), records, qualities)
-    with replaced(path) as temporary:
+    with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

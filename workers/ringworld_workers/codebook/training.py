@@ -24,7 +24,6 @@ from ringworld_jobs.codebook import CodebookJob
 from ringworld_model.vision.frames import psnr
 from ringworld_model.vision.vqgan_tokenizer import VQGANTokenizer
 from ringworld_workers.codebook.clips import Clips, gather_clips
-from ringworld_workers.codebook.files import replaced
 from ringworld_workers.codebook.quality import (
     MAX_FRAMES,
     continuous_psnr,
@@ -36,6 +35,7 @@ from ringworld_workers.codebook.report import write_report
 from ringworld_workers.codebook.trainer import Trainer
 from ringworld_workers.codebook.update import Update
 from ringworld_workers.data.files import DataError
+from ringworld_workers.data.work import written_whole
 
 METRICS_FILE, RESULT_FILE, REPORT_FILE = "metrics.jsonl", "result.json", "report.png"
 _STATE_FILE, _FRAMES_FOLDER = "state.pt", "frames"
@@ -158,7 +158,7 @@ class _Training:
             tokenizers={"VQGAN": tokenizer} | ({"patches": patches} if patches else {}),
             qualities={"VQGAN": quality} | ({"patches": plain} if plain else {}),
         )
-        with replaced(self.out / RESULT_FILE) as path:
+        with written_whole(self.out / RESULT_FILE) as path:
             path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         (self.out / _STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.out / _FRAMES_FOLDER, ignore_errors=True)
@@ -176,7 +176,7 @@ class _Training:
 
     def _save(self, trainer: Trainer) -> None:
         state = {"job": self.digest, "seconds": self._seconds(), "trainer": trainer.state()}
-        with replaced(self.out / _STATE_FILE) as path:
+        with written_whole(self.out / _STATE_FILE) as path:
             torch.save(state, path)
 
     def _restore(self, trainer: Trainer) -> float:
@@ -202,7 +202,7 @@ class _Training:
         kept = [record for record in _records(path) if record["step"] <= step]
         for record in kept:
             self.latest |= {k: v for k, v in record.items() if k not in ("step", "seconds")}
-        with replaced(path) as temporary:
+        with written_whole(path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def _finished(self) -> dict[str, Any] | None:
