@@ -208,7 +208,8 @@ class RunStates:
         Raises:
             UnknownRunError: neither exists; the message names what does.
         """
-        if (self.root / name / STATE_FILE).is_file():
+        # Joined to the root, an absolute path would be taken for a run's id.
+        if Path(name).name == name and (self.root / name / STATE_FILE).is_file():
             return self.get(name)
         records = self.all()
         runs = [record for record in records if record.job == name]

@@ -122,6 +122,8 @@ def test_find_takes_run_ids_and_job_names(tmp_path: Path) -> None:
     assert states.find("job-1-1").job == "job-1"
     with pytest.raises(UnknownRunError, match="the latest are: job-1, job-2, job-1-1"):
         states.find("nope")
+    with pytest.raises(UnknownRunError, match="no run or job"):
+        states.find(str(states.root / "job-1"))
 
 
 def test_folder_mends_torn_lines_and_goes_on_counting(tmp_path: Path) -> None:
