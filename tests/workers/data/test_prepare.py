@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -331,3 +332,19 @@ def test_text_alone_needs_no_codebook(make_recipe: RecipeMaker, tmp_path: Path) 
     assert prepared.codebook_size == 0
     assert meta_of(prepared, "texts")["codebook"] is None
     assert len(Dataset(prepared.datasets["texts"], "held_out")) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_named(make_recipe: RecipeMaker, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"cache cannot be made: File exists; name another folder"):
+        build_small(make_recipe, tmp_path)
+    (tmp_path / "cache").unlink()
+
+    def fill(phase: str, *_: int) -> None:
+        # What a full disk says, at the place where a tokenizer is written.
+        if phase == "train tokenizer":
+            raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    with pytest.raises(DataError, match=r"cache cannot be written: No space left .* make room"):
+        build(tmp_path / "recipe" / "recipe.yaml", tmp_path / "cache", on_progress=fill)
+    assert not build_small(make_recipe, tmp_path).cached

@@ -6,9 +6,12 @@ commits its result. What a killed build has done is found there when it is start
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from ringworld_model.vision.patch_codebook import CODEBOOK_FILE
 from ringworld_workers.data.assemble import REFUSED_FILE
 from ringworld_workers.data.build import Build
 from ringworld_workers.data.build_lock import building_folder, sole_builder, sweep
+from ringworld_workers.data.files import DataError
 from ringworld_workers.data.inputs import DigestFiles, Inputs, find_inputs, recipe_digest
 from ringworld_workers.data.media_store import CodeGeometry, MediaStore
 from ringworld_workers.data.phases import LITTLE_BYTES, Cluster, Phases, connected
@@ -31,6 +35,8 @@ _DIGEST_FILES = 64
 """Files that are digested at once."""
 _DIGEST_WEIGHT = 16
 """Bytes are digested so many times faster than read as text."""
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a disk says that is full, or not to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +100,16 @@ def build(
 
     Raises:
         JobSpecError: the recipe is not valid.
-        DataError: a file is missing, one cannot be used and the recipe says refuse, or a dataset is
-            left without a training example.
+        DataError: a file is missing, one cannot be used and the recipe says refuse, a dataset is
+            left without a training example, or the cache cannot be written.
     """
     recipe = load_recipe(recipe_path)
     phases = Phases(on_progress or _ignore, cluster, little_bytes)
-    cache.mkdir(parents=True, exist_ok=True)
+    with _written_to(cache):
+        return _build(recipe, recipe_path, cache, phases)
+
+
+def _build(recipe: RecipeSpec, recipe_path: Path, cache: Path, phases: Phases) -> Prepared:
     # Workers of a cluster have another working directory.
     base, there = recipe_path.parent.absolute(), cache.absolute()
     inputs = _find(recipe, base, there, phases)
@@ -118,6 +128,27 @@ def build(
         os.rename(result, folder)
         shutil.rmtree(building, ignore_errors=True)
     return open_prepared(folder, cached=False)
+
+
+@contextmanager
+def _written_to(cache: Path) -> Iterator[None]:
+    """Make the cache, and say what to do where its disk is full or not to be written."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the cache {cache} cannot be made: {error.strerror}; name another folder (--cache, "
+            f"data.cache of a job)"
+        ) from error
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        raise DataError(
+            f"the cache {cache} cannot be written: {os.strerror(error.errno)}; make room, or name "
+            f"another folder (--cache, data.cache of a job). What is done is kept"
+        ) from error
 
 
 def open_prepared(folder: Path, *, cached: bool = True) -> Prepared:

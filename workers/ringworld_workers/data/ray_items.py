@@ -82,7 +82,7 @@ def _quiet() -> None:
 class _Failed:
     """What a task says to the user; raised there, Ray Data would wrap it in its own errors."""
 
-    error: DataError
+    error: DataError | OSError
 
 
 class _Worker:
@@ -97,7 +97,7 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             found = self._function(pickle.loads(row["item"]))
-        except DataError as error:
+        except (DataError, OSError) as error:
             found = _Failed(error)
         return {"result": pickle.dumps(found)}
 
