@@ -1,7 +1,8 @@
 """Cost: what "auto" counts to compare layouts, for each way that a backend computes a ring step.
 
-Costs are in visible pairs of one head, and all ranks wait for the slowest at each step. R ring
-size, D documents, P pieces of documents; tables are int64 [R, R] by (rank, source).
+Costs are in visible pairs of one head, and add up along the ring: no rank gets more than a step
+ahead of its neighbours. R ring size, D documents, P pieces of documents; tables are int64 [R, R] by
+(rank, source).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 from ringworld_model.ring.rectangle import count_layers
 from ringworld_model.ring.work import BlockWork, Pieces, StripedWork, Work, group_runs
 
-# A call of the CPU kernel (forward, backward, merging) takes about as long as a 64 x 64 tile. On a
-# GPU, launching a call and merging it takes some 10 us (derived), in which it computes a 512 x 512
-# tile of 32 heads of 128.
-_PAIRS_PER_CALL = 4096
+# A call of the CPU kernel (forward, backward, merging) takes about as long as a 64 x 128 tile, and
+# a row of keys from another rank as long as 64 pairs: it is packed, sent, unpacked, twice, and its
+# gradient, in fp32, goes back (measured). On a GPU rows travel meanwhile; launching a call and
+# merging it takes some 10 us (derived), in which it computes a 512 x 512 tile of 32 heads of 128.
+_PAIRS_PER_CALL = 8192
+_PAIRS_PER_ROW = 64
 _PAIRS_PER_VARLEN_CALL = 512 * 512
 # A token of padding that the layout adds passes through all the other layers too.
 _PAIRS_PER_TOKEN = 4096
@@ -27,7 +30,7 @@ _SMALL_TILE, _LARGE_TILE, _MANY_ROWS = 64, 256, 768
 
 
 def count_cost(work: Work, backend: str) -> int:
-    """Return what a row costs: the slowest rank of each step, and its padding.
+    """Return what a row costs: when its last rank is done, and its padding.
 
     Args:
         work: of the row.
@@ -74,19 +77,35 @@ def by_step(table: torch.Tensor) -> torch.Tensor:
 def _slowest(work: Work, table: torch.Tensor) -> int:
     real = int(work.ends[-1]) if len(work.ends) else 0
     padding = work.layout.length - real // work.layout.ring_size
-    return int(by_step(table).max(0).values.sum()) + _PAIRS_PER_TOKEN * padding
+    # The keys of a step leave when the rank before begins the step before, and this rank's own go
+    # on likewise; so neighbours are at most one step apart.
+    begins = torch.zeros_like(table[0])
+    for cost in by_step(table).unbind(1):
+        neighbours = torch.maximum(begins.roll(1), begins.roll(-1))
+        begins = torch.maximum(begins + cost, neighbours)
+    return int(begins.max()) + _PAIRS_PER_TOKEN * padding
 
 
 def _count_calls(work: Work) -> torch.Tensor:
-    """Rectangles one by one: pairs, what the tiles of diagonals compute in vain, and calls."""
+    """Rectangles one by one: pairs, what the tiles of diagonals compute in vain, calls, and rows.
+
+    Only rows that the rank itself needs: those for ranks further on pass through untouched.
+    """
     cost = work.pairs.clone()
     if isinstance(work, StripedWork):
         for rows in work.diagonals():
             cost += (_wasted(rows) + _PAIRS_PER_CALL * (rows > 0)).sum(0)
+            came = rows.sum(0).mul_(_PAIRS_PER_ROW)
+            cost += came.fill_diagonal_(0)
         return cost
     pieces, seen = work.later_pieces()
     calls = _strips(pieces, seen).to(torch.int64)
     cost.index_add_(0, pieces.owner, calls, alpha=_PAIRS_PER_CALL)
+    # The last piece of a document on a rank sees all that the rank needs of it.
+    first, _ = group_runs(pieces.owner, pieces.document, len(work.starts))
+    last = torch.cat((first[1:], first.new_tensor([len(pieces.owner)])))[: len(first)] - 1
+    came = torch.zeros_like(cost).index_add_(0, pieces.owner[last], seen[last])
+    cost += came.mul_(_PAIRS_PER_ROW).fill_diagonal_(0)
     owner, rows = work.squares()
     cost.diagonal().index_add_(0, owner, _wasted(rows) + _PAIRS_PER_CALL)
     return cost

@@ -6,6 +6,7 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, SupportsIndex
 
@@ -15,6 +16,13 @@ from ringworld_model.ring.cost import BACKENDS, bound_cost, bound_striped, by_st
 from ringworld_model.ring.layout import LAYOUTS, build_layout
 from ringworld_model.ring.travel import Travel, plan_travel
 from ringworld_model.ring.work import Rectangles, Work, count_work
+
+# How "auto" weighs costs, which are estimates, and balance, which is counted: an imbalance up to
+# the first is as good as none, 5 % more outweigh double the cost, and nothing outweighs more
+# than the last.
+_BALANCED = Fraction(112, 100)
+_WEIGHT = 16
+_NEAR = Fraction(3, 2)
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,7 @@ class RingPlan:
     @property
     def imbalance(self) -> float:
         """Slowest rank's visible pairs over the mean rank's, summed over the steps; 1 is ideal."""
-        total = int(self.pairs.sum())
-        slowest = int(self.pairs.max(0).values.sum())
-        return slowest * self.ring_size / total if total else 1.0
+        return float(_imbalance([self.pairs]))
 
     @property
     def step_imbalance(self) -> tuple[float, ...]:
@@ -161,8 +167,10 @@ def plan_ring(
             may be less than context_length: the rest of the row is padding.
         context_length: tokens of the whole row, any number from 1.
         ring_size: number of places in the ring, any number from 1.
-        layout: "block_cyclic", "contiguous", "zigzag", "striped", or "auto" for the one whose
-            counted cost (slowest rank of each step, masked waste, calls, padding) is least.
+        layout: "block_cyclic", "contiguous", "zigzag", "striped", or "auto". It counts what each
+            layout costs (when the last rank is done, masked waste, calls, rows that travel,
+            padding), leaves out those that cost over 1.5 times the least, and takes the cheapest
+            whose imbalance is at most 1.12; above that, cost and imbalance are weighed.
         heads_size: ranks of each place, that share its heads; any number from 1.
         backend: the backend whose cost "auto" counts; nothing else depends on it.
 
@@ -190,7 +198,7 @@ def plan_rows(
 ) -> list[RingPlan]:
     """Plan the rows of one batch: as ``plan_ring`` does, with one layout for all rows.
 
-    "auto" takes the layout of least cost over all rows, so that local_length is the same too.
+    "auto" compares costs and imbalance over all rows, so that local_length is the same too.
 
     Args:
         document_lengths: of each row, see ``plan_ring``.
@@ -254,35 +262,56 @@ def _choose(
     heads_size: int,
     backend: str,
 ) -> tuple[RingPlan, ...]:
-    """Plans of the layout of least cost, the first of equals. Counts no more than it must."""
-
-    def plans(name: str) -> list[RingPlan]:
-        return [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
-
+    """Plans of the layout that "auto" takes, see ``plan_ring``; counts no more than it must."""
+    plans = {
+        name: [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
+        for name in LAYOUTS
+    }
     bounds = {
-        name: sum(bound_cost(plan._work) for plan in plans(name))
+        name: sum(bound_cost(plan._work) for plan in plans[name])
         for name in LAYOUTS
         if name != "striped"
     }
     bounds["striped"] = sum(bound_striped(row, context_length, ring_size, backend) for row in rows)
     costs: dict[str, int] = {}
     for name in sorted(LAYOUTS, key=bounds.__getitem__):
-        if not costs or bounds[name] <= min(costs.values()):
-            costs[name] = sum(count_cost(plan._work, backend) for plan in plans(name))
-    best = min((name for name in LAYOUTS if name in costs), key=costs.__getitem__)
-    least = max(1, costs[best])
+        if not costs or bounds[name] <= _NEAR * min(costs.values()):
+            costs[name] = sum(count_cost(plan._work, backend) for plan in plans[name])
+    near = [name for name in costs if costs[name] <= _NEAR * min(costs.values())]
+    imbalances = {name: _imbalance([plan.pairs for plan in plans[name]]) for name in LAYOUTS}
+    best = min(
+        (name for name in LAYOUTS if name in near),
+        key=lambda name: costs[name] * max(Fraction(1), imbalances[name] / _BALANCED) ** _WEIGHT,
+    )
+    unit = max(1, costs[best])
+
+    def compared(name: str) -> str:
+        bound = "" if name in costs else "at least "
+        cost = costs.get(name, bounds[name]) / unit
+        return f"{name} {bound}{cost:.2f} (imbalance {float(imbalances[name]):.2f})"
+
     others = ", ".join(
-        f"{name} {costs[name] / least:.2f}"
-        if name in costs
-        else f"{name} at least {bounds[name] / least:.2f}"
+        compared(name)
         for name in sorted(LAYOUTS, key=lambda name: costs.get(name, bounds[name]))
         if name != best
     )
+    if imbalances[best] <= _BALANCED:
+        why = "the least counted cost of a balanced layout"
+    else:
+        why = "the best of counted cost and imbalance"
     reason = (
-        f"the least counted cost with backend {backend} at ring size {ring_size} "
-        f"({least / 1e6:.3g}M pairs a rank); as multiples of it: {others}"
+        f"{why}, with backend {backend} at ring size {ring_size} ({unit / 1e6:.3g}M pairs a rank, "
+        f"imbalance {float(imbalances[best]):.2f}); as multiples of it: {others}"
     )
-    return tuple(replace(plan, _reason=reason) for plan in plans(best))
+    return tuple(replace(plan, _reason=reason) for plan in plans[best])
+
+
+def _imbalance(pairs: Sequence[torch.Tensor]) -> Fraction:
+    """Slowest rank over the mean, summed over rows and steps, of tables by (place, step)."""
+    total = sum(int(table.sum()) for table in pairs)
+    slowest = sum(int(table.max(0).values.sum()) for table in pairs)
+    # Exact, so that every machine takes the same layout.
+    return Fraction(slowest * len(pairs[0]), total) if total else Fraction(1)
 
 
 @lru_cache(maxsize=32)

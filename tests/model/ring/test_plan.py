@@ -141,13 +141,21 @@ def test_costs_count_what_the_rectangles_need(row, ring_size, layout):
     parts = [[plan.rectangles(rank, step) for rank in places] for step in places]
 
     def slowest(cost):
-        return sum(max(cost(part) for part in at) for at in parts) + padding
+        begun = [0] * ring_size
+        for at in parts:
+            # A rank begins a step when it has done the last one and its neighbours have begun it.
+            begun = [
+                max(begun[rank] + cost(at[rank]), begun[rank - 1], begun[(rank + 1) % ring_size])
+                for rank in places
+            ]
+        return max(begun) + padding
 
     def of_calls(part):
         # The CPU kernel's tiles compute half of a diagonal of up to 64 rows in vain.
         diagonals = [r.q1 - r.q0 for r in part if r.diagonal]
         wasted = sum(length * min(length, 64) // 2 for length in diagonals)
-        return sum(r.pairs + 4096 for r in part) + wasted
+        came = {row for r in part for row in range(r.k0, r.k1)} if part not in parts[0] else ()
+        return sum(r.pairs + 8192 for r in part) + 64 * len(came) + wasted
 
     def in_varlen_calls(part):
         # Every rectangle is tiled from its own corner.
@@ -168,13 +176,39 @@ def test_costs_count_what_the_rectangles_need(row, ring_size, layout):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_auto_takes_the_least_counted_cost(backend):
-    for lengths in ([4096], packed(30, 4096, 2), [100, 3000], [1] * 500):
-        costs = {
-            layout: count_cost(plan_ring(lengths, 4096, 3, layout)._work, backend)
-            for layout in LAYOUTS
-        }
-        assert costs[plan_ring(lengths, 4096, 3, backend=backend).layout] == min(costs.values())
+def test_auto_weighs_cost_and_balance(backend):
+    for lengths in ([4096], packed(30, 4096, 2), [100, 3000], [1] * 500, [4000, 90, 6], [2000] * 2):
+        plans = {name: plan_ring(lengths, 4096, 3, name) for name in LAYOUTS}
+        costs = {name: count_cost(plan._work, backend) for name, plan in plans.items()}
+        near = [name for name in LAYOUTS if costs[name] <= 1.5 * min(costs.values())]
+
+        def weighed(name, plans=plans, costs=costs):
+            return costs[name] * max(1, plans[name].imbalance / 1.12) ** 16
+
+        chosen = plan_ring(lengths, 4096, 3, backend=backend).layout
+        assert chosen in near
+        assert weighed(chosen) == pytest.approx(min(map(weighed, near)))
+
+
+@pytest.mark.parametrize("ring_size", [4, 8])
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_auto_is_balanced_where_a_layout_can_be(seed, ring_size):
+    lengths = packed(72, 65536, seed)
+    plan = plan_ring(lengths, 65536, ring_size)
+    cyclic = plan_ring(lengths, 65536, ring_size, "block_cyclic")
+    assert plan.imbalance <= max(1.12, cyclic.imbalance) <= 1.2
+
+
+def test_balance_is_preferred_to_a_little_less_cost():
+    lengths = packed(9, 8192, 1)
+    plan = plan_ring(lengths, 8192, 2)
+    assert plan.layout == "block_cyclic" and plan.imbalance <= 1.05
+    cheaper = plan_ring(lengths, 8192, 2, "contiguous")
+    assert cheaper.imbalance > 1.2
+    assert count_cost(cheaper._work, "cpu") < count_cost(plan._work, "cpu")
+    # Twice as long, zigzag is balanced too, in fewer calls and with fewer rows sent.
+    lengths = packed(18, 16384, 1)
+    assert plan_ring(lengths, 16384, 2).layout == "zigzag"
 
 
 @pytest.mark.parametrize("ring_size", [4, 8])
@@ -205,10 +239,13 @@ def test_auto_takes_zigzag_for_one_long_document(backend, ring_size):
 def test_plans_explain_themselves():
     plan = plan_ring([65536], 65536, 4, backend="triton")
     said = plan.explain()
-    assert said.startswith("zigzag: the least counted cost with backend triton at ring size 4")
+    assert said.startswith("zigzag: the least counted cost of a balanced layout, with backend tri")
     assert all(name in said for name in LAYOUTS)
     # Multiples of the least: that of striping, of equal balance, is little more.
-    assert 1.0 <= float(said.split("striped ")[1].split(",")[0]) <= 1.05
+    assert 1.0 <= float(said.split("striped ")[1].split()[0]) <= 1.05
+    assert "contiguous at least" in said and "(imbalance 1.75)" in said
+    unbalanced = plan_ring(packed(1000, 1 << 20, 0), 1 << 20, 64)
+    assert "the best of counted cost and imbalance" in unbalanced.explain()
     assert plan_ring([9], 9, 2, "striped").explain().startswith("striped: asked for by name")
 
 
