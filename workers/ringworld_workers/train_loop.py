@@ -7,18 +7,17 @@ collectives stand in the same order on all of them, and only this thread issues 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ringworld_model.batch import TEXT, VISION, TrainBatch
+from ringworld_model.batch import TrainBatch
 from ringworld_model.loss import LossSums, combine
 from ringworld_model.transformer import WorldModel
+from ringworld_workers.boundary import Boundary, agree
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.data.loader import StageLoader, open_loader
 from ringworld_workers.data.prefetch import Prefetcher
@@ -28,12 +27,7 @@ from ringworld_workers.evaluate.held_out import score_held_out
 from ringworld_workers.initial_weights import set_initial_weights
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import Mesh
-from ringworld_workers.metrics import (
-    StepTimer,
-    memory_bytes,
-    peak_flops,
-    training_flops,
-)
+from ringworld_workers.metrics import StepTimer
 from ringworld_workers.micro_batch import (
     MicroBatch,
     choose_stage_backend,
@@ -43,42 +37,19 @@ from ringworld_workers.micro_batch import (
 )
 from ringworld_workers.parity.preflight import prove_ring
 from ringworld_workers.reporter import Reporter
-from ringworld_workers.ring_figures import ring_figures, ring_record
+from ringworld_workers.ring_figures import ring_figures
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.step_figures import (
+    StepSums,
+    refuse_nonsense,
+    step_figures,
+    step_losses,
+)
 
 log = logging.getLogger(__name__)
 
 # A reader of records that is gone ends this process; one that hangs must not hold up a checkpoint.
 STORED_SECONDS = 5.0
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """A step's sums by modality over the whole global batch; equal on every rank. [2] each."""
-
-    nll: torch.Tensor
-    correct: torch.Tensor
-    num_targets: torch.Tensor
-    grad_norm: float
-    """Global, before clipping."""
-    ring: torch.Tensor
-    """[world_size, 3] by rank, see ``ring_figures``."""
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What the gang agreed on between two steps; equal on every rank."""
-
-    weight: torch.Tensor
-    """[2] float64: the step's loss weights over the whole global batch, by modality."""
-    stop: bool
-    checkpoint_due: bool
-    uploads_pending: bool
-    """A rank's upload, or the log's copy of what the checkpoint's steps have reported."""
 
 
 def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
@@ -181,7 +152,14 @@ class StageRun:
             with self.timer.phase("data"):
                 # Waiting for what the background thread makes, where it is not ahead.
                 batches = [batch.to(self.mesh.device) for batch in ahead.take(step)]
-            boundary = self._agree(batches)
+            boundary = agree(
+                batches,
+                self.mesh.control_group,
+                stop=self.reporter.should_stop(),
+                checkpoint_due=self.mesh.rank == 0 and self.checkpoints.due(),
+                uploads_pending=self.checkpoints.uploading()
+                or not self.reporter.stored(self._saved_position),
+            )
             stall = self._at_boundary(boundary, step, tokens)
             if boundary.stop:
                 self._await_stored()
@@ -192,7 +170,7 @@ class StageRun:
             step += 1
             self.checkpoints.note_step(step)
             tokens += self.stage.rows_per_step * self.stage.context_length
-            losses = self._losses(sums, boundary.weight)
+            losses = step_losses(sums, boundary.weight, self.shares)
             refuse_nonsense({**losses, "grad_norm": sums.grad_norm}, self.stage.name, step)
             self._report_step(
                 step,
@@ -228,28 +206,6 @@ class StageRun:
             "layout": plan.layout,
             "layout_reason": plan.explain(),
         }
-
-    def _agree(self, batches: Sequence[MicroBatch]) -> Boundary:
-        """One small all-reduce before each step: loss weights, stop, checkpoint, uploads.
-
-        The global loss weights must be known before the first backward of the step, because each
-        rank scales its own sum by them.
-        """
-        vector = torch.zeros(5, dtype=torch.float64)
-        for batch in batches:
-            vector[:2] += batch.weight
-        vector[2] = float(self.reporter.should_stop())
-        vector[3] = float(self.mesh.rank == 0 and self.checkpoints.due())
-        vector[4] = float(
-            self.checkpoints.uploading() or not self.reporter.stored(self._saved_position)
-        )
-        dist.all_reduce(vector, group=self.mesh.control_group)
-        return Boundary(
-            weight=vector[:2].clone(),
-            stop=bool(vector[2] > 0),
-            checkpoint_due=bool(vector[3] > 0),
-            uploads_pending=bool(vector[4] > 0),
-        )
 
     def _at_boundary(self, boundary: Boundary, step: int, tokens: int) -> float:
         """Commit a finished upload; take a snapshot if one is due. Returns the stall in seconds."""
@@ -303,19 +259,6 @@ class StageRun:
             sent / 2**20,
         )
 
-    def _losses(self, sums: StepSums, weight: torch.Tensor) -> dict[str, float]:
-        """Loss and accuracy by modality, and the mixed loss that the step descended on."""
-        found: dict[str, float] = {}
-        total = shares = 0.0
-        for modality, name in ((TEXT, "text"), (VISION, "vision")):
-            if weight[modality] > 0:
-                found[f"loss_{name}"] = float(sums.nll[modality] / weight[modality])
-                found[f"accuracy_{name}"] = float(sums.correct[modality] / weight[modality])
-                total += self.shares[modality] * found[f"loss_{name}"]
-                shares += self.shares[modality]
-        found["loss"] = total / shares if shares else 0.0
-        return found
-
     def _report_step(
         self,
         step: int,
@@ -326,39 +269,26 @@ class StageRun:
         checkpoint_stall_seconds: float,
         **values: float,
     ) -> None:
-        """Hand over the step's line of the metric log, on rank 0.
-
-        Rates leave out the stall for a checkpoint. Phases and memory are those of this rank.
-        """
+        """Hand over the step's line of the metric log, on rank 0."""
         phases = self.timer.take()
         if self.mesh.rank != 0:
             return
-        working = seconds - checkpoint_stall_seconds
-        lengths = self.loader.document_lengths(step - 1)
-        step_tokens = self.stage.rows_per_step * self.stage.context_length
-        num_targets = [int(number) for number in sums.num_targets]
-        flops = training_flops(self.job.model_config, lengths, num_targets) / working
-        peak = peak_flops(self.mesh.device)
-        rows = self.loader.row_range(step - 1)
-        plans = [plan for batch in batches for plan in batch.ring.plans]
         self.reporter.metrics(
             self.record(
                 "step",
                 step,
                 **values,
-                grad_norm=sums.grad_norm,
-                tokens_per_second=step_tokens / working,
-                step_seconds=seconds,
-                **{f"{name}_seconds": value for name, value in phases.items()},
-                checkpoint_stall_seconds=checkpoint_stall_seconds,
-                **ring_record(sums.ring),
-                **memory_bytes(self.mesh.device),
-                padding_share=1 - sum(map(sum, lengths)) / step_tokens,
-                plan_imbalance=max(plan.imbalance for plan in plans),
-                model_flops_per_second=flops,
-                **({"mfu": flops / (peak * self.mesh.world_size)} if peak else {}),
-                rows=[rows.start, rows.stop],
-                sample_ids=self.loader.sample_ids(step - 1),
+                **step_figures(
+                    self.job,
+                    self.loader,
+                    self.mesh,
+                    step - 1,
+                    sums,
+                    plans=[plan for batch in batches for plan in batch.ring.plans],
+                    phases=phases,
+                    seconds=seconds,
+                    checkpoint_stall_seconds=checkpoint_stall_seconds,
+                ),
             )
         )
 
@@ -405,17 +335,3 @@ class StageRun:
     def record(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """A line of the metric log, with what every line carries."""
         return self.job.record(kind, step, **values)
-
-
-def refuse_nonsense(numbers: Mapping[str, float], stage: str, step: int) -> None:
-    """Stop when a number is not finite; on every rank at once, since all hold the same ones.
-
-    Raises:
-        TrainingDiverged: says which number, at which step.
-    """
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"{name} is {value} at step {step} of stage {stage}; the last committed checkpoint "
-                "is sound: lower the learning rate, then resume from it"
-            )
