@@ -39,7 +39,8 @@ def stage_job(
     """The job of a stage's ranks, for the attempt that the run is at.
 
     Raises:
-        PlatformError: the model's shape does not go with the prepared data.
+        PlatformError: the model's shape does not go with the prepared data, or a source is of a
+            dataset that the recipe no longer has.
     """
     spec, record = live.spec, live.record
     prepared = record.prepared or {}
@@ -54,7 +55,7 @@ def stage_job(
         data_parallel_size=mesh.data_parallel_size,
         device=device,
         data_dir=str(prepared.get("dir", "")),
-        sources=spec.data.places(prepared.get("datasets", {})),
+        sources=sources_of(spec, prepared.get("datasets", {})),
         model_config=_model_config(spec, prepared),
         checkpoint_url=f"{spec.checkpoint.store.rstrip('/')}/{record.run_id}/checkpoints",
         spec_digest=record.spec_digest,
@@ -69,6 +70,25 @@ def stage_job(
             },
         ),
     )
+
+
+def sources_of(spec: JobSpec, prepared: Mapping[str, str]) -> dict[str, str]:
+    """Folder or URL of every source.
+
+    Args:
+        spec: the job.
+        prepared: folder of each of the recipe's datasets.
+
+    Raises:
+        PlatformError: a source is of a dataset that is not among them.
+    """
+    try:
+        return spec.data.places(prepared)
+    except KeyError as error:
+        raise PlatformError(
+            f"data.sources: the recipe has no dataset {error} any more (it has "
+            f"{', '.join(sorted(prepared)) or 'none'}); put it back, or submit the job anew"
+        ) from None
 
 
 def _model_config(spec: JobSpec, prepared: Mapping[str, Any]) -> ModelConfig:

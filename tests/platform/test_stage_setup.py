@@ -1,14 +1,42 @@
-"""What a stage runs on: a warning where the workers that split heads are on several nodes."""
+"""What a stage's ranks are handed."""
 
 from __future__ import annotations
 
-from ringworld_jobs.mesh import MeshSize
-from ringworld_platform.stage_setup import heads_apart
+import pytest
+
+from ringworld_jobs.spec import JobSpec
+from ringworld_platform.errors import PlatformError
+from ringworld_platform.stage_setup import sources_of
+
+JOB = {
+    "kind": "train",
+    "name": "a",
+    "data": {
+        "recipe": "/recipe.yaml",
+        "sources": {"long": {"dataset": "books"}, "more": {"shards": "s3://bucket/more"}},
+    },
+    "stages": [
+        {
+            "name": "s",
+            "context_length": 1024,
+            "rope_theta": 1e4,
+            "steps": 1,
+            "global_batch_tokens": 1024,
+            "learning_rate": {"peak": 1e-3},
+            "mixture": {"long": 1},
+        }
+    ],
+}
 
 
-def test_heads_on_several_nodes_are_told_of() -> None:
-    mesh = MeshSize(ring_size=2, data_parallel_size=1, heads_size=2)
-    assert heads_apart(mesh, ["a", "a", "b", "b"]) is None
-    text = heads_apart(mesh, ["a", "b", "b", "b"])
-    assert text is not None and text.startswith("1 of 2 groups of 2 workers")
-    assert heads_apart(MeshSize(ring_size=4, data_parallel_size=1), list("abcd")) is None
+def test_sources_are_of_the_recipe_as_it_was_built() -> None:
+    spec = JobSpec.model_validate(JOB)
+    found = sources_of(spec, {"books": "/data/books"})
+    assert found == {
+        "books": "/data/books",
+        "long": "/data/books",
+        "more": "s3://bucket/more",
+    }
+    # The recipe was changed after the job was submitted.
+    with pytest.raises(PlatformError, match=r"has no dataset 'books' any more \(it has novels\)"):
+        sources_of(spec, {"novels": "/data/novels"})
