@@ -2,7 +2,8 @@
 
 A packed row trains as its examples would alone: no token sees another example (segment_ids), RoPE
 starts anew in each (position_ids), and in ``example`` mode each weighs the same however many
-targets it has (see ``example_weights`` for those that are cut). LWM's paper trains so; its release masks nothing and weighs by row.
+targets it has (see ``example_weights`` for those that are cut). LWM's paper trains so; its release
+masks nothing and weighs by row.
 """
 
 from __future__ import annotations

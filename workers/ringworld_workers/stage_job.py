@@ -25,9 +25,10 @@ class StageJob:
         data_parallel_size: rings.
         device: what the ranks compute on.
         data_dir: folder of the prepared data recipe; empty when the job names none.
-        sources: dataset folder by source name: the recipe's and the spec's.
+        sources: folder or URL of the dataset by source name: the recipe's and the spec's.
         model_config: the model's shape, table sizes filled in from the data.
-        checkpoint_url: where the run's checkpoints lie: ``file:///abs/runs/quickstart-1/checkpoints``.
+        checkpoint_url: where the run's checkpoints lie, such as
+            ``file:///abs/runs/quickstart-1/checkpoints``.
         heads_size: ranks of one ring place, which split the attention heads.
         spec_digest: digest of the resolved spec; checkpoints carry it.
         proved: the run has proof already that this stage's ring is right on this mesh.
