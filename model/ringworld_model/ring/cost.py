@@ -37,12 +37,20 @@ def count_cost(work: Work, backend: str) -> int:
         backend: one of ``BACKENDS``.
     """
     # Integers, so that every machine agrees on the least.
-    return _slowest(work, _COUNTS[backend](work))
+    costs = by_step(_COUNTS[backend](work))
+    # The keys of a step leave when the rank before begins the step before, and this rank's own go
+    # on likewise; so neighbours are at most one step apart.
+    begins = torch.zeros_like(costs[0])
+    for cost in costs.unbind(1):
+        # Each with its neighbours on both sides.
+        around = torch.cat((begins[-1:], begins, begins[:1])).unfold(0, 3, 1)
+        begins = torch.maximum(begins + cost, around.amax(1))
+    return int(begins.max()) + _padding(work)
 
 
 def bound_cost(work: Work) -> int:
-    """Return less than ``count_cost`` of any backend: visible pairs alone. Cheap."""
-    return _slowest(work, work.pairs)
+    """Return at most what ``count_cost`` of any backend is: visible pairs alone. Cheap."""
+    return int(work.pairs.sum(1).max()) + _padding(work)
 
 
 def bound_striped(
@@ -74,16 +82,9 @@ def by_step(table: torch.Tensor) -> torch.Tensor:
     return table.gather(1, (ranks[:, None] - ranks[None, :]) % len(table))
 
 
-def _slowest(work: Work, table: torch.Tensor) -> int:
+def _padding(work: Work) -> int:
     real = int(work.ends[-1]) if len(work.ends) else 0
-    padding = work.layout.length - real // work.layout.ring_size
-    # The keys of a step leave when the rank before begins the step before, and this rank's own go
-    # on likewise; so neighbours are at most one step apart.
-    begins = torch.zeros_like(table[0])
-    for cost in by_step(table).unbind(1):
-        neighbours = torch.maximum(begins.roll(1), begins.roll(-1))
-        begins = torch.maximum(begins + cost, neighbours)
-    return int(begins.max()) + _PAIRS_PER_TOKEN * padding
+    return _PAIRS_PER_TOKEN * (work.layout.length - real // work.layout.ring_size)
 
 
 def _count_calls(work: Work) -> torch.Tensor:

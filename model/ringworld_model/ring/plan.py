@@ -263,12 +263,12 @@ def _choose(
     backend: str,
 ) -> tuple[RingPlan, ...]:
     """Plans of the layout that "auto" takes, see ``plan_ring``; counts no more than it must."""
-    plans = {
-        name: [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
-        for name in LAYOUTS
-    }
+
+    def plans(name: str) -> list[RingPlan]:
+        return [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
+
     bounds = {
-        name: sum(bound_cost(plan._work) for plan in plans[name])
+        name: sum(bound_cost(plan._work) for plan in plans(name))
         for name in LAYOUTS
         if name != "striped"
     }
@@ -276,9 +276,9 @@ def _choose(
     costs: dict[str, int] = {}
     for name in sorted(LAYOUTS, key=bounds.__getitem__):
         if not costs or bounds[name] <= _NEAR * min(costs.values()):
-            costs[name] = sum(count_cost(plan._work, backend) for plan in plans[name])
+            costs[name] = sum(count_cost(plan._work, backend) for plan in plans(name))
     near = [name for name in costs if costs[name] <= _NEAR * min(costs.values())]
-    imbalances = {name: _imbalance([plan.pairs for plan in plans[name]]) for name in LAYOUTS}
+    imbalances = {name: _imbalance([plan.pairs for plan in plans(name)]) for name in costs}
     best = min(
         (name for name in LAYOUTS if name in near),
         key=lambda name: costs[name] * max(Fraction(1), imbalances[name] / _BALANCED) ** _WEIGHT,
@@ -286,9 +286,9 @@ def _choose(
     unit = max(1, costs[best])
 
     def compared(name: str) -> str:
-        bound = "" if name in costs else "at least "
-        cost = costs.get(name, bounds[name]) / unit
-        return f"{name} {bound}{cost:.2f} (imbalance {float(imbalances[name]):.2f})"
+        if name not in costs:
+            return f"{name} at least {bounds[name] / unit:.2f}"
+        return f"{name} {costs[name] / unit:.2f} (imbalance {float(imbalances[name]):.2f})"
 
     others = ", ".join(
         compared(name)
@@ -303,7 +303,7 @@ def _choose(
         f"{why}, with backend {backend} at ring size {ring_size} ({unit / 1e6:.3g}M pairs a rank, "
         f"imbalance {float(imbalances[best]):.2f}); as multiples of it: {others}"
     )
-    return tuple(replace(plan, _reason=reason) for plan in plans[best])
+    return tuple(replace(plan, _reason=reason) for plan in plans(best))
 
 
 def _imbalance(pairs: Sequence[torch.Tensor]) -> Fraction:

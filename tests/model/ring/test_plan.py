@@ -243,7 +243,7 @@ def test_plans_explain_themselves():
     assert all(name in said for name in LAYOUTS)
     # Multiples of the least: that of striping, of equal balance, is little more.
     assert 1.0 <= float(said.split("striped ")[1].split()[0]) <= 1.05
-    assert "contiguous at least" in said and "(imbalance 1.75)" in said
+    assert "contiguous at least" in said and "(imbalance 1.00)" in said
     unbalanced = plan_ring(packed(1000, 1 << 20, 0), 1 << 20, 64)
     assert "the best of counted cost and imbalance" in unbalanced.explain()
     assert plan_ring([9], 9, 2, "striped").explain().startswith("striped: asked for by name")
