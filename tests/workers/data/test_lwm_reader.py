@@ -221,7 +221,7 @@ def test_bytes_that_are_no_jsonl(tmp_path: Path) -> None:
     found = [draft for item in reader.items() for draft in reader.drafts(item)]
     refused = {draft.name: draft.reason for draft in found if isinstance(draft, Refused)}
     assert "NUL bytes" in refused["binary.jsonl"]
-    assert "no record" in refused["empty.jsonl"]
+    assert "blank" in refused["empty.jsonl"]
     assert "not UTF-8" in refused["latin.jsonl line 2"]
     names = [draft.name for draft in found if isinstance(draft, Draft)]
     assert names == ["latin.jsonl line 1, a", "latin.jsonl line 3, a"]

@@ -152,13 +152,17 @@ def huge(path: Path) -> None:
         ("a.txt", no_text, "a.txt: holds NUL bytes"),
         ("a.txt", huge, "a.txt: a document of 67,108,865 bytes; the limit is 67,108,864"),
         ("a.txt", broken_parquet, "a.txt: holds NUL bytes"),
+        ("a.txt", b" \n\t\r\n", "a.txt: the file holds nothing but white space"),
+        ("a.txt", "text".encode("utf-16"), "a.txt: UTF-16 text, expected UTF-8"),
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
+        ("a.jsonl", b"\n \n", "a.jsonl: every line of the file is blank"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "a.jsonl line 1: not JSON that can be read"),
         ("a.jsonl", no_text, "a.jsonl: holds NUL bytes"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y', "a.jsonl line 2: not JSON"),
         ("a.jsonl", b'\n{"text": "\xff"}', "a.jsonl line 2: not UTF-8 text (byte 10 of the line)"),
-        ("a.jsonl", b'["x"]', "a.jsonl line 1: a JSON list, not an object"),
+        ("a.jsonl", b'["x"]', "a.jsonl line 1: holds a list, expected an object"),
         ("a.jsonl", b'{"txt": "x"}', "a.jsonl line 1: no key 'text' (its keys: txt)"),
-        ("a.jsonl", b'{"text": 5}', "a.jsonl line 1: 'text' is int, not text"),
+        ("a.jsonl", b'{"text": 5}', "a.jsonl line 1: 'text' holds a number, expected text"),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl line 1: 'text' holds half of a surrogate"),
         ("a.jsonl", b"[" * 99_999, "a.jsonl line 1: not JSON"),
         ("a.parquet", b"", "a.parquet: not readable as parquet"),
@@ -184,7 +188,7 @@ def test_what_cannot_be_used_is_named(
 def test_rows_without_text_are_named(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
     found = read(tmp_path, files=["a.parquet"])
-    assert found[1] == Refused("a.parquet row 2", "'text' is NoneType, not text")
+    assert found[1] == Refused("a.parquet row 2", "'text' holds null, expected text")
     assert [type(draft) for draft in found] == [Draft, Refused, Draft]
     (missing,) = read(tmp_path, files=["a.parquet"], text_field="body")
     assert missing.name == "a.parquet"

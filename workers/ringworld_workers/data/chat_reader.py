@@ -11,8 +11,9 @@ from ringworld_jobs.recipe_text import ChatDataset
 from ringworld_workers.data.chat_template import ChatTemplate, Content, Role, Turn
 from ringworld_workers.data.draft import Draft, Refused, WorkItem
 from ringworld_workers.data.files import DataError, InputFile
+from ringworld_workers.data.json_lines import kind
 from ringworld_workers.data.media_store import MediaStore, MediaUse, Sampling
-from ringworld_workers.data.records import Record, RecordFiles, kind, records, require_text
+from ringworld_workers.data.records import Record, RecordFiles, records, require_text
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 

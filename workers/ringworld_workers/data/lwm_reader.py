@@ -22,8 +22,9 @@ from ringworld_jobs.recipe_text import LwmDataset
 from ringworld_workers.data.chat_template import clip_parts
 from ringworld_workers.data.draft import Draft, Part, Refused, SpecialPart, TextPart, WorkItem
 from ringworld_workers.data.files import DataError
+from ringworld_workers.data.json_lines import kind
 from ringworld_workers.data.media_store import CodeGeometry
-from ringworld_workers.data.records import Record, RecordFiles, kind, records, require_text
+from ringworld_workers.data.records import Record, RecordFiles, records, require_text
 
 
 class LwmReader:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -19,13 +19,13 @@ from ringworld_jobs.recipe_dataset import DatasetBase
 from ringworld_workers.data.draft import Refused, WorkItem
 from ringworld_workers.data.files import DataError, InputFile, resolve
 from ringworld_workers.data.held_out import drawn_held_out, named_held_out
+from ringworld_workers.data.json_lines import JsonLine, json_lines, kind
 from ringworld_workers.data.text_sources import Part, parts
 
 RecordFormat = Literal["jsonl", "parquet"]
 MAX_RECORD_BYTES = 256 << 20
 """Longer lines are refused: 4,000 frames of 256 codes take about 6 MB."""
 
-_HEAD_BYTES = 8192
 _BATCH_ROWS = 64
 
 
@@ -126,7 +126,8 @@ def records(item: WorkItem) -> Iterator[Record | Refused]:
         if record_format(item.file) == "parquet":
             yield from _rows(item)
         else:
-            yield from _lines(item)
+            for line in json_lines(item, MAX_RECORD_BYTES):
+                yield line if isinstance(line, Refused) else _record(line)
     except OSError as error:
         yield Refused(item.file.label, f"cannot be read: {error.strerror or error}")
 
@@ -146,63 +147,9 @@ def require_text(what: str, value: object) -> str:
     return value
 
 
-def kind(value: object) -> str:
-    """What JSON calls a value's type."""
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
-    names |= {str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _lines(item: WorkItem) -> Iterator[Record | Refused]:
-    label, number = item.file.label, item.first
-    with item.file.path.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
-        if b"\0" in head or not head.strip():
-            if item.start == 0:
-                why = "holds NUL bytes: no jsonl, whatever its name says"
-                yield Refused(label, why if b"\0" in head else "the file holds no record")
-            return
-        # A line belongs to the part that it starts in; the part counts from the line that holds
-        # its first byte.
-        stream.seek(max(0, item.start - 1))
-        if item.start > 0:
-            number += _skip(stream) > 1
-        while item.stop is None or stream.tell() < item.stop:
-            line = stream.readline(MAX_RECORD_BYTES + 1)
-            if not line:
-                return
-            name = f"{label} line {number}"
-            if len(line) > MAX_RECORD_BYTES:
-                if not line.endswith(b"\n"):
-                    _skip(stream)
-                yield Refused(name, f"longer than the limit of {MAX_RECORD_BYTES:,} bytes")
-            elif line.strip():
-                yield _record(name, number, line)
-            number += 1
-
-
-def _skip(stream: BinaryIO) -> int:
-    """Read to the end of the line; returns the bytes."""
-    read = 0
-    while chunk := stream.readline(1 << 20):
-        read += len(chunk)
-        if chunk.endswith(b"\n"):
-            break
-    return read
-
-
-def _record(name: str, number: int, line: bytes) -> Record | Refused:
-    try:
-        value = json.loads(line.strip().decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        return Refused(name, f"not UTF-8 text (byte {error.start} of the line)")
-    except json.JSONDecodeError as error:
-        return Refused(name, f"not JSON: {error.msg} (column {error.colno})")
-    except (RecursionError, ValueError) as error:
-        return Refused(name, f"not JSON that can be read: {error}")
-    if not isinstance(value, dict):
-        return Refused(name, f"holds {kind(value)}, expected an object")
-    return Record(name, number, value, hashlib.sha256(line.strip()).hexdigest())
+def _record(line: JsonLine) -> Record:
+    digest = hashlib.sha256(line.content).hexdigest()
+    return Record(line.name, line.number, line.value, digest)
 
 
 def _rows(item: WorkItem) -> Iterator[Record | Refused]:

@@ -78,7 +78,8 @@ class TextReader:
                 )
 
     def _short(self, document: Document) -> bool:
-        return len(document.text) < self._dataset.min_chars
+        # White space alone is no text.
+        return len(document.text.strip()) < self._dataset.min_chars
 
     def _format(self, file: InputFile) -> Format:
         kind = self._dataset.format

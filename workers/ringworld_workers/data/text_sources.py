@@ -5,17 +5,18 @@ A part that cannot be read, or a line or row in it, is refused by name and numbe
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from ringworld_workers.data.draft import Refused, WorkItem
 from ringworld_workers.data.files import InputFile
+from ringworld_workers.data.json_lines import json_lines, kind
 
 Format = Literal["txt", "jsonl", "parquet", "hf"]
 PART_BYTES = 16 << 20
@@ -108,12 +109,16 @@ def _whole_text(file: InputFile) -> Document | Refused:
     if size > MAX_DOCUMENT_BYTES:
         return Refused(file.label, _too_long(size))
     content = file.path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return Refused(file.label, "UTF-16 text, expected UTF-8; convert it")
     if b"\0" in content[:_HEAD_BYTES]:
         return Refused(file.label, "holds NUL bytes: no text file, whatever its name says")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Refused(file.label, f"not UTF-8 text (byte {error.start})")
+    if not text.strip():
+        return Refused(file.label, "the file holds nothing but white space")
     return Document(file.label, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -140,63 +145,19 @@ def _line_parts(file: InputFile, part_bytes: int) -> Sequence[Part]:
 
 
 def _lines(item: WorkItem, field: str) -> Iterator[Document | Refused]:
-    label, number = item.file.label, item.first
-    with item.file.path.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
-        if not head or b"\0" in head:
-            if item.start == 0:
-                why = "holds NUL bytes: no jsonl, whatever its name says"
-                yield Refused(label, why if head else "the file is empty")
-            return
-        # The line that the range starts in the middle of is its predecessor's. Where it starts with
-        # a line, this reads no more than the end of the line before, which was counted there.
-        stream.seek(max(0, item.start - 1))
-        if item.start > 0:
-            number += _skip_line(stream, at_boundary=True)
-        while item.stop is None or stream.tell() < item.stop:
-            line = stream.readline(MAX_DOCUMENT_BYTES + 1)
-            if not line:
-                return
-            name = f"{label} line {number}"
-            if len(line) > MAX_DOCUMENT_BYTES:
-                if not line.endswith(b"\n"):
-                    _skip_line(stream, at_boundary=False)
-                yield Refused(name, f"longer than the limit of {MAX_DOCUMENT_BYTES:,} bytes")
-            elif line.strip():
-                yield _record(name, line, field, first=number == 1)
-            number += 1
-
-
-def _skip_line(stream: BinaryIO, *, at_boundary: bool) -> int:
-    """Read to the line's end; returns the lines begun since ``stream``'s second byte."""
-    read = 0
-    while chunk := stream.readline(1 << 20):
-        read += len(chunk)
-        if chunk.endswith(b"\n"):
-            break
-    return int(at_boundary and read > 1)
-
-
-def _record(name: str, line: bytes, field: str, *, first: bool) -> Document | Refused:
-    try:
-        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        return Refused(name, f"not UTF-8 text (byte {error.start} of the line)")
-    except json.JSONDecodeError as error:
-        return Refused(name, f"not JSON: {error.msg} (column {error.colno})")
-    except RecursionError:
-        return Refused(name, "not JSON that can be read: nested too deeply")
-    if not isinstance(record, dict):
-        return Refused(name, f"a JSON {type(record).__name__}, not an object")
-    if field not in record:
-        keys = ", ".join(map(str, list(record)[:8])) or "none"
-        return Refused(name, f"no key {field!r} (its keys: {keys}); correct text_field")
-    return _checked(name, field, record[field])
+    for line in json_lines(item, MAX_DOCUMENT_BYTES):
+        if isinstance(line, Refused):
+            yield line
+        elif field not in line.value:
+            keys = ", ".join(list(line.value)[:8]) or "none"
+            yield Refused(line.name, f"no key {field!r} (its keys: {keys}); correct text_field")
+        else:
+            yield _checked(line.name, field, line.value[field])
 
 
 def _checked(name: str, field: str, value: Any) -> Document | Refused:
     if not isinstance(value, str):
-        return Refused(name, f"{field!r} is {type(value).__name__}, not text")
+        return Refused(name, f"{field!r} holds {kind(value)}, expected text")
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:
