@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from ringworld_workers.data import work
 from ringworld_workers.data.files import DataError, Unavailable
 from ringworld_workers.data.prepare import Prepared, build
 from ringworld_workers.data.shards import Dataset
@@ -144,14 +145,15 @@ def test_a_share_of_text_is_of_fewer_documents_where_there_are_too_many() -> Non
 
 
 @pytest.fixture
-def parted(tmp_path: Path) -> Path:
+def parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of seven tasks in three datasets, with a line and a file that cannot be used."""
+    monkeypatch.setattr(work, "TASK_FILES", TASK_FILES)
     folder = tmp_path / "recipe"
-    for number in range(1030):
+    (folder / "many").mkdir(parents=True)
+    for number in range(4 * TASK_FILES + 6):
         path = folder / "many" / f"{number:04}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{number % 1000} and {number % 7}")
-    (folder / "many" / "0500.txt").write_bytes(b"\xff")
+        path.write_text(f"{number % 126} and {number % 7}")
+    (folder / "many" / "0050.txt").write_bytes(b"\xff")
     write_lines(folder / "lines.jsonl", [*DIGITS, DIGITS[3]])
     with (folder / "lines.jsonl").open("a") as file:
         file.write('{"text": ')
@@ -174,10 +176,14 @@ def same_files(one: Path, two: Path) -> bool:
     )
 
 
-KILLED = """
+TASK_FILES = 32
+KILLED = f"""
 import os, signal, sys
 from pathlib import Path
+from ringworld_workers.data import work
 from ringworld_workers.data.prepare import build
+
+work.TASK_FILES = {TASK_FILES}
 
 def watch(phase, done, total):
     print(phase, done, flush=True)
@@ -196,7 +202,8 @@ def test_after_a_kill_only_what_is_missing_is_done(parted: Path, tmp_path: Path)
     (building,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
     done = {path: path.stat().st_mtime_ns for path in building.glob("examples/*/*.arrow")}
     assert len(done) == 3
-    assert sorted(read_report(path).examples for path in done) == [255, 256, 256]
+    read = sorted(read_report(path).examples for path in done)
+    assert read == [TASK_FILES - 1, TASK_FILES, TASK_FILES]
     # A task that was cut off leaves a file that does not count.
     stray = next(iter(done)).with_name(".000009-stray.arrow.temporary")
     stray.write_bytes(b"half")
