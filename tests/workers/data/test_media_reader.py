@@ -167,6 +167,17 @@ def test_held_out_goes_by_the_media_files_name(make_reader: Reader) -> None:
     assert list(shared.training_texts(item)) == []
 
 
+def test_a_copy_of_a_held_out_medium_is_held_out_under_any_name(
+    make_reader: Reader, tmp_path: Path
+) -> None:
+    (tmp_path / "again.mp4").write_bytes((tmp_path / "film.mkv").read_bytes())
+    rows = [{"path": "again.mp4", "caption": "seen before"}, *ROWS_OF_BOTH]
+    reader = make_reader(rows, held_out=["film.*"])
+    assert [d.held_out for d in drafts(reader) if isinstance(d, Draft)] == [True, None, True, True]
+    (item,) = reader.items()
+    assert list(reader.training_texts(item)) == ["night"]
+
+
 def test_paths_are_the_tables_or_media_roots(make_reader: Reader, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"path": "dark.png", "caption": "night"}]
     (found,) = drafts(make_reader(rows, media_root="photos"))

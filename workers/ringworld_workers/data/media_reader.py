@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -247,8 +248,26 @@ class MediaReader:
                     yield entry.file
 
     def _held_out(self, file: InputFile) -> bool | None:
-        name = file.path.name
-        return True if any(fnmatchcase(name, p) for p in self._dataset.held_out) else None
+        if not self._dataset.held_out:
+            return None
+        if self._named(file):
+            return True
+        try:
+            return True if media_digest(file) in self._apart else None
+        except DataError:
+            return None
+
+    def _named(self, file: InputFile) -> bool:
+        return any(fnmatchcase(file.path.name, p) for p in self._dataset.held_out)
+
+    @cached_property
+    def _apart(self) -> frozenset[str]:
+        """Digests of the media that are held out by name: copies under other names are too."""
+        digests = set()
+        for file in dict.fromkeys(filter(self._named, self._files())):
+            with suppress(DataError):
+                digests.add(media_digest(file))
+        return frozenset(digests)
 
     def _certainly_held_out(self, file: InputFile) -> bool:
         share = self._dataset.held_out_share
