@@ -47,7 +47,9 @@ def draw_sheet(heading: str, strips: Sequence[Strip], path: Path) -> None:
             if isinstance(part[0], str):
                 lines = textwrap.wrap(part[0], _TEXT_WIDTH) or [""]
                 if len(lines) > _TEXT_LINES:
-                    lines = [*lines[: _TEXT_LINES - 1], "[...]"]
+                    # The end too: a question stands after a long text.
+                    half = _TEXT_LINES // 2
+                    lines = [*lines[:half], "[...]", *lines[-half:]]
                 height = _LINE_INCHES * len(lines) + 0.06
                 blocks.append((height, "text", "\n".join(lines), INK if part[1] else GREY))
             else:
