@@ -13,6 +13,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -150,9 +151,11 @@ class PatchCodebook:
                     frame_size=int(arrays["frame_size"]),
                     patch_size=int(arrays["patch_size"]),
                 )
-        except (KeyError, ValueError, EOFError) as error:
+        except (KeyError, ValueError, EOFError, TypeError, BadZipFile) as error:
+            # What NumPy says of a file of another kind speaks of pickles, which are never read.
             raise ValueError(
-                f"{path} is no patch codebook: {error}; build the data again"
+                f"{path} is no patch codebook, or damaged; name a codebook.npz that a build wrote, "
+                f"or build the data again"
             ) from error
 
     @classmethod

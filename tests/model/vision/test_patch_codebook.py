@@ -84,9 +84,13 @@ def test_files(codebook: PatchCodebook, tmp_path: Path) -> None:
     np.savez(tmp_path / "pickled.npz", centroids=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match=r"pickled.npz is no patch codebook"):
         PatchCodebook.load(tmp_path / "pickled.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:-40])
+    np.save(tmp_path / "array.npy", codebook.centroids)
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="text is no patch codebook"):
-        PatchCodebook.load(tmp_path / "text")
+    for name in ("cut.npz", "array.npy", "text"):
+        with pytest.raises(ValueError, match=f"{name} is no patch codebook") as caught:
+            PatchCodebook.load(tmp_path / name)
+        assert "pickle" not in str(caught.value)
 
 
 def test_what_does_not_fit_is_refused(codebook: PatchCodebook, frames: torch.Tensor) -> None:
