@@ -270,6 +270,20 @@ def test_an_error_when_nothing_is_left(make_recipe: RecipeMaker, tmp_path: Path)
         build_small(make_recipe, tmp_path, datasets=texts)
 
 
+def test_a_tokenizer_without_a_text_says_why_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{kind: data, name: none, tokenizer: {train: {vocabulary_size: 300}},"
+        " datasets: {texts: {kind: text, files: ['*.txt']}}}"
+    )
+    with pytest.raises(
+        DataError, match=r"tokenizer\.train: no .*a\.txt: not UTF-8.*b\.txt: .*empty"
+    ):
+        build(recipe, tmp_path / "cache")
+
+
 def test_clips_without_a_caption_are_left_out_and_counted(
     make_recipe: RecipeMaker, tmp_path: Path
 ) -> None:

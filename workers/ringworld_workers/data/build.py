@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ from ringworld_workers.data.work import Task, whole_folder
 
 ANSWERS_FOLDER = ".answers"
 """In the cache: what generators answered, shared by all builds. It may be removed at any time."""
+
+
+_REASONS = 3
+"""Refused texts that an error names."""
 
 
 class Build:
@@ -123,6 +128,10 @@ class Build:
         tasks = list(once(self._tasks, lambda name: self._recipe.datasets[name].kind))
         taken = self._take_texts(tasks, readers, training.max_bytes)
         self._phases.say("train tokenizer")
+        if next(stored_texts(taken), None) is None:
+            raise DataError(
+                f"tokenizer.train: no dataset gives it a text; {self._why_no_text(tasks, readers)}"
+            )
         return train_tokenizer(stored_texts(taken), training.vocabulary_size)
 
     def _take_texts(
@@ -144,6 +153,19 @@ class Build:
                 first += texts
         list(self._phases.map("read texts", take, shares, weight))
         return [take.place(share.task) for share in shares]
+
+    def _why_no_text(self, tasks: Sequence[Task], readers: dict[str, DatasetReader]) -> str:
+        """Why the first few texts cannot be used."""
+        reasons = (
+            f"{entry.name}: {entry.reason}"
+            for task in tasks
+            if not self._has_captions(task)
+            for item in task.items
+            for entry in readers[task.dataset].drafts(item)
+            if isinstance(entry, Refused)
+        )
+        first = list(islice(reasons, _REASONS))
+        return "; ".join(first) or "all of them are held out, or the recipe has none"
 
     def _has_captions(self, task: Task) -> bool:
         return self._recipe.datasets[task.dataset].kind in ("video_text", "media_text")
