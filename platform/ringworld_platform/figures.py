@@ -222,8 +222,8 @@ FIGURES = (
         "Loss by modality",
         "Points are steps, lines their running mean; shaded bands are the stages of the "
         "curriculum. Open markers are the loss on held-out rows at a stage's end. A dashed line is "
-        "the entropy of the token frequencies: a model above it knows less than which tokens are "
-        "common. "
+        "the entropy of those rows' own token frequencies: a model below it knows more of them "
+        "than which tokens are common. "
         "A step up at a band's edge is the price of a longer context, and should heal.",
         _draw_loss,
         ("loss_text", "loss_vision"),
