@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ringworld_jobs.problem import KeyPath, nearest
-from ringworld_jobs.recipe import Dataset, MediaTextDataset, RecipeSpec, VideoTextDataset
+from ringworld_jobs.recipe import (
+    Dataset,
+    LongQaDataset,
+    MediaTextDataset,
+    RecipeSpec,
+    VideoTextDataset,
+)
 from ringworld_jobs.spec import DocumentsSpec, JobSpec, StageSpec
 from ringworld_jobs.units import format_tokens
 from ringworld_jobs.validate import Checked
@@ -51,6 +57,11 @@ def _source(dataset: Dataset, recipe: RecipeSpec | None, band: DocumentsSpec) ->
         frames = dataset.frames_per_clip
         why = f"{frames} frames x {codes + 1} tokens + {CAPTION_TOKENS} for the caption"
         found = replace(found, example_tokens=frames * (codes + 1) + CAPTION_TOKENS, why=why)
+    if isinstance(dataset, LongQaDataset) and dataset.longer == "refuse":
+        # They are filled up to it.
+        longest = min(dataset.target_tokens, (band.max_tokens or dataset.target_tokens + 1) - 1)
+        why = "up to its target_tokens, and the dataset says longer: refuse"
+        found = replace(found, example_tokens=longest, why=why)
     least = max(band.min_tokens or 0, dataset.documents.min_tokens or 0)
     if least > found.example_tokens:
         why = f"documents.min_tokens, and the dataset says longer: {dataset.longer}"

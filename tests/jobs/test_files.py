@@ -188,6 +188,22 @@ datasets:
 """
 
 
+def test_long_questions_that_fit_no_row_are_found_before_they_are_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.replace("sources: {books: {shards: books}}", "recipe: recipe.yaml"))
+    path.write_text(path.read_text().replace("books: 1", "a: 1"))
+    asked = RECIPE.replace("kind: text, files: [FILES]", "kind: long_qa, files: [a.txt], WHAT")
+    (tmp_path / "recipe.yaml").write_text(asked.replace("WHAT", "target_tokens: 1Mi"))
+    problem = problem_of(path)
+    assert problem.path.endswith("mixture.a")
+    assert "needs 1,048,576 tokens (up to its target_tokens" in problem.message
+    (tmp_path / "recipe.yaml").write_text(
+        asked.replace("WHAT", "target_tokens: 1Mi, longer: split")
+    )
+    load_job(path)
+
+
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
