@@ -13,7 +13,18 @@ import torch
 
 from ringworld_model.ring.comm import Exchange, Message, Parcel, Ring, RingStats
 from ringworld_model.ring.kernel import RingKernel, RowGroup, accumulator
-from ringworld_model.ring.parcel import Load, Pair, add, empty_parcel, is_complete, pack, unpack
+from ringworld_model.ring.parcel import (
+    Load,
+    Pair,
+    Pool,
+    add,
+    as_pair,
+    empty_parcel,
+    is_complete,
+    is_parcel,
+    pack,
+    unpack,
+)
 
 # What dK takes of one chunk, in bytes of the accumulator. Less costs kernel calls on CPU, and on a
 # device that computes heads side by side it leaves too few of them, and too small messages.
@@ -48,14 +59,15 @@ def ring_forward(
     Returns:
         See ``ForwardPass.finish``.
     """
-    chunks = _chunks(q, k)
+    chunks, pool = _chunks(q, k), Pool(k.dtype)
     if len(chunks) == 1:
-        return _forward(call, q, k, v)
+        return _forward(call, pool, q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
     for heads, kv_heads in chunks:
-        found = _forward(call, q[:, :, heads], k[:, :, kv_heads], v[:, :, kv_heads])
+        found = _forward(call, pool, q[:, :, heads], k[:, :, kv_heads], v[:, :, kv_heads])
         out[:, :, heads], lse[:, heads] = found
+        del found
     return out, lse
 
 
@@ -86,9 +98,12 @@ def ring_backward(
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
+    pool, sums = Pool(k.dtype), Pool(lse.dtype)
     for heads, kv_heads in _chunks(q, k):
-        dq[:, :, heads], (dk[:, :, kv_heads], dv[:, :, kv_heads]) = _backward(
+        dq[:, :, heads], own = _backward(
             call,
+            pool,
+            sums,
             grad_out[:, :, heads],
             q[:, :, heads],
             k[:, :, kv_heads],
@@ -96,43 +111,50 @@ def ring_backward(
             out[:, :, heads],
             lse[:, heads],
         )
+        dk[:, :, kv_heads], dv[:, :, kv_heads] = own
+        sums.give(own[0])
     return dq, dk, dv
 
 
 def _forward(
-    call: RingCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    call: RingCall, pool: Pool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ring_forward`` of one chunk."""
+    """``ring_forward`` of one chunk, what travels in memory of ``pool``."""
     with call.stats.computing(q.device):
         mine = call.kernel.forward(call.ring.rank, call.rows, q, call.scale)
     exchange = Exchange(call.ring, call.stats)
-    keys = _Keys(call, k, v)
+    keys = _Keys(call, pool, k, v)
     for step in range(call.ring.size):
         exchange.post(*keys.leave(step))
         with call.stats.computing(q.device):
             mine.step(step, *keys.pair)
         exchange.finish()
         keys.arrive(step)
-    del keys
+    keys.end()
     with call.stats.computing(q.device):
         return mine.finish()
 
 
 def _backward(
     call: RingCall,
+    pool: Pool,
+    sums: Pool,
     grad_out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ring_backward`` of one chunk: dq, and the sums of dk and dv as one tensor [2, ...]."""
+) -> tuple[torch.Tensor, Pair]:
+    """``ring_backward`` of one chunk: dq, and the sums of dk and dv.
+
+    Keys travel in memory of ``pool``, gradients in that of ``sums``, in which the sums lie too.
+    """
     with call.stats.computing(q.device):
         mine = call.kernel.backward(call.ring.rank, call.rows, grad_out, q, out, lse, call.scale)
     exchange = Exchange(call.ring, call.stats)
-    keys = _Keys(call, k, v)
-    gradients = _Gradients(call, k)
+    keys = _Keys(call, pool, k, v)
+    gradients = _Gradients(call, sums, k)
     for step in range(call.ring.size):
         moment = zip(keys.leave(step), gradients.leave(step), strict=True)
         exchange.post(*(first + second for first, second in moment))
@@ -141,7 +163,7 @@ def _backward(
         exchange.finish()
         gradients.arrive(step)
         keys.arrive(step)
-    del keys
+    keys.end()
     exchange.post(*gradients.leave(call.ring.size))
     with call.stats.computing(q.device):
         dq = mine.finish()
@@ -158,58 +180,81 @@ class _Keys:
             names are meaningful after step 0.
     """
 
-    def __init__(self, call: RingCall, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(self, call: RingCall, pool: Pool, k: torch.Tensor, v: torch.Tensor) -> None:
         self.pair: Pair = (k, v)
-        self._call = call
-        self._room: Pair | None = None
-        self._arriving: torch.Tensor | None = None
+        self._call, self._pool = call, pool
+        self._came: torch.Tensor | None = None
+        self._packed: torch.Tensor | None = None
+        self._coming: torch.Tensor | None = None
+        # Of the pool: what came, if anything has, and what it is unpacked into.
+        self._kept: torch.Tensor | None = None
+        self._room: torch.Tensor | None = None
 
     def leave(self, step: int) -> Moment:
         """Send on what later ranks need, and receive what the next step needs."""
-        arrived, self._arriving = self._arriving, None
+        came, self._came = self._came, None
         if step == self._call.ring.size - 1:
             return [], []
         rank, leaving = self._call.ring.rank, _loads(self._call, "keys_out", step)
         # What goes on unchanged is not copied again.
-        same = arrived is not None and leaving == _loads(self._call, "keys_in", step)
-        sent = arrived if arrived is not None and same else pack(self.pair, leaving)
-        self._arriving = empty_parcel(self.pair[0], _loads(self._call, "keys_in", step + 1))
+        if came is not None and leaving == _loads(self._call, "keys_in", step):
+            sent = came
+        else:
+            sent = pack(self.pair, leaving, self._pool)
+            self._packed = None if is_parcel(self.pair, leaving) else sent
+        coming = _loads(self._call, "keys_in", step + 1)
+        self._coming = empty_parcel(self.pair[0], coming, self._pool)
         return (
             [Parcel(Message.KEYS_VALUES, sent, rank + 1)],
-            [Parcel(Message.KEYS_VALUES, self._arriving, rank - 1)],
+            [Parcel(Message.KEYS_VALUES, self._coming, rank - 1)],
         )
 
     def arrive(self, step: int) -> None:
         """Make ``pair`` the next step's."""
-        if self._arriving is None or self._arriving.numel() == 0:
+        self._pool.give(self._packed)
+        self._packed = None
+        self._came, self._coming = self._coming, None
+        if self._came is None or self._came.numel() == 0:
             return
-        loads = _loads(self._call, "keys_in", step + 1)
-        if self._room is None and not is_complete(loads, self.pair[0].shape[1]):
-            shape = self.pair[0].shape
-            self._room = (self.pair[0].new_empty(shape), self.pair[1].new_empty(shape))
-        self.pair = unpack(self._arriving, self._room or self.pair, loads)
+        loads, like = _loads(self._call, "keys_in", step + 1), self.pair[0]
+        if self._room is None and not is_complete(loads, like.shape[1]):
+            self._room = self._pool.take(like)
+        room = self.pair if self._room is None else as_pair(self._room, like)
+        self.pair = unpack(self._came, room, loads)
+        self._pool.give(self._kept)
+        self._kept = self._came
+
+    def end(self) -> None:
+        """Give all memory back to the pool. ``pair`` must not be used any more."""
+        self._pool.give(self._kept, self._room)
+        self._kept = self._room = None
 
 
 class _Gradients:
     """Gradients of keys and values: of this rank's own, and of those that visit it.
 
     Attributes:
-        own: dK and dV of this rank's keys, [2, B, T, Hkv, D]; complete after the last arrival.
+        own: dK and dV of this rank's keys, [B, T, Hkv, D] each, in memory of the pool; complete
+            after the last arrival.
     """
 
-    def __init__(self, call: RingCall, k: torch.Tensor) -> None:
-        self._call = call
-        self.own = torch.zeros((2, *k.shape), dtype=accumulator(k.dtype), device=k.device)
+    def __init__(self, call: RingCall, pool: Pool, k: torch.Tensor) -> None:
+        self._call, self._pool, self._like = call, pool, k
+        self.own = as_pair(pool.take(k).zero_(), k)
         self._share = self.own
-        self._onward = self._home = self.own.new_empty(0)
+        # Of the pool: the share, what is packed, and what comes onward and home.
+        self._flat: torch.Tensor | None = None
+        self._packed: list[torch.Tensor | None] = []
+        self._onward = self._home = k.new_empty(0)
 
     def share(self, step: int) -> Pair:
         """Where the step's source gets its gradients: [B, T, Hkv, D] each."""
         # Nothing is added at a step after which no gradient leaves.
         ways = ("gradients_out", "home_out")
         if step > 0 and any(load.spans for way in ways for load in _loads(self._call, way, step)):
-            self._share = torch.zeros_like(self.own)
-        return self._share[0], self._share[1]
+            self._flat = self._pool.take(self._like).zero_()
+            self._share = as_pair(self._flat, self._like)
+        return self._share
 
     def leave(self, step: int) -> Moment:
         """Send the last step's sums onward or home, and receive as much."""
@@ -217,13 +262,19 @@ class _Gradients:
         before = step - 1
         if before < 1:
             return [], []
-        pair = (self._share[0], self._share[1])
-        onward = pack(pair, _loads(self._call, "gradients_out", before))
-        homeward = pack(pair, _loads(self._call, "home_out", before))
+        leaving = [_loads(self._call, way, before) for way in ("gradients_out", "home_out")]
+        onward, homeward = (pack(self._share, loads, self._pool) for loads in leaving)
+        if any(is_parcel(self._share, loads) for loads in leaving):
+            self._packed = [self._flat]
+        else:
+            # What comes may take the share's place.
+            self._pool.give(self._flat)
+            self._packed = [onward, homeward]
+        self._flat = None
         self._share = self.own
         coming = _loads(self._call, "gradients_in", step) if step < size else []
-        self._onward = empty_parcel(self.own[0], coming)
-        self._home = empty_parcel(self.own[0], _loads(self._call, "home_in", before))
+        self._onward = empty_parcel(self._like, coming, self._pool)
+        self._home = empty_parcel(self._like, _loads(self._call, "home_in", before), self._pool)
         return (
             [
                 Parcel(Message.GRADIENTS, onward, rank + 1),
@@ -240,10 +291,11 @@ class _Gradients:
         if step < 2:
             return
         if step < self._call.ring.size:
-            pair = (self._share[0], self._share[1])
-            add(self._onward, pair, _loads(self._call, "gradients_in", step))
-        add(self._home, (self.own[0], self.own[1]), _loads(self._call, "home_in", step - 1))
-        self._onward = self._home = self.own.new_empty(0)
+            add(self._onward, self._share, _loads(self._call, "gradients_in", step))
+        add(self._home, self.own, _loads(self._call, "home_in", step - 1))
+        self._pool.give(*self._packed, self._onward, self._home)
+        self._packed = []
+        self._onward = self._home = self._like.new_empty(0)
 
 
 def _loads(call: RingCall, way: str, step: int) -> list[Load]:

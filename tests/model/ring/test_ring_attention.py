@@ -76,6 +76,7 @@ CASES = [
     Case("1x4 dense", 1, 515, ((515,),), (8, 4), 64, heads_size=4),
     Case("1x4 packed", 1, 640, ((600,), (600,), (1, 639)), (4, 1), 32, heads_size=4),
     Case("several chunks of heads", 2, 512, ((300, 200),), (6, 3), 1024),
+    Case("chunks reuse memory", 4, 1100, (MANY + (500,),), (3, 3), 1024, "block_cyclic"),
 ]
 NAMED = {case.name: case for case in CASES}
 

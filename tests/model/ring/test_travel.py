@@ -13,7 +13,7 @@ from ringworld_model.ring import plan_ring
 from ringworld_model.ring.backend import ring_kernel
 from ringworld_model.ring.kernel import RowGroup
 from ringworld_model.ring.layout import LAYOUTS
-from ringworld_model.ring.parcel import Load, add, empty_parcel, pack, unpack
+from ringworld_model.ring.parcel import Load, Pool, add, as_pair, empty_parcel, pack, unpack
 from ringworld_model.ring.reference import dense_attention
 from ringworld_model.ring.travel import count_rows
 
@@ -237,3 +237,18 @@ def test_parcels_carry_the_rows_and_nothing_else():
     copied = pack((k.clone(), v.clone()), complete)
     assert torch.equal(whole, copied)
     assert torch.equal(unpack(copied, room, complete)[1], v)
+
+
+def test_a_pool_lends_what_was_given_back():
+    like, pool = torch.zeros(2, 3, 1, 4), Pool(torch.float64)
+    first, second = pool.take(like), pool.take(like)
+    assert first.dtype == torch.float64 and first.numel() == second.numel() == 2 * like.numel()
+    assert first.data_ptr() != second.data_ptr()
+    # A parcel is a part of what was lent, a pair the whole of it; either gives all of it back.
+    parcel = empty_parcel(like, [Load(slice(0, 2), ((1, 3),))], pool)
+    pool.give(parcel, None, like.new_empty(0), as_pair(second, like)[0])
+    again = {pool.take(like).data_ptr(), pool.take(like).data_ptr()}
+    assert again == {parcel.data_ptr(), second.data_ptr()}
+    # What is too small is let go.
+    pool.give(first)
+    assert pool.take(torch.zeros(9, 9, 9, 9)).numel() == 2 * 9**4
