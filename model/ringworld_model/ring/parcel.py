@@ -26,8 +26,8 @@ class Load(NamedTuple):
 class Pool:
     """Memory for pairs and parcels of one dtype, used again by the steps and chunks of one call.
 
-    On CPU memory that was given back costs a page fault every 4 KiB when it is next taken: a tenth
-    of the time that the attention of short documents takes (measured).
+    On CPU memory that was given back costs a page fault every 4 KiB when it is next taken, and a
+    call takes what it needs at its peak just once.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
