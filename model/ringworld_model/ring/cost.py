@@ -16,8 +16,9 @@ from ringworld_model.ring.work import BlockWork, Pieces, StripedWork, Work, grou
 
 # A call of the CPU kernel (forward, backward, merging) takes about as long as a 64 x 128 tile, and
 # a row of keys from another rank as long as 64 pairs: it is packed, sent, unpacked, twice, and its
-# gradient, in fp32, goes back (both fitted to whole calls on CPU). On a GPU rows travel meanwhile; launching a call and
-# merging it takes some 10 us (derived), in which it computes a 512 x 512 tile of 32 heads of 128.
+# gradient, in fp32, goes back (both fitted to whole calls). On a GPU rows travel meanwhile;
+# launching a call and merging it takes some 10 us (derived), in which it computes a 512 x 512 tile
+# of 32 heads of 128.
 _PAIRS_PER_CALL = 8192
 _PAIRS_PER_ROW = 64
 _PAIRS_PER_VARLEN_CALL = 512 * 512
