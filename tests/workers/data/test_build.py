@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,8 @@ def refuse(item: int) -> None:
 def kill_a_worker() -> list[int]:
     """SIGKILL one of Ray Data's workers below this process, where one has started."""
     for process in psutil.Process().children(recursive=True):
-        if "MapWorker" in " ".join(process.cmdline()):
-            process.kill()
-            return [process.pid]
+        with suppress(psutil.Error):  # others come and go meanwhile
+            if "MapWorker" in " ".join(process.cmdline()):
+                process.kill()
+                return [process.pid]
     return []

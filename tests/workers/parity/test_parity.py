@@ -14,8 +14,8 @@ import torch
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_model.batch import TrainBatch, cut
-from ringworld_model.ring import RingContext, RingPlan, plan_ring, ring_attention
-from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring import RingContext, RingPlan, plan_ring, rectangles, ring_attention
+from ringworld_model.ring.clusters import Cluster, Cut
 from ringworld_workers.data.files import DataError
 from ringworld_workers.parity.case import ParityCase, Precision, build_case
 from ringworld_workers.parity.compare import compare_rank
@@ -48,12 +48,14 @@ def test_the_case_is_the_jobs_own(job: tuple[JobSpec, JobData]) -> None:
 
 def without_the_second_step() -> AbstractContextManager[object]:
     """Every rank forgets what the keys of the rank before it would have added."""
-    whole = RingPlan.rectangles
+    whole = rectangles.cut_step
 
-    def dropped(plan: RingPlan, rank: int, step: int) -> tuple[Rectangle, ...]:
-        return () if step == 1 else whole(plan, rank, step)
+    def dropped(
+        cut: Cut, dtype: torch.dtype, plan: RingPlan, rank: int, step: int, backward: bool
+    ) -> list[Cluster]:
+        return [] if step == 1 else whole(cut, dtype, plan, rank, step, backward)
 
-    return mock.patch.object(RingPlan, "rectangles", dropped)
+    return mock.patch.object(rectangles, "cut_step", dropped)
 
 
 class LocalValueGradient(RingContext):

@@ -9,10 +9,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_model.ring import RingPlan
-from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring import RingPlan, rectangles
+from ringworld_model.ring.clusters import Cluster, Cut
 from ringworld_workers.data.loader import open_loader
 from ringworld_workers.mesh import Mesh, build_mesh
 from ringworld_workers.parity.preflight import prove_ring
@@ -51,13 +52,15 @@ def stage_job(
 
 def forgotten_step() -> AbstractContextManager[object]:
     """The last rank of a ring forgets one step of one document."""
-    whole = RingPlan.rectangles
+    whole = rectangles.cut_step
 
-    def fewer(plan: RingPlan, rank: int, step: int) -> tuple[Rectangle, ...]:
-        found = tuple(whole(plan, rank, step))
+    def fewer(
+        cut: Cut, dtype: torch.dtype, plan: RingPlan, rank: int, step: int, backward: bool
+    ) -> list[Cluster]:
+        found = whole(cut, dtype, plan, rank, step, backward)
         return found[1:] if (rank, step) == (plan.ring_size - 1, 1) else found
 
-    return mock.patch.object(RingPlan, "rectangles", fewer)
+    return mock.patch.object(rectangles, "cut_step", fewer)
 
 
 def mesh_of(job: StageJob) -> Mesh:
