@@ -7,218 +7,45 @@ messages are in ``load.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from ringworld_jobs.units import Bytes, ContextLength, Every, Interval, Seconds, Tokens
-from ringworld_model.config import PRESETS, ModelConfig, RopeForm, RopeScaling, preset
+from ringworld_jobs.spec_base import Auto, Name, Positive, Share, Size, Spec
+from ringworld_jobs.spec_data import DataSpec, DocumentsSpec, ShardCacheSpec, SourceSpec
+from ringworld_jobs.spec_model import ModelSpec, RopeScalingSpec, VisionSpec
+from ringworld_jobs.units import ContextLength, Every, Interval, Seconds, Tokens
 
-Auto = Literal["auto"]
-Size = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-
-
-class Spec(BaseModel):
-    """Base of every part: immutable, documented by its field docstrings, unknown keys refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
-
-
-class VisionSpec(Spec):
-    """The visual vocabulary."""
-
-    codebook_size: Annotated[int, Field(ge=0)] | None = None
-    """VQ codes of the vision table; empty takes those of init_from, where it has any, else the data
-    recipe's, else the preset's; 0 builds a text-only model."""
-
-
-class RopeScalingSpec(Spec):
-    """Llama 3's stretch of the rotary embedding. It works on the frequencies that a stage's
-    rope_theta gives, whatever theta that is; a curriculum that raises theta mostly wants none."""
-
-    factor: Annotated[float, Field(ge=1)]
-    """What the frequencies of slow pairs are divided by."""
-    low_freq_factor: Positive
-    """Pairs that turn fewer times than this within the original length are slow."""
-    high_freq_factor: Positive
-    """Pairs that turn more often than this are left as they are; above low_freq_factor."""
-    original_max_position_embeddings: Size
-    """The original length, in tokens."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> RopeScalingSpec:
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor {self.low_freq_factor:g} is not below high_freq_factor "
-                f"{self.high_freq_factor:g}; Llama 3 has 1 and 4"
-            )
-        return self
-
-
-class ModelSpec(Spec):
-    """The shape of the model: a preset, with any field replaced, or that of given weights."""
-
-    preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] = "tiny"
-    """A named shape: tiny, LWM's 7b, llama2-7b, llama3-8b and others. Left out beside
-    `init_from: hf:...`, the folder's config.json gives the shape."""
-    init_from: str | None = None
-    """Weights that the first stage starts from: hf:FOLDER is a Llama-family checkpoint in Hugging
-    Face's layout, lwm:FILE a parameter file of the Large World Model's JAX release (with its
-    preset). Relative to this file. Empty draws the weights from `seed`, as it does vision tables
-    that the checkpoint lacks."""
-    hidden_size: Size | None = None
-    """Width of the residual stream."""
-    ffn_size: Size | None = None
-    """Inner width of the SwiGLU MLP."""
-    num_layers: Size | None = None
-    """Decoder layers."""
-    num_heads: Size | None = None
-    """Query heads."""
-    num_kv_heads: Size | None = None
-    """Key and value heads (grouped-query attention when fewer than num_heads)."""
-    head_dim: Size | None = None
-    """Width of one head; empty means hidden_size / num_heads."""
-    text_vocab_size: Size | None = None
-    """Rows of the text table; empty takes those of init_from, else the data recipe's tokenizer
-    size, else the preset's."""
-    norm_eps: Positive | None = None
-    """Epsilon of every RMSNorm."""
-    rope_form: RopeForm | None = None
-    """Which pairs RoPE rotates: half (Hugging Face) or interleaved (Meta, LWM)."""
-    rope_scaling: RopeScalingSpec | Literal["none"] | None = None
-    """Llama 3's stretch of RoPE, in every stage, on top of the stage's rope_theta; none turns the
-    preset's (llama3.2-1b has one) or the checkpoint's off."""
-    tie_text_embeddings: bool | None = None
-    """Share the text table with the text head."""
-    tie_vision_embeddings: bool | None = None
-    """Share the vision table with the vision head."""
-    init_std: Positive | None = None
-    """Standard deviation of the initial weights."""
-    vision: VisionSpec = VisionSpec()
-    """The visual vocabulary."""
-
-    def config(
-        self, *, text_vocab_size: int | None = None, codebook_size: int | None = None
-    ) -> ModelConfig:
-        """The model's shape; the arguments fill in what the spec leaves to the data.
-
-        Args:
-            text_vocab_size: the tokenizer's size, used where the spec names none.
-            codebook_size: the codebook's size, used where the spec names none.
-
-        Raises:
-            KeyError: unknown preset.
-            ValueError: an impossible shape.
-        """
-        apart = {"preset", "vision", "init_from", "rope_scaling"}
-        overrides = self.model_dump(exclude=apart, exclude_none=True)
-        overrides.setdefault("text_vocab_size", text_vocab_size)
-        codes = (
-            self.vision.codebook_size if self.vision.codebook_size is not None else codebook_size
-        )
-        config = preset(self.preset, **overrides, vision_codebook_size=codes)
-        if self.rope_scaling is None:
-            return config
-        scaling = None
-        if self.rope_scaling != "none":
-            scaling = RopeScaling(**self.rope_scaling.model_dump())
-        return replace(config, rope_scaling=scaling)
-
-
-class DocumentsSpec(Spec):
-    """Which examples are taken, by their length."""
-
-    min_tokens: Tokens | None = None
-    """Shorter examples are left out."""
-    max_tokens: Tokens | None = None
-    """Examples of this length and longer ones are left out."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DocumentsSpec:
-        least, most = self.min_tokens, self.max_tokens
-        if least is not None and most is not None and most <= least:
-            raise ValueError(
-                f"max_tokens {most:,} is not above min_tokens {least:,}; nothing would be left"
-            )
-        return self
-
-    def keeps(self, length: int) -> bool:
-        """Whether an example of so many tokens is kept."""
-        return (self.min_tokens or 0) <= length and (
-            self.max_tokens is None or length < self.max_tokens
-        )
-
-
-class SourceSpec(Spec):
-    """Something that a mixture may draw from: a dataset that is prepared already, or the examples
-    of a certain length of one."""
-
-    shards: str | None = None
-    """A prepared dataset: a folder (it holds meta.json) as `ringworld data build` wrote it,
-    relative to this file, or s3://BUCKET/FOLDER, whose shards are fetched as they are needed."""
-    dataset: Name | None = None
-    """Instead of shards: a dataset of data.recipe, to take only some of its examples."""
-    documents: DocumentsSpec = DocumentsSpec()
-    """Which training examples are drawn, by their length; the others are left out. Held-out
-    examples are scored whatever their length, so that stages can be compared."""
-
-    @model_validator(mode="after")
-    def _one(self) -> SourceSpec:
-        if (self.shards is None) == (self.dataset is None):
-            raise ValueError(
-                "give shards (a prepared dataset) or dataset (one of data.recipe), one of them"
-            )
-        return self
-
-
-class ShardCacheSpec(Spec):
-    """Where the shards of remote datasets are kept on each node, shared by its workers."""
-
-    folder: str = ".ringworld/shards"
-    """A folder on the node's own disk. Relative to the working directory."""
-    max_bytes: Bytes = 64 * 2**30
-    """Most bytes that the folder takes; shards that were not used for longest go first. It holds
-    the shards that are shuffled together, eight of each remote source, at least."""
-
-
-class DataSpec(Spec):
-    """Where training rows come from."""
-
-    recipe: str | None = None
-    """Data recipe (YAML) that is built before the first stage, if it is not in the cache yet; each
-    of its datasets is a source. Relative to this file."""
-    cache: str = ".ringworld/data"
-    """Folder of prepared data, one entry a content digest. Relative to the working directory."""
-    sources: dict[str, SourceSpec] = {}
-    """Further sources by name: prepared datasets, and parts of datasets."""
-    shard_cache: ShardCacheSpec = ShardCacheSpec()
-    """Where the shards of remote datasets are kept."""
-
-    def places(self, prepared: Mapping[str, str]) -> dict[str, str]:
-        """The folder or URL of every source.
-
-        Args:
-            prepared: folder of each of the recipe's datasets.
-
-        Raises:
-            KeyError: a source is of a dataset that the recipe does not have.
-        """
-        return dict(prepared) | {
-            name: prepared[source.dataset or ""] if source.shards is None else source.shards
-            for name, source in self.sources.items()
-        }
+__all__ = [
+    "AttentionSpec",
+    "Auto",
+    "CheckpointSpec",
+    "DataSpec",
+    "DocumentsSpec",
+    "JobSpec",
+    "LearningRateSpec",
+    "LossSpec",
+    "MemorySpec",
+    "MeshSpec",
+    "ModelSpec",
+    "Name",
+    "OptimizerSpec",
+    "ParitySpec",
+    "Positive",
+    "RecoverySpec",
+    "ResourcesSpec",
+    "RopeScalingSpec",
+    "SequenceParallelSpec",
+    "ShardCacheSpec",
+    "Share",
+    "Size",
+    "SourceSpec",
+    "Spec",
+    "StageSpec",
+    "TrackingSpec",
+    "VisionSpec",
+    "WorkersSpec",
+]
 
 
 class OptimizerSpec(Spec):
