@@ -25,7 +25,7 @@ from ringworld_jobs.recipe import (
     VideoTextDataset,
 )
 from ringworld_jobs.spec import JobSpec
-from ringworld_jobs.validate import Checked, validate
+from ringworld_jobs.validate import Checked, T, validate
 from ringworld_jobs.weights import with_weights
 
 __all__ = ["JobSpecError", "Problem", "load_codebook", "load_job", "load_recipe"]
@@ -89,10 +89,7 @@ def load_recipe(path: Path | str, *, check_files: bool = True) -> RecipeSpec:
     Raises:
         JobSpecError: everything that is wrong, with lines, limits and remedies.
     """
-    checked = _read_recipe(Path(path), check_files)
-    if checked.document.problems or checked.spec is None:
-        raise JobSpecError(checked.document.problems)
-    return checked.spec
+    return _sound(_read_recipe(Path(path), check_files))
 
 
 def load_codebook(path: Path | str, *, check_files: bool = True) -> CodebookJob:
@@ -105,28 +102,34 @@ def load_codebook(path: Path | str, *, check_files: bool = True) -> CodebookJob:
     Raises:
         JobSpecError: everything that is wrong, with lines, limits and remedies.
     """
-    path = Path(path)
-    document = read_document(path)
-    _check_kind(document, "codebook")
-    refuse_secrets(document)
-    checked = validate(CodebookJob, document)
+    checked = _checked(Path(path), "codebook", CodebookJob)
     _check_clips(checked)
     if check_files:
-        check_codebook_files(checked, path.parent)
-    if document.problems or checked.spec is None:
-        raise JobSpecError(document.problems)
-    return checked.spec
+        check_codebook_files(checked, Path(path).parent)
+    return _sound(checked)
 
 
 def _read_recipe(path: Path, check_files: bool) -> Checked[RecipeSpec]:
-    document = read_document(path)
-    _check_kind(document, "data")
-    refuse_secrets(document)
-    checked = validate(RecipeSpec, document)
+    checked = _checked(path, "data", RecipeSpec)
     _check_references(checked)
     if check_files:
         check_recipe_files(checked, path.parent)
     return checked
+
+
+def _checked(path: Path, kind: str, model: type[T]) -> Checked[T]:
+    """A file of one kind, its fields validated."""
+    document = read_document(path)
+    _check_kind(document, kind)
+    refuse_secrets(document)
+    return validate(model, document)
+
+
+def _sound(checked: Checked[T]) -> T:
+    """The spec, where nothing was reported."""
+    if checked.document.problems or checked.spec is None:
+        raise JobSpecError(checked.document.problems)
+    return checked.spec
 
 
 def _check_kind(document: Document, kind: str) -> None:
