@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from xdist.remote import Producer
     from xdist.scheduler import LoadFileScheduling
+
+    from ringworld_platform.local_s3 import LocalS3
 
 # Before torch is imported, here or in what tests start: ranks and pytest's own workers share the
 # cores, and more threads than cores only wait for each other.
@@ -91,3 +94,23 @@ def run_gang() -> Callable[..., list[Any]]:
             return testing._collect(Path(folder), fn.__qualname__, processes, late, timeout)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    """A real S3 server of this test process alone, with the bucket ``runs``."""
+    from ringworld_platform.local_s3 import LocalS3
+
+    with LocalS3(tmp_path_factory.mktemp("s3")) as server:
+        server.start("runs")
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A prefix of its own on that server; the environment has the way there and the credentials."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://runs/{uuid.uuid4().hex[:12]}"

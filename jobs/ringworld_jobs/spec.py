@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from ringworld_jobs.spec_base import Auto, Name, Positive, Share, Size, Spec
 from ringworld_jobs.spec_data import DataSpec, DocumentsSpec, ShardCacheSpec, SourceSpec
 from ringworld_jobs.spec_model import ModelSpec, RopeScalingSpec, VisionSpec
-from ringworld_jobs.units import ContextLength, Every, Interval, Seconds, Tokens
+from ringworld_jobs.units import Bytes, ContextLength, Every, Interval, Seconds, Tokens
 
 __all__ = [
     "AttentionSpec",
@@ -100,12 +100,28 @@ class CheckpointSpec(Spec):
     """When and where the state is saved. The end of each stage is always saved."""
 
     store: str = "file://runs"
-    """Where checkpoints go: file://PATH, where a relative PATH is under the working directory. The
+    """Where checkpoints go: file://PATH, where a relative PATH is under the working directory, or
+    s3://BUCKET/PREFIX, with endpoint, region and credentials from where AWS's tools take them. The
     run's name is appended."""
     every: Every = Interval(seconds=900.0)
     """Time or steps between checkpoints inside a stage: `15min`, `20 steps`."""
     keep: Size = 2
-    """Checkpoints kept inside a stage; a stage's last is always kept."""
+    """Checkpoints kept inside a stage. The newest two of the run are always kept."""
+    keep_stage_ends: bool = True
+    """Keep the last checkpoint of every stage for ever; false: only as long as `keep` says."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What happens when a checkpoint is due and the one before is still on its way: wait for that,
+    or skip this one. The end of a stage and a stop always wait."""
+    max_host_bytes: Bytes | None = None
+    """Most host memory that a worker's snapshot takes; empty: what its share of the state needs. A
+    share that is larger is saved piece by piece while the step waits."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Saves that may fail in a row, outside of a stage's end, before the job fails."""
+    when_damaged: Literal["stop", "older"] = "stop"
+    """What happens when the newest checkpoint is damaged: stop and say which older one there is, or
+    set the damaged one aside and take the older one."""
+    abort_unfinished_after: Seconds = Field(default=86400.0, validate_default=False)
+    """Age at which what an interrupted save has left in the store is removed: `24h`."""
 
 
 class TrackingSpec(Spec):

@@ -27,8 +27,8 @@ from ringworld_platform.run_state import RunState, next_attempt
 from ringworld_platform.stage_setup import device_of, heads_apart, mesh_of, stage_job
 from ringworld_platform.tracking import Tracker
 from ringworld_platform.waiting_line import Place, WaitingLine
-from ringworld_workers.checkpoint.store import StoreError
 from ringworld_workers.recorder import Entry, Progress
+from ringworld_workers.store.base import StoreError
 
 log = logging.getLogger(__name__)
 

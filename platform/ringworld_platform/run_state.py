@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.run_records import STATE_FILE
-from ringworld_workers.checkpoint.store import Conflict, StoreError, open_store
+from ringworld_workers.store.base import Conflict, StoreError
+from ringworld_workers.store.opening import open_store
 
 LEASE_SECONDS = 30.0
 _MAX_RACES = 50

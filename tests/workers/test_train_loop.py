@@ -23,7 +23,6 @@ from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers import train_loop
 from ringworld_workers.checkpoint.layout import CheckpointError, Manifest
 from ringworld_workers.checkpoint.reader import RangeReader, committed, newest, read_manifest
-from ringworld_workers.checkpoint.store import FileStore, StoreError, open_store
 from ringworld_workers.data.loader import StageLoader
 from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
 from ringworld_workers.engine.base import OwnedRange
@@ -31,6 +30,9 @@ from ringworld_workers.export import choose_checkpoint, export_checkpoint
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import build_mesh
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.store.base import StoreError
+from ringworld_workers.store.file_store import FileStore
+from ringworld_workers.store.opening import open_store
 from ringworld_workers.train_loop import run_stage
 
 MODEL = ModelConfig(

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from ringworld_workers.checkpoint.layout import CheckpointRef, TrainState
 from ringworld_workers.checkpoint.reader import CheckpointError, load, newest
-from ringworld_workers.checkpoint.store import open_store
 from ringworld_workers.checkpoint.writer import CheckpointWriter
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.store.opening import open_store
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from ringworld_model.hf_layout import parameter_shapes
 from ringworld_model.hf_save import MAX_SHARD_BYTES, write_pretrained
 from ringworld_workers.checkpoint.layout import CheckpointError, CheckpointRef, Manifest
 from ringworld_workers.checkpoint.reader import RangeReader, committed, read_manifest
-from ringworld_workers.checkpoint.store import Store
 from ringworld_workers.data.tokenizer import load_tokenizer
 from ringworld_workers.engine.base import OwnedRange
+from ringworld_workers.store.base import Store
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

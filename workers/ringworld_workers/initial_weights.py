@@ -11,10 +11,10 @@ from ringworld_model.hf import LoadedWeights, load_pretrained
 from ringworld_model.lwm import load_lwm
 from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers.checkpoint.catalog import newest
-from ringworld_workers.checkpoint.store import open_store
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.store.opening import open_store
 
 log = logging.getLogger(__name__)
 

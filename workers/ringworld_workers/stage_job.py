@@ -32,6 +32,9 @@ class StageJob:
         heads_size: ranks of one ring place, which split the attention heads.
         spec_digest: digest of the resolved spec; checkpoints carry it.
         proved: the run has proof already that this stage's ring is right on this mesh.
+        run_uid: unlike for any two runs, also of the same name on different machines; the store
+            holds it, and a run of another uid does not write there.
+        take_older: take an older checkpoint if the newest is damaged, whatever the spec says.
     """
 
     run_id: str
@@ -49,6 +52,8 @@ class StageJob:
     spec_digest: str
     heads_size: int = 1
     proved: bool = False
+    run_uid: str = ""
+    take_older: bool = False
 
     @property
     def stage(self) -> StageSpec:

@@ -13,7 +13,7 @@ from ringworld_platform.errors import PlatformError, UnknownRunError
 
 if TYPE_CHECKING:
     from ringworld_workers.checkpoint.layout import CheckpointRef
-    from ringworld_workers.checkpoint.store import Store
+    from ringworld_workers.store.base import Store
 
 
 def export(
@@ -49,9 +49,9 @@ def export(
     from ringworld_model.hf_config import WeightsError
     from ringworld_platform.run_records import SPEC_FILE, read_state
     from ringworld_workers.checkpoint.layout import CheckpointError
-    from ringworld_workers.checkpoint.store import StoreError
     from ringworld_workers.data.files import DataError
     from ringworld_workers.export import export_checkpoint
+    from ringworld_workers.store.base import StoreError
 
     shard_bytes = _bytes(max_shard)
     console = out()
@@ -93,8 +93,8 @@ def _find(
     from ringworld_platform.run_view import FolderView, find_status
     from ringworld_workers.checkpoint.catalog import committed
     from ringworld_workers.checkpoint.layout import MANIFEST
-    from ringworld_workers.checkpoint.store import open_store
     from ringworld_workers.export import choose_checkpoint
+    from ringworld_workers.store.opening import open_store
 
     given = Path(source)
     if not given.is_dir():

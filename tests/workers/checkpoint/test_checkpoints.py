@@ -30,11 +30,13 @@ from ringworld_workers.checkpoint.layout import (
     parse_folder,
 )
 from ringworld_workers.checkpoint.reader import RangeReader, load, read_manifest
-from ringworld_workers.checkpoint.store import FileStore, StoreError, open_store
 from ringworld_workers.checkpoint.writer import CheckpointWriter, publish
 from ringworld_workers.engine.base import OwnedRange
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.mesh import Mesh, build_mesh
+from ringworld_workers.store.base import StoreError
+from ringworld_workers.store.file_store import FileStore
+from ringworld_workers.store.opening import open_store
 
 
 def make_engine(mesh: Mesh, *, seed: int = 0, width: int = 5, optimizer: str = "adamw") -> Any:

@@ -16,10 +16,10 @@ from torch import nn
 from ringworld_jobs.spec import OptimizerSpec, StageSpec
 from ringworld_workers.checkpoint.layout import TrainState
 from ringworld_workers.checkpoint.reader import load, newest
-from ringworld_workers.checkpoint.store import open_store
 from ringworld_workers.checkpoint.writer import CheckpointWriter
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.mesh import build_mesh
+from ringworld_workers.store.opening import open_store
 
 ROWS = 12
 SAVED_STEP, LAST_STEP = 3, 6

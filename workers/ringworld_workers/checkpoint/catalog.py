@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringworld_workers.checkpoint.layout import MANIFEST, CheckpointRef, parse_folder
-from ringworld_workers.checkpoint.store import Store
+from ringworld_workers.store.base import Store
 
 _ALWAYS_KEPT = 2
 

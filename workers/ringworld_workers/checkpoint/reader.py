@@ -20,9 +20,9 @@ from ringworld_workers.checkpoint.layout import (
     TrainState,
 )
 from ringworld_workers.checkpoint.layout import CheckpointError as CheckpointError
-from ringworld_workers.checkpoint.store import Store, StoreError
 from ringworld_workers.engine.base import Engine, OwnedRange
 from ringworld_workers.mesh import Mesh
+from ringworld_workers.store.base import Store, StoreError
 
 _READ_BYTES = 16 * CHUNK_BYTES
 _ELEMENT_BYTES = 4

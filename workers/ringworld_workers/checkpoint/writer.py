@@ -26,10 +26,10 @@ from ringworld_workers.checkpoint.layout import (
 )
 from ringworld_workers.checkpoint.layout import TrainState as TrainState
 from ringworld_workers.checkpoint.snapshot import ChecksummedStream, Snapshot, SnapshotBuffer
-from ringworld_workers.checkpoint.store import Conflict, NotFound, Store, StoreError
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,4 @@
-"""Objects by key: what checkpoints and run state need of a store, and the store on a file system.
-
-No torch here: the platform uses stores too. An object appears whole or not at all, and whoever has
-been told that it is written will find it after a crash.
-"""
+"""Objects as files under a folder: the store on any POSIX file system."""
 
 from __future__ import annotations
 
@@ -12,13 +8,19 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
-Chunk = bytes | bytearray | memoryview
+from ringworld_workers.store.base import (
+    Chunk,
+    Conflict,
+    NotFound,
+    ObjectInfo,
+    StoreError,
+    Unfinished,
+    check_key,
+)
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock-"
@@ -32,111 +34,6 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file; choose another store",
     errno.ENAMETOOLONG: "the name is too long for this file system",
 }
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """One object in a listing."""
-
-    key: str
-    size: int
-
-
-class StoreError(RuntimeError):
-    """An operation on the store failed."""
-
-    def __init__(self, operation: str, key: str, reason: str, *, transient: bool = False) -> None:
-        """Name what failed.
-
-        Args:
-            operation: what was tried: put, get, list, ...
-            key: on which object, with the store's url where that helps.
-            reason: why, and what to do about it.
-            transient: whether the same call may succeed if it is tried again.
-        """
-        hint = " (retrying may help)" if transient else ""
-        super().__init__(f"{operation} {key}: {reason}{hint}")
-        self.operation, self.key, self.reason, self.transient = operation, key, reason, transient
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Survive pickling: Ray carries errors between processes."""
-        return _rebuild, (type(self), self.operation, self.key, self.reason, self.transient)
-
-
-def _rebuild(
-    kind: type[StoreError], operation: str, key: str, reason: str, transient: bool
-) -> StoreError:
-    return kind(operation, key, reason, transient=transient)
-
-
-class NotFound(StoreError):
-    """There is no such object."""
-
-
-class Conflict(StoreError):
-    """The object is not the one that the caller had read."""
-
-
-class Store(Protocol):
-    """What every store gives. Keys are relative paths with ``/``; no part begins with a dot.
-
-    A prefix names a folder: ``""`` is everything, ``a/b`` holds ``a/b/c`` and not ``a/bc``.
-    """
-
-    url: str
-
-    def put(self, key: str, chunks: Iterable[Chunk]) -> None:
-        """Write an object from a stream, replacing an older one when it is complete."""
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write unless it exists; of several writers one wins. Returns whether this call did."""
-
-    def put_if_match(self, key: str, data: bytes, etag: str | None) -> str:
-        """Replace the object that has this etag (None: that is absent); returns the new etag.
-
-        Raises:
-            Conflict: the object is another one by now.
-        """
-
-    def get(self, key: str) -> bytes:
-        """The whole object. Raises NotFound."""
-
-    def get_with_etag(self, key: str) -> tuple[bytes, str]:
-        """The whole object and its etag. Raises NotFound."""
-
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly these bytes. Raises NotFound, and StoreError if the object is shorter."""
-
-    def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Complete objects under a prefix, sorted by key."""
-
-    def delete(self, key: str) -> None:
-        """Remove an object; one that is absent is no error."""
-
-    def delete_prefix(self, prefix: str) -> None:
-        """Remove every object under a prefix, and what interrupted writers left there."""
-
-    def remove_unfinished(self, prefix: str = "", older_than_seconds: float = 3600.0) -> int:
-        """Remove what interrupted writers left; returns how many leftovers there were."""
-
-    def check_writable(self) -> None:
-        """Write, read and remove a small object. Raises StoreError."""
-
-
-def open_store(url: str) -> Store:
-    """The store behind a url: ``file:///absolute/folder``, or relative to the working directory.
-
-    Raises:
-        StoreError: unknown scheme, or no path.
-    """
-    scheme, separator, path = url.partition("://")
-    if not separator:
-        raise StoreError("open", url, "not a store url; write file:// and the folder's path")
-    if scheme != "file":
-        raise StoreError("open", url, f"no store for {scheme}:// in this version; use file://")
-    if not path:
-        raise StoreError("open", url, "no folder is named; write file:///path/to/folder")
-    return FileStore(Path(path))
 
 
 class FileStore:
@@ -200,18 +97,30 @@ class FileStore:
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """Exactly these bytes."""
-        path = self._path("read_range", key)
-        with self._errors("read_range", key), path.open("rb") as file:
+        data = bytearray(length)
+        self.read_into(key, offset, [memoryview(data)])
+        return bytes(data)
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers from the file."""
+        operation = "read"
+        path = self._path(operation, key)
+        end = offset + sum(len(buffer) for buffer in buffers)
+        with self._errors(operation, key), path.open("rb", buffering=0) as file:
             file.seek(offset)
-            data = file.read(length)
-            if len(data) != length:
-                raise StoreError(
-                    "read_range",
-                    key,
-                    f"holds {os.fstat(file.fileno()).st_size} bytes, but bytes {offset} to "
-                    f"{offset + length} were asked for; it is truncated",
-                )
-        return data
+            for buffer in buffers:
+                rest = buffer
+                while rest:
+                    count = file.readinto(rest)
+                    if not count:
+                        size = os.fstat(file.fileno()).st_size
+                        raise StoreError(
+                            operation,
+                            key,
+                            f"holds {size} bytes, but bytes {offset} to {end} were asked for; it "
+                            "is truncated",
+                        )
+                    rest = rest[count:]
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Complete objects: hidden files are not."""
@@ -244,23 +153,30 @@ class FileStore:
                 path.unlink(missing_ok=True)
                 self._remove_empty(path.parent)
 
-    def remove_unfinished(self, prefix: str = "", older_than_seconds: float = 3600.0) -> int:
+    def unfinished(self, prefix: str = "") -> Sequence[Unfinished]:
+        """Hidden files; their names do not tell of which object they are, only its folder."""
+        found = []
+        with self._errors("unfinished", prefix):
+            for path in list(_walk(self._folder("unfinished", prefix))):
+                if path.name.startswith(_TEMPORARY):
+                    with suppress(FileNotFoundError):
+                        began = path.stat().st_mtime
+                        place = path.relative_to(self.root).as_posix()
+                        found.append(Unfinished(path.parent.name, began, place))
+        return sorted(found, key=lambda left: left.started)
+
+    def remove_unfinished(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
         """Remove hidden files that were last written so long ago."""
-        folder = self._folder("remove_unfinished", prefix)
         latest = time.time() - older_than_seconds
         removed = 0
-        with self._errors("remove_unfinished", prefix):
-            for path in list(_walk(folder)):
-                if not path.name.startswith(_TEMPORARY):
-                    continue
-                try:
-                    if path.stat().st_mtime > latest:
-                        continue
-                    path.unlink()
-                except FileNotFoundError:
-                    continue
-                removed += 1
+        for left in self.unfinished(prefix):
+            if left.started > latest:
+                break
+            with self._errors("remove_unfinished", prefix):
+                path = self.root / left.handle
+                path.unlink(missing_ok=True)
                 self._remove_empty(path.parent)
+            removed += 1
         return removed
 
     def check_writable(self) -> None:
@@ -273,14 +189,8 @@ class FileStore:
             raise StoreError("check_writable", self.url, "a small object came back changed")
 
     def _path(self, operation: str, key: str) -> Path:
-        parts = key.split("/")
-        if any(not part or part.startswith(".") or "\0" in part for part in parts):
-            raise StoreError(
-                operation,
-                key,
-                "not a key; write a/b/c: relative, no empty part and none that begins with a dot",
-            )
-        return self.root.joinpath(*parts)
+        check_key(operation, key)
+        return self.root.joinpath(*key.split("/"))
 
     def _folder(self, operation: str, prefix: str) -> Path:
         return self._path(operation, prefix.rstrip("/")) if prefix else self.root

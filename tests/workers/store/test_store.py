@@ -14,14 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from ringworld_workers.checkpoint.store import (
-    Conflict,
-    FileStore,
-    NotFound,
-    Store,
-    StoreError,
-    open_store,
-)
+from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
+from ringworld_workers.store.file_store import FileStore
+from ringworld_workers.store.opening import open_store
 
 STORES: dict[str, Callable[[Path], Store]] = {
     "file": lambda folder: open_store(f"file://{folder}/store"),
@@ -229,7 +224,7 @@ def test_no_permission_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 KILLED = """
 import sys, time
-from ringworld_workers.checkpoint.store import open_store
+from ringworld_workers.store.opening import open_store
 
 def chunks():
     yield b"x" * 100_000
@@ -262,7 +257,7 @@ def test_a_killed_writer_leaves_nothing_visible(tmp_path: Path) -> None:
 
 def test_the_store_needs_no_torch() -> None:
     program = (
-        "import sys, ringworld_workers.checkpoint.store, ringworld_workers.checkpoint.catalog\n"
+        "import sys, ringworld_workers.store.opening, ringworld_workers.checkpoint.catalog\n"
         "print('torch' in sys.modules)"
     )
     said = subprocess.run(

@@ -1,0 +1,1 @@
+"""Stores of objects by key: folders and S3 buckets behind one protocol."""
