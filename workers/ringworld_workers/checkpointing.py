@@ -1,37 +1,25 @@
-"""When a stage saves, and from which checkpoint it starts."""
+"""When a stage saves."""
 
 from __future__ import annotations
 
 import base64
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ringworld_workers.checkpoint.layout import CheckpointRef, TrainState
-from ringworld_workers.checkpoint.reader import CheckpointError, load, newest
+from ringworld_workers.checkpoint.layout import TrainState
 from ringworld_workers.checkpoint.writer import CheckpointWriter
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import Mesh
+from ringworld_workers.reporter import Reporter
+from ringworld_workers.restoring import Start, restore
 from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.opening import open_store
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a stage begins: its first step to run, and the checkpoint that it comes from."""
-
-    step: int
-    tokens: int
-    key: str | None
-    bookmark: Any = None
-    """Of the row plan, see ``StageLoader.open_at``."""
 
 
 class StageCheckpoints:
@@ -53,50 +41,13 @@ class StageCheckpoints:
         self._last_time = time.monotonic()
         self._steps_done = 0
 
-    def restore(self) -> Start:
-        """Load the newest committed checkpoint of this stage, else the end of the stage before.
-
-        Raises:
-            CheckpointError: the stage before left no final checkpoint, what is there is damaged, or
-                it is of a later stage or another batch size.
-        """
-        ref = self._agree_on(newest(self.store) if self.mesh.rank == 0 else None)
-        index = self.job.stage_index
-        if ref is None and index == 0:
-            return Start(step=0, tokens=0, key=None)
-        if ref is None or ref.stage_index < index - 1:
-            raise CheckpointError(
-                f"stage {self.job.stage.name} starts from the end of stage "
-                f"{self.job.spec.stages[index - 1].name}, but {self.store.url} holds no committed "
-                "checkpoint of it"
-            )
-        if ref.stage_index > index:
-            raise CheckpointError(
-                f"{ref.key} is of a later stage than {self.job.stage.name}; continue with that "
-                "stage, or start a new run"
-            )
-        same_stage = ref.stage_index == index
-        inherits = self.job.stage.optimizer_state == "inherit"
-        state = load(self.store, ref, self.engine, self.mesh, with_optimizer=same_stage or inherits)
-        self.committed_key = ref.key
-        if not same_stage:
-            if not state.final:
-                raise CheckpointError(
-                    f"{ref.key} is not the end of its stage, so stage "
-                    f"{self.job.stage.name} cannot start from it"
-                )
-            return Start(step=0, tokens=state.tokens, key=ref.key)
-        expected = state.step * self.job.stage.rows_per_step
-        if state.cursor != expected:
-            raise CheckpointError(
-                f"{ref.key} continues at row {state.cursor}, but with the stage's "
-                f"{self.job.stage.rows_per_step} rows a step its step {state.step} would continue "
-                f"at row {expected}; give global_batch_tokens and context_length their old values"
-            )
-        if state.rng:
-            torch.set_rng_state(_decode_rng(state.rng))
-        self._last_step = self._steps_done = self._saved_step = state.step
-        return Start(state.step, state.tokens, ref.key, state.bookmark)
+    def restore(self, reporter: Reporter) -> Start:
+        """Load what this stage begins with: see ``restoring.restore``."""
+        start = restore(self.job, self.store, self.engine, self.mesh, reporter)
+        self.committed_key = start.key
+        if start.resumed:
+            self._last_step = self._steps_done = self._saved_step = start.step
+        return start
 
     def due(self) -> bool:
         """Whether the schedule asks for a checkpoint at this boundary."""
@@ -165,16 +116,6 @@ class StageCheckpoints:
         """Wait for background threads; a checkpoint that is still in flight stays uncommitted."""
         self.writer.close()
 
-    def _agree_on(self, ref: CheckpointRef | None) -> CheckpointRef | None:
-        """Rank 0 looks; all ranks start from what it saw."""
-        box = [ref]
-        dist.broadcast_object_list(box, src=0, group=self.mesh.control_group)
-        return box[0]
-
 
 def _encode_rng(state: torch.Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decode_rng(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

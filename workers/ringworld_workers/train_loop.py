@@ -91,7 +91,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     checkpoints = StageCheckpoints(job, mesh, engine)
     try:
         reporter.phase("load", 0)
-        start = checkpoints.restore()
+        start = checkpoints.restore(reporter)
         if start.bookmark is not None and not loader.open_at(start.bookmark):
             log.warning("%s was saved with other data: its order begins anew", start.key)
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
