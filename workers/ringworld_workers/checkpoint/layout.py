@@ -25,6 +25,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint is absent, damaged, or of another model; the message names the object."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A committed checkpoint that can never be loaded again, though an older one may.
+
+    A flipped byte, a truncated or missing object, a manifest that cannot be read or is of another
+    run; not a store that cannot be reached. The message names object and byte range.
+    """
+
+
 @dataclass(frozen=True)
 class CheckpointRef:
     """A committed checkpoint, by place."""
