@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_absent_objects_are_named(store: Store) -> None:
     store.delete_prefix("no")
     assert store.list("no") == [] == store.list()
     assert store.remove_unfinished() == 0
+
+
+def test_folders_are_named_without_what_they_hold(store: Store) -> None:
+    before = time.time()
+    for key in ("run/step-1/a", "run/step-1/deep/b", "run/step-10/a", "run/file", "other"):
+        store.put(key, [b"."])
+    assert list(store.folders()) == ["run"]
+    assert list(store.folders("run")) == ["step-1", "step-10"]
+    assert list(store.folders("run/step-10")) == list(store.folders("absent")) == []
+    # A store tells whole seconds, and its clock is not ours.
+    assert all(abs(info.modified - before) < 60 for info in store.list())
 
 
 def test_a_prefix_is_a_folder(store: Store) -> None:

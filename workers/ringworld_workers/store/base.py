@@ -7,7 +7,7 @@ been told that it is written will find it after a crash.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 Chunk = bytes | bytearray | memoryview
@@ -19,6 +19,8 @@ class ObjectInfo:
 
     key: str
     size: int
+    modified: float = field(default=0.0, compare=False)
+    """When it was written, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Complete objects under a prefix, sorted by key."""
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        """Names of the folders directly under a prefix, sorted; what they hold is not listed."""
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is absent is no error."""

@@ -131,11 +131,20 @@ class FileStore:
                 if path.name.startswith("."):
                     continue
                 try:
-                    size = path.stat().st_size
+                    about = path.stat()
                 except FileNotFoundError:  # removed since the folder was read
                     continue
-                found.append(ObjectInfo(path.relative_to(self.root).as_posix(), size))
+                key = path.relative_to(self.root).as_posix()
+                found.append(ObjectInfo(key, about.st_size, about.st_mtime))
         return sorted(found, key=lambda info: info.key)
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        """The folder's own folders, hidden ones left out."""
+        folder = self._folder("folders", prefix)
+        with self._errors("folders", prefix), suppress(FileNotFoundError, NotADirectoryError):
+            places = [place for place in folder.iterdir() if not place.name.startswith(".")]
+            return sorted(place.name for place in places if place.is_dir())
+        return []
 
     def delete(self, key: str) -> None:
         """Remove an object, and the folders that it leaves empty."""
