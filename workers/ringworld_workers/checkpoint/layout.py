@@ -18,6 +18,8 @@ VERSION = 2
 CHUNK_BYTES = 4 * 1024 * 1024
 """Each range has a checksum for every so many bytes, so that a part of it can be read verified."""
 MANIFEST = "manifest.json"
+SET_ASIDE = "manifest.damaged.json"
+"""What the manifest of a checkpoint is called once it was found damaged."""
 _FOLDER = re.compile(r"^(\d{2,})-(.+)/step-(\d{8,})$")
 
 
@@ -130,6 +132,8 @@ class Manifest:
     objects: tuple[StoredObject, ...]
     optimizer: OptimizerState
     state: TrainState
+    run_uid: str = ""
+    """Of the run that wrote it: run ids are used again on other machines. Empty: unknown."""
 
     def to_json(self) -> bytes:
         """Canonical bytes: equal manifests are equal bytes."""
@@ -138,6 +142,7 @@ class Manifest:
             "version": VERSION,
             "chunk_bytes": CHUNK_BYTES,
             "run_id": self.run_id,
+            "run_uid": self.run_uid,
             "attempt": self.attempt,
             "stage": self.state.stage,
             "step": self.state.step,
@@ -188,6 +193,7 @@ class Manifest:
                     tuple(GroupState(**group) for group in optimizer["groups"]),
                 ),
                 state=TrainState(**content["state"]),
+                run_uid=content.get("run_uid", ""),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
