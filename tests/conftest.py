@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,3 +114,84 @@ def s3_url(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://runs/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Any]:
+    """Writes a committed checkpoint of given tensors, cut for any number of ranks."""
+    import numpy as np
+    from awscrt.checksums import crc32c
+
+    from ringworld_workers.checkpoint import layout
+
+    def write(
+        store: Any,
+        tensors: Mapping[str, Any],
+        *,
+        step: int = 8,
+        stage: str = "4k",
+        stage_index: int = 0,
+        ranks: int = 2,
+        run_id: str = "quickstart-1",
+        final: bool = False,
+        name: str = "0000abcd",
+    ) -> layout.CheckpointRef:
+        """Moments are the weights' halves and squares; object names end in ``name``."""
+        folder = layout.folder_of(stage_index, stage, step)
+        values = {key: np.asarray(value, dtype=np.float32) for key, value in tensors.items()}
+        objects = []
+        for rank in range(ranks):
+            ranges, parts, offset = [], [], 0
+            for tensor, whole in values.items():
+                flat = whole.reshape(-1)
+                start, stop = (flat.size * n // ranks for n in (rank, rank + 1))
+                share = flat[start:stop]
+                kinds = {"param": share, "exp_avg": share / 2, "exp_avg_sq": share**2}
+                for kind, data in kinds.items() if share.size else ():
+                    raw = data.tobytes()
+                    cuts = range(0, len(raw), layout.CHUNK_BYTES)
+                    sums = tuple(crc32c(raw[cut : cut + layout.CHUNK_BYTES]) for cut in cuts)
+                    ranges.append(
+                        layout.StoredRange(
+                            tensor, kind, start, share.size, offset, len(raw), "float32", sums
+                        )
+                    )
+                    parts.append(raw)
+                    offset += len(raw)
+            key = f"{folder}/rank-{rank:05d}-{name}.bin"
+            store.put(key, parts)
+            objects.append(layout.StoredObject(key, offset, tuple(ranges)))
+        shapes = {key: value.shape for key, value in values.items()}
+        manifest = layout.Manifest(
+            run_id=run_id,
+            attempt=1,
+            world_size=ranks,
+            mesh={"sequence_parallel": ranks, "heads": 1, "data_parallel": 1},
+            parameter_digest=layout.parameter_digest(shapes),
+            tensors=shapes,
+            objects=tuple(objects),
+            optimizer=layout.OptimizerState(
+                "adamw",
+                step,
+                (
+                    layout.GroupState("decay", 1e-3, 0.1),
+                    layout.GroupState("no_decay", 1e-3, 0.0),
+                ),
+            ),
+            state=layout.TrainState(
+                stage=stage,
+                stage_index=stage_index,
+                step=step,
+                tokens=step * 1024,
+                cursor=step * 4,
+                rng=None,
+                learning_rate=1e-3,
+                spec_digest="0" * 64,
+                metrics={"loss_text": 2.5},
+                final=final,
+            ),
+        )
+        store.put(f"{folder}/{layout.MANIFEST}", [manifest.to_json()])
+        return layout.CheckpointRef(store.url, stage, stage_index, step, folder)
+
+    return write

@@ -1,0 +1,189 @@
+"""Which checkpoints a person means: a run's name, a url or a path, with a stage and step behind."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringworld_platform.errors import UnknownRunError
+
+if TYPE_CHECKING:
+    from ringworld_workers.store.base import Store
+
+CHECKPOINTS = "checkpoints"
+_MANIFEST = "manifest.json"
+_MAX_NAMED = 8
+_STAGE_FOLDER = re.compile(r"\d{2,}-.+")
+_STEP = re.compile(r"(?:step-)?(\d{1,18})")
+FORMS = (
+    "write RUN, RUN/STAGE or RUN/STAGE/STEP, where RUN is a run's id, a job's name (its newest "
+    "run), a path, or a url such as s3://BUCKET/PREFIX/RUN"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A run's checkpoints, or some of them. Whether there are any is not known yet.
+
+    Attributes:
+        run_url: folder or prefix of the run.
+        url: root of its checkpoints, which ``open_store`` takes.
+        stage: only those of this stage, by its name or its folder's; empty: of all stages.
+        step: only that of this step.
+        folder: of the run's records, where they are on this machine.
+    """
+
+    run_url: str
+    url: str
+    stage: str = ""
+    step: int | None = None
+    folder: Path | None = None
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run's folder."""
+        return self.run_url.rstrip("/").rpartition("/")[2]
+
+    def __str__(self) -> str:
+        """As it can be written again."""
+        parts = [self.run_url, self.stage, "" if self.step is None else str(self.step)]
+        return "/".join(part for part in parts if part)
+
+
+def find_place(text: str, runs: Path) -> Place:
+    """The checkpoints that a command's argument means.
+
+    A name is that of a run in ``runs`` if there is one, else a path. A url may name a run
+    (``s3://BUCKET/PREFIX/RUN``), a job (its newest run there), or any folder below a run.
+
+    Args:
+        text: one of the forms of ``FORMS``.
+        runs: folder of this machine's runs.
+
+    Raises:
+        UnknownRunError: nothing of that name is there; says what is.
+        StoreError: the store does not answer, or refuses.
+    """
+    if "://" in text:
+        return _at_url(text)
+    path = Path(text).expanduser()
+    if text.startswith((".", "/", "~")):
+        return _at_url(f"file://{path}")
+    from ringworld_platform.run_view import FolderView, find_status
+
+    name, *tail = text.rstrip("/").split("/")
+    try:
+        found = find_status(FolderView(runs), name)
+    except UnknownRunError as error:
+        if any(place.is_dir() for place in (path, *list(path.parents)[:2]) if place.name):
+            return _at_url(f"file://{path}")
+        raise UnknownRunError(f"{error}; {FORMS}") from None
+    run_id = str(found["run_id"])
+    folder = runs.absolute() / run_id
+    stage, step = _stage_and_step(tail, text)
+    run_url = _store_of(folder, run_id)
+    return Place(run_url, f"{run_url}/{CHECKPOINTS}", stage, step, folder)
+
+
+def _store_of(folder: Path, run_id: str) -> str:
+    """Where a run of this machine has its checkpoints: in S3 if its spec says so, else here."""
+    from ringworld_platform.run_records import read_spec
+
+    store = (read_spec(folder).get("checkpoint") or {}).get("store", "")
+    # Not what a file:// store says: the folder of runs may have been moved.
+    return f"{store.rstrip('/')}/{run_id}" if store.startswith("s3://") else f"file://{folder}"
+
+
+def _at_url(url: str) -> Place:
+    """The run is found by asking the store: a url does not tell where its name ends."""
+    scheme, _, path = url.partition("://")
+    if scheme == "file":
+        path = os.path.abspath(path)
+    parts = path.rstrip("/").split("/")
+    if parts[-1] == _MANIFEST:
+        parts = parts[:-1]
+    splits = [(parts[: len(parts) - n], parts[len(parts) - n :]) for n in range(min(3, len(parts)))]
+    for head, tail in splits:
+        if _holds_checkpoints(scheme, head):
+            return _place(scheme, head, tail, url)
+    for head, tail in splits:
+        newest = _newest_run(scheme, head)
+        if newest is not None:
+            return _place(scheme, newest, tail, url)
+    raise UnknownRunError(f"{url} holds no checkpoints{_nearby(scheme, parts)}; {FORMS}")
+
+
+def _place(scheme: str, head: list[str], tail: list[str], text: str) -> Place:
+    """Of a run's folder, or of the root of its checkpoints, which may lie without a run."""
+    if tail[:1] == [CHECKPOINTS]:
+        head, tail = [*head, CHECKPOINTS], tail[1:]
+    stage, step = _stage_and_step(tail, text)
+    if head[-1] != CHECKPOINTS and CHECKPOINTS in _names(scheme, head):
+        head = [*head, CHECKPOINTS]
+    run = head[:-1] if head[-1] == CHECKPOINTS else head
+    folder = Path("/".join(run)) if scheme == "file" else None
+    return Place(f"{scheme}://{'/'.join(run)}", f"{scheme}://{'/'.join(head)}", stage, step, folder)
+
+
+def _holds_checkpoints(scheme: str, parts: list[str]) -> bool:
+    store = _open(scheme, parts)
+    folders = store.folders()
+    if CHECKPOINTS in folders:
+        return True
+    stage = next((name for name in folders if _STAGE_FOLDER.fullmatch(name)), None)
+    return stage is not None and any(name.startswith("step-") for name in store.folders(stage))
+
+
+def _newest_run(scheme: str, parts: list[str]) -> list[str] | None:
+    """Of the job whose name stands last: job-1, job-2, ... lie beside where it would."""
+    *parent, name = parts
+    if not parent or not name:
+        return None
+    numbered = re.compile(rf"{re.escape(name)}-(\d+)")
+    found = [(int(m[1]), m[0]) for m in map(numbered.fullmatch, _names(scheme, parent)) if m]
+    for _, run_id in sorted(found, reverse=True):
+        if _holds_checkpoints(scheme, [*parent, run_id]):
+            return [*parent, run_id]
+    return None
+
+
+def _nearby(scheme: str, parts: list[str]) -> str:
+    """What there is instead: in the deepest folder of the url that holds anything."""
+    for number in range(len(parts)):
+        head, tail = parts[: len(parts) - number], parts[len(parts) - number :]
+        names = _names(scheme, head)
+        if names:
+            near = difflib.get_close_matches(tail[0], names, n=1) if tail else []
+            if near:
+                return f"; did you mean {near[0]}?"
+            more = ", ..." if len(names) > _MAX_NAMED else ""
+            listed = ", ".join(names[:_MAX_NAMED])
+            return f"; in {scheme}://{'/'.join(head)} there are {listed}{more}"
+    return ""
+
+
+def _names(scheme: str, parts: list[str]) -> list[str]:
+    if scheme == "file" and parts == [""]:
+        return []  # the file system's root has no runs
+    return list(_open(scheme, parts).folders())
+
+
+def _open(scheme: str, parts: list[str]) -> Store:
+    from ringworld_workers.store.opening import open_store
+
+    return open_store(f"{scheme}://{'/'.join(parts)}")
+
+
+def _stage_and_step(tail: list[str], text: str) -> tuple[str, int | None]:
+    if len(tail) > 2:
+        raise UnknownRunError(f"{text} has too many parts; {FORMS}")
+    if len(tail) < 2:
+        return (tail[0] if tail else ""), None
+    found = _STEP.fullmatch(tail[1])
+    if not found:
+        raise UnknownRunError(f"{text}: {tail[1]!r} is no step; write 60 or step-00000060")
+    return tail[0], int(found[1])

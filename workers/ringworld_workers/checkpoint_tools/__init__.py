@@ -1,0 +1,1 @@
+"""What people do with checkpoints besides training: list, verify, compare, copy."""
