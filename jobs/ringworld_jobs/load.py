@@ -24,6 +24,7 @@ from ringworld_jobs.recipe import (
     RecipeSpec,
     VideoTextDataset,
 )
+from ringworld_jobs.run_place import FindRun
 from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.validate import Checked, T, validate
 from ringworld_jobs.weights import with_weights
@@ -42,7 +43,9 @@ _COMMANDS = {
 }
 
 
-def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
+def load_job(
+    path: Path | str, *, check_files: bool = True, find_run: FindRun | None = None
+) -> JobSpec:
     """Load and check a job spec.
 
     Relative `model.init_from`, `data.recipe` and `data.sources.*.shards` come back absolute, so
@@ -52,6 +55,8 @@ def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
     Args:
         path: the YAML file.
         check_files: also check what the spec points to: data, packages, the store's folder.
+        find_run: looks for the checkpoint that `model.init_from: run:...` means; without it that
+            stays as it is.
 
     Returns:
         The spec, `defaults` merged into every stage.
@@ -65,7 +70,9 @@ def load_job(path: Path | str, *, check_files: bool = True) -> JobSpec:
     refuse_secrets(document)
     _check_unused_defaults(document)
     merge_defaults(document)
-    checked = with_weights(validate(JobSpec, document), path.parent, check_files=check_files)
+    checked = with_weights(
+        validate(JobSpec, document), path.parent, check_files=check_files, find_run=find_run
+    )
     problems: list[Problem] = []
     recipe = _recipe_of(checked, path.parent, check_files, problems)
     check_curriculum(checked, recipe)

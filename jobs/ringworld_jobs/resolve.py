@@ -37,12 +37,13 @@ def spec_digest(spec: JobSpec) -> str:
 
     Comments, key order and units do not matter, nor does the folder that data stands in: of
     `model.init_from` and the paths under `data`, which ``load_job`` makes absolute, only the last
-    name counts. A URL counts whole.
+    name counts. A URL counts whole, and so does a run's checkpoint.
     """
     data = resolved(spec)
     if "init_from" in data["model"]:
         kind, _, path = data["model"]["init_from"].partition(":")
-        data["model"]["init_from"] = f"{kind}:{PurePath(path).name}"
+        if kind != "run":
+            data["model"]["init_from"] = f"{kind}:{PurePath(path).name}"
     if "recipe" in data["data"]:
         data["data"]["recipe"] = PurePath(data["data"]["recipe"]).name
     for source in data["data"]["sources"].values():

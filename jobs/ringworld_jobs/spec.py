@@ -270,7 +270,8 @@ class StageSpec(Spec):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype; master weights are fp32 always."""
     optimizer_state: Literal["fresh", "inherit"] = "fresh"
-    """fresh: the stage before gives its weights only; inherit: its optimizer moments too."""
+    """fresh: the stage before gives its weights only; inherit: its optimizer moments too. In the
+    first stage that is the run of `model.init_from: run:...`."""
     validation_rows: Annotated[int, Field(ge=0)] = 0
     """Held-out rows scored at the stage's end; 0 scores none."""
     parity: bool | ParitySpec = False

@@ -47,12 +47,15 @@ class ModelSpec(Spec):
 
     preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] = "tiny"
     """A named shape: tiny, LWM's 7b, llama2-7b, llama3-8b and others. Left out beside
-    `init_from: hf:...`, the folder's config.json gives the shape."""
+    `init_from: hf:...`, the folder's config.json gives the shape; beside `run:...`, that run."""
     init_from: str | None = None
     """Weights that the first stage starts from: hf:FOLDER is a Llama-family checkpoint in Hugging
     Face's layout, lwm:FILE a parameter file of the Large World Model's JAX release (with its
-    preset). Relative to this file. Empty draws the weights from `seed`, as it does vision tables
-    that the checkpoint lacks."""
+    preset), relative to this file. run:RUN[/STAGE[/STEP]] is a committed checkpoint of another run
+    in this job's checkpoint.store, named by its id or by its job, whose newest run is meant then;
+    run:STORE/RUN[/STAGE[/STEP]] one in another store, by its URL. Without a step it is the stage's
+    newest, without a stage the last stage's. Empty draws the weights from `seed`, as it does vision
+    tables that the checkpoint lacks."""
     hidden_size: Size | None = None
     """Width of the residual stream."""
     ffn_size: Size | None = None
