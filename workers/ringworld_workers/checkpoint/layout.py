@@ -11,15 +11,18 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from ringworld_workers.checkpoint.manifest_checks import DTYPES, check_manifest
 
 FORMAT = "ringworld-checkpoint"
-VERSION = 2
-CHUNK_BYTES = 4 * 1024 * 1024
+VERSION = 3
+CHUNK_BYTES = 1024 * 1024
 """Each range has a checksum for every so many bytes, so that a part of it can be read verified."""
 MANIFEST = "manifest.json"
 SET_ASIDE = "manifest.damaged.json"
 """What the manifest of a checkpoint is called once it was found damaged."""
+_NO_DIGEST = "0" * 64
 _FOLDER = re.compile(r"^(\d{2,})-(.+)/step-(\d{8,})$")
 
 
@@ -92,7 +95,7 @@ class OptimizerState:
     groups: tuple[GroupState, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredRange:
     """A run of one logical tensor's elements, as it lies in an object."""
 
@@ -135,8 +138,20 @@ class Manifest:
     run_uid: str = ""
     """Of the run that wrote it: run ids are used again on other machines. Empty: unknown."""
 
+    @property
+    def folder(self) -> str:
+        """Key of the checkpoint's folder."""
+        return folder_of(self.state.stage_index, self.state.stage, self.state.step)
+
     def to_json(self) -> bytes:
-        """Canonical bytes: equal manifests are equal bytes."""
+        """Canonical bytes: equal manifests are equal bytes.
+
+        Raises:
+            ValueError: an object lies outside of the checkpoint's folder.
+        """
+        names = sorted(self.tensors)
+        ranges = [found for stored in self.objects for found in stored.ranges]
+        kinds = sorted({found.kind for found in ranges})
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -144,75 +159,143 @@ class Manifest:
             "run_id": self.run_id,
             "run_uid": self.run_uid,
             "attempt": self.attempt,
-            "stage": self.state.stage,
-            "step": self.state.step,
             "world_size": self.world_size,
             "mesh": self.mesh,
-            "spec_digest": self.state.spec_digest,
             "parameter_digest": self.parameter_digest,
             "tensors": {name: list(shape) for name, shape in self.tensors.items()},
-            "objects": [object_to_json(stored) for stored in self.objects],
+            "kinds": kinds,
+            "dtypes": list(DTYPES),
+            "objects": self._index(names, kinds),
             "optimizer": asdict(self.optimizer),
             "state": asdict(self.state),
+            "sha256": _NO_DIGEST,
         }
-        return _canonical({**content, "sha256": _digest(content)})
+        data = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        entry = b'"sha256":"%s"'
+        # In this order of keys the first such entry is the manifest's own.
+        unsigned, signed = entry % _NO_DIGEST.encode(), entry % _digest(data).encode()
+        return data.replace(unsigned, signed, 1)
+
+    def _index(self, names: list[str], kinds: list[str]) -> list[dict[str, Any]]:
+        """The objects' rows; tensors, kinds and dtypes by number keep large manifests small."""
+        tensor_of = {name: number for number, name in enumerate(names)}
+        kind_of = {name: number for number, name in enumerate(kinds)}
+        dtype_of = {name: number for number, name in enumerate(DTYPES)}
+        entries = []
+        for stored in self.objects:
+            folder, _, name = stored.key.rpartition("/")
+            if folder != self.folder:
+                raise ValueError(f"object {stored.key} lies outside of {self.folder}")
+            rows = [
+                [
+                    tensor_of[r.tensor],
+                    kind_of[r.kind],
+                    r.start,
+                    r.numel,
+                    r.offset,
+                    r.length_bytes,
+                    dtype_of[r.dtype],
+                    r.crc32c,
+                ]
+                for r in stored.ranges
+            ]
+            entries.append({"name": name, "size": stored.size, "ranges": rows})
+        return entries
 
     @staticmethod
     def from_json(data: bytes, key: str) -> Manifest:
-        """Read a manifest.
+        """Read a manifest. Nothing of it is trusted: it may come from anywhere.
 
         Args:
             data: its bytes.
-            key: where they come from, for messages.
+            key: where they lie, ``<stage_index>-<stage>/step-<step>/manifest.json``, for messages;
+                it says which folder the objects are in.
 
         Raises:
-            CheckpointError: not a manifest, of another version, or incomplete.
+            DamagedCheckpoint: not a manifest, of another checkpoint, incomplete, or contradictory.
+            CheckpointError: of another version of the format.
         """
         try:
-            content = json.loads(data)
+            content = json.loads(data, parse_constant=_refuse_constant)
             found = content["format"], content["version"], content["chunk_bytes"]
-            if found != (FORMAT, VERSION, CHUNK_BYTES):
+            if found[0] == FORMAT and found != (FORMAT, VERSION, CHUNK_BYTES):
                 raise CheckpointError(
-                    f"{key} is {found[0]} version {found[1]} in chunks of {found[2]}; this program "
-                    f"reads {FORMAT} version {VERSION} in chunks of {CHUNK_BYTES}"
+                    f"{key} is {FORMAT} version {found[1]!s:.20} in chunks of {found[2]!s:.20}; "
+                    f"this program reads version {VERSION} in chunks of {CHUNK_BYTES}; use the "
+                    "release that wrote it, or start a new run from exported weights"
                 )
-            if content.pop("sha256") != _digest(content):
+            digest = content["sha256"]
+            if type(digest) is not str or len(digest) != len(_NO_DIGEST):
+                raise ValueError("it has no checksum")
+            if _digest(data.replace(digest.encode(), _NO_DIGEST.encode())) != digest:
                 raise ValueError("its checksum is wrong")
-            optimizer = content["optimizer"]
-            return Manifest(
-                run_id=content["run_id"],
-                attempt=content["attempt"],
-                world_size=content["world_size"],
-                mesh=content["mesh"],
-                parameter_digest=content["parameter_digest"],
-                tensors={name: tuple(shape) for name, shape in content["tensors"].items()},
-                objects=tuple(object_from_json(stored) for stored in content["objects"]),
-                optimizer=OptimizerState(
-                    optimizer["name"],
-                    optimizer["step"],
-                    tuple(GroupState(**group) for group in optimizer["groups"]),
-                ),
-                state=TrainState(**content["state"]),
-                run_uid=content.get("run_uid", ""),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{key} is damaged ({type(error).__name__}: {error}); resume from an "
-                "older checkpoint"
-            ) from error
+            check_manifest(content, CHUNK_BYTES)
+            return _manifest(content, key)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedCheckpoint(f"{key} is damaged ({_cause(error)})") from error
 
 
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+def _manifest(content: Mapping[str, Any], key: str) -> Manifest:
+    """A manifest whose values have been checked.
+
+    Raises:
+        ValueError: it is of another folder than that of ``key``.
+    """
+    folder = key.rpartition("/")[0]
+    optimizer = content["optimizer"]
+    tables = sorted(content["tensors"]), content["kinds"], content["dtypes"]
+    manifest = Manifest(
+        run_id=content["run_id"],
+        run_uid=content["run_uid"],
+        attempt=content["attempt"],
+        world_size=content["world_size"],
+        mesh=content["mesh"],
+        parameter_digest=content["parameter_digest"],
+        tensors={name: tuple(shape) for name, shape in content["tensors"].items()},
+        objects=tuple(_object(entry, folder, *tables) for entry in content["objects"]),
+        optimizer=OptimizerState(
+            optimizer["name"],
+            optimizer["step"],
+            tuple(GroupState(**group) for group in optimizer["groups"]),
+        ),
+        state=TrainState(**content["state"]),
+    )
+    if manifest.folder != folder:
+        raise ValueError(f"it is that of {manifest.folder}")
+    if manifest.parameter_digest != parameter_digest(manifest.tensors):
+        raise ValueError("parameter_digest is not that of its tensors")
+    return manifest
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    """Of a manifest's values, whatever their spacing and order."""
-    return hashlib.sha256(_canonical(content)).hexdigest()
+def _object(
+    entry: Mapping[str, Any], folder: str, tensors: list[str], kinds: list[str], dtypes: list[str]
+) -> StoredObject:
+    ranges = tuple(
+        StoredRange(
+            tensors[tensor], kinds[kind], start, numel, offset, length, dtypes[dtype], tuple(sums)
+        )
+        for tensor, kind, start, numel, offset, length, dtype, sums in entry["ranges"]
+    )
+    return StoredObject(f"{folder}/{entry['name']}", entry["size"], ranges)
+
+
+def _digest(data: bytes) -> str:
+    """Of a manifest's bytes, in which zeros stand in the digest's place."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong, in a line of bounded length: the error may quote what it found."""
+    text = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def object_to_json(stored: StoredObject) -> dict[str, Any]:
-    """One object's entry; ranges are rows, to keep manifests of large models small."""
+    """One object's entry, as a rank sends it to the one that writes the manifest."""
     rows = [
         [r.tensor, r.kind, r.start, r.numel, r.offset, r.length_bytes, r.dtype, list(r.crc32c)]
         for r in stored.ranges
