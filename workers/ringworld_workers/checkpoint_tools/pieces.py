@@ -13,7 +13,7 @@ from awscrt.checksums import crc32c
 from ringworld_workers.checkpoint.layout import CHUNK_BYTES, StoredObject, StoredRange
 from ringworld_workers.store.base import Store
 
-PIECE_BYTES = 4 * CHUNK_BYTES
+PIECE_BYTES = 16 * CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,6 @@ def _chunks_of(stored: StoredObject) -> Iterator[Chunk]:
         for number, checksum in enumerate(part.crc32c):
             begin = number * CHUNK_BYTES
             length = min(CHUNK_BYTES, part.length_bytes - begin)
-            if length <= 0:
-                break  # more checksums than bytes
             yield Chunk(part.offset + begin, length, checksum, part)
 
 
