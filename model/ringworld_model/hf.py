@@ -1,14 +1,14 @@
 """Weights from Hugging Face's Llama layout, and back (``save_pretrained``).
 
-Tensors are read one at a time, straight into the model: beside the model no more than one of them
-is in memory (of a .bin file, its pages as they are read).
+Tensors are read one at a time (of a .bin file, its pages as they are read), so that whoever takes a
+part of each never holds the whole model (``read_pretrained``).
 """
 
 from __future__ import annotations
 
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ from ringworld_model.hf_layout import (
 )
 from ringworld_model.hf_save import save_pretrained
 from ringworld_model.rope import reorder_pairs
-from ringworld_model.transformer import WorldModel, init_weights
+from ringworld_model.transformer import WorldModel, draw_weight
 
 __all__ = [
     "LoadedWeights",
+    "NamedTensors",
     "WeightsError",
+    "fill_parameters",
     "from_pretrained",
     "load_pretrained",
+    "read_pretrained",
     "save_pretrained",
 ]
 
@@ -44,6 +47,9 @@ log = logging.getLogger(__name__)
 
 # Tables that old checkpoints carry and that are computed here.
 _COMPUTED = ".rotary_emb.inv_freq"
+
+NamedTensors = Iterator[tuple[str, Tensor]]
+"""Whole parameters and their names; a tensor may be let go when the next one is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +125,7 @@ def from_pretrained(
 def load_pretrained(model: WorldModel, folder: Path | str, *, seed: int = 0) -> LoadedWeights:
     """Fill a model's parameters from a Llama-family checkpoint on disk.
 
-    The queries and keys of an interleaved model are brought into its pairing. The model keeps its
-    own dtype, rope_theta, norm_eps and rope_scaling, whatever the folder says of them.
+    The model keeps its own dtype, rope_theta, norm_eps and rope_scaling, whatever the folder says.
 
     Args:
         model: with whole parameters on any device, of any float dtype.
@@ -131,8 +136,33 @@ def load_pretrained(model: WorldModel, folder: Path | str, *, seed: int = 0) -> 
         WeightsError: as in ``from_pretrained``; the model is then half filled only where a file is
             damaged: names and shapes are checked before the first tensor is read.
     """
+    loaded, tensors = read_pretrained(model.config, folder, seed=seed)
+    fill_parameters(model, tensors)
+    return loaded
+
+
+def read_pretrained(
+    config: ModelConfig, folder: Path | str, *, seed: int = 0
+) -> tuple[LoadedWeights, NamedTensors]:
+    """Open a Llama-family checkpoint on disk, to be read one tensor at a time.
+
+    The queries and keys are brought into the pairing of ``config``'s RoPE form.
+
+    Args:
+        config: of the model that the weights are for.
+        folder: as in ``from_pretrained``.
+        seed: of the vision tables that the folder does not have.
+
+    Returns:
+        What is in it, and every parameter of the model with its name, whole, on the CPU. Each is
+        read or drawn when it is asked for.
+
+    Raises:
+        WeightsError: as in ``from_pretrained``, for names and shapes; the tensors raise it too,
+            where a file is damaged.
+    """
     folder = Path(folder)
-    held, config = read_config(folder).config, model.config
+    held = read_config(folder).config
     files = weight_files(folder)
     wanted = parameter_shapes(config)
     text = {hf_name(name): name for name in wanted if not is_vision(name)}
@@ -140,7 +170,8 @@ def load_pretrained(model: WorldModel, folder: Path | str, *, seed: int = 0) -> 
     tied = hf_name("text_head.weight") if config.tie_text_embeddings else None
     found = {n: s for n, s in shapes.items() if not n.endswith(_COMPUTED) and n != tied}
     _compare(folder, {theirs: wanted[ours] for theirs, ours in text.items()}, found)
-    parameters = dict(model.named_parameters())
+    if tied is not None and tied in shapes:
+        _require_tied(folder, files, tied, hf_name("text_embed.weight"))
     drawn: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     vision = {name: shape for name, shape in wanted.items() if is_vision(name)}
@@ -148,32 +179,40 @@ def load_pretrained(model: WorldModel, folder: Path | str, *, seed: int = 0) -> 
     if held.vision_codebook_size:
         if vision:
             _compare(own.path, vision, _shapes(own))
+            files = [*files, own]
+            text |= {name: name for name in vision}
         else:
             left = tuple(_shapes(own))
     else:
         drawn = tuple(vision)
-    for file in files:
-        for name, tensor in _tensors(file):
-            if name in text:
-                _copy(parameters[text[name]], text[name], tensor, config)
-            del tensor  # before the next one is read
-    if vision and not drawn:
-        for name, tensor in _tensors(own):
-            _copy(parameters[name], name, tensor, config)
-            del tensor
-    if tied is not None and tied in shapes:
-        _require_tied(folder, files, tied, parameters["text_embed.weight"])
-    init_weights(model, seed, names=drawn)
-    return LoadedWeights(f"hf:{folder}", drawn, left)
+
+    def tensors() -> NamedTensors:
+        for file in files:
+            for theirs, tensor in _tensors(file):
+                if theirs in text:
+                    yield text[theirs], _converted(text[theirs], tensor, config)
+                del tensor  # before the next one is read
+        for name in drawn:
+            yield name, draw_weight(name, wanted[name], config, seed)
+
+    return LoadedWeights(f"hf:{folder}", drawn, left), tensors()
 
 
-def _copy(parameter: Tensor, name: str, tensor: Tensor, config: ModelConfig) -> None:
+def _converted(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     if not tensor.is_floating_point():
         raise WeightsError(f"{hf_name(name)} is {tensor.dtype}; quantised weights are not read")
     if config.rope_form == "interleaved" and turned_by_rope(name):
-        tensor = reorder_pairs(tensor, config.head_dim, to="interleaved")
-    with torch.no_grad():
-        parameter.copy_(tensor)
+        return reorder_pairs(tensor, config.head_dim, to="interleaved")
+    return tensor
+
+
+@torch.no_grad()
+def fill_parameters(model: WorldModel, tensors: NamedTensors) -> None:
+    """Copy whole tensors into a model's parameters, one after another, into their dtype."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameters[name].copy_(tensor)
+        del tensor  # before the next one is read
 
 
 def _compare(place: Path, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -196,15 +235,15 @@ def _compare(place: Path, wanted: Mapping[str, Shape], found: Mapping[str, Shape
         )
 
 
-def _require_tied(folder: Path, files: list[WeightFile], name: str, table: Tensor) -> None:
-    """Refuse a head of its own, now that the table that it should equal is filled."""
-    for file in files:
-        for found, tensor in _tensors(file):
-            if found == name and not torch.equal(tensor.to(table.device, table.dtype), table):
-                raise WeightsError(
-                    f"{folder}: {name} is not the embedding table, and the model ties them; set "
-                    "tie_text_embeddings (tie_word_embeddings in config.json) to false"
-                )
+def _require_tied(folder: Path, files: list[WeightFile], head: str, table: str) -> None:
+    """Refuse a head of its own where the model takes its table for it."""
+    one, other = (tensor for file in files for _, tensor in _tensors(file, {head, table}))
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    if not torch.equal(one.to(dtype), other.to(dtype)):
+        raise WeightsError(
+            f"{folder}: {head} is not the embedding table, and the model ties them; set "
+            "tie_text_embeddings (tie_word_embeddings in config.json) to false"
+        )
 
 
 def _shapes(file: WeightFile) -> dict[str, Shape]:
@@ -221,14 +260,16 @@ def _shapes(file: WeightFile) -> dict[str, Shape]:
     return {name: shape for name, shape in shapes.items() if name in file.names}
 
 
-def _tensors(file: WeightFile) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensors, one after another, on the CPU."""
+def _tensors(file: WeightFile, names: Container[str] | None = None) -> NamedTensors:
+    """A file's tensors, or those of these names, one after another, on the CPU."""
     if file.path.suffix == ".bin":
-        yield from _load_bin(file).items()
+        for name, tensor in _load_bin(file).items():
+            if names is None or name in names:
+                yield name, tensor
         return
     with _open(file) as opened:
         for name in opened.keys():
-            if file.names is None or name in file.names:
+            if (file.names is None or name in file.names) and (names is None or name in names):
                 yield name, opened.get_tensor(name)
 
 

@@ -2,7 +2,7 @@
 
 Kernels are stored input first and are turned over; layers are stacked on one axis or apart. LWM
 pairs RoPE's dims interleaved, so queries and keys go into an interleaved model as they are. One
-layer's tensor at a time is in memory beside the model.
+layer's tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from ringworld_model.config import ModelConfig
-from ringworld_model.hf import LoadedWeights
+from ringworld_model.hf import LoadedWeights, NamedTensors, fill_parameters
 from ringworld_model.hf_config import WeightsError
 from ringworld_model.hf_layout import Shape, parameter_shapes, turned_by_rope
 from ringworld_model.lwm_file import ITEM_BYTES, Key, StoredArray, find_file, read_index
 from ringworld_model.lwm_layout import Place, places
 from ringworld_model.rope import reorder_pairs
-from ringworld_model.transformer import WorldModel, init_weights
+from ringworld_model.transformer import WorldModel, draw_weight
 
-__all__ = ["from_lwm", "load_lwm"]
+__all__ = ["from_lwm", "load_lwm", "read_lwm"]
 
 log = logging.getLogger(__name__)
 
@@ -73,31 +73,54 @@ def load_lwm(model: WorldModel, path: Path | str, *, seed: int = 0) -> LoadedWei
         seed: of the vision tables that the file does not have.
 
     Raises:
+        WeightsError: as in ``read_lwm``.
+    """
+    loaded, tensors = read_lwm(model.config, path, seed=seed)
+    fill_parameters(model, tensors)
+    return loaded
+
+
+def read_lwm(
+    config: ModelConfig, path: Path | str, *, seed: int = 0
+) -> tuple[LoadedWeights, NamedTensors]:
+    """Open a parameter file of LWM's release, to be read one tensor at a time.
+
+    Args:
+        config: of the model that the weights are for, of either RoPE form.
+        path: as in ``from_lwm``.
+        seed: of the vision tables that the file does not have.
+
+    Returns:
+        As ``read_pretrained``.
+
+    Raises:
         WeightsError: the file is damaged or no such file, or a tensor is missing, not expected or
             of another shape or dtype; all of them are named, before the first is read.
     """
     file = find_file(Path(path))
     index = read_index(file)
-    found = places(model.config, index, file)
-    parameters = dict(model.named_parameters())
-    shapes = parameter_shapes(model.config)
-    with file.open("rb") as opened:
-        # In the file's order, so that the disk reads ahead.
-        for name, place in sorted(found.items(), key=lambda item: _offset(index, item[1])):
-            shape = shapes[name][::-1] if place.turned else shapes[name]
-            tensor = _read(opened, index[place.key], place.layer, shape)
-            if place.turned:
-                tensor = tensor.T
-            if model.config.rope_form == "half" and turned_by_rope(name):
-                tensor = reorder_pairs(tensor, model.config.head_dim, to="half")
-            with torch.no_grad():
-                parameters[name].copy_(tensor)
-            del tensor  # before the next one is read
+    found = places(config, index, file)
+    shapes = parameter_shapes(config)
     drawn = tuple(name for name in shapes if name not in found)
-    init_weights(model, seed, names=drawn)
     used = {place.key for place in found.values()}
     left = tuple("/".join(key) for key in index if key not in used)
-    return LoadedWeights(f"lwm:{file}", drawn, left)
+
+    def tensors() -> NamedTensors:
+        with file.open("rb") as opened:
+            # In the file's order, so that the disk reads ahead.
+            for name, place in sorted(found.items(), key=lambda item: _offset(index, item[1])):
+                shape = shapes[name][::-1] if place.turned else shapes[name]
+                tensor = _read(opened, index[place.key], place.layer, shape)
+                if place.turned:
+                    tensor = tensor.T
+                if config.rope_form == "half" and turned_by_rope(name):
+                    tensor = reorder_pairs(tensor, config.head_dim, to="half")
+                yield name, tensor
+                del tensor  # before the next one is read
+        for name in drawn:
+            yield name, draw_weight(name, shapes[name], config, seed)
+
+    return LoadedWeights(f"lwm:{file}", drawn, left), tensors()
 
 
 def _offset(index: Mapping[Key, StoredArray], place: Place) -> tuple[int, int]:

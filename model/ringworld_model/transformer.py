@@ -12,7 +12,7 @@ Legend: B rows, T tokens of this rank, E hidden size, H query heads, Hkv key hea
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -239,29 +239,37 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: WorldModel, seed: int, names: Container[str] | None = None) -> None:
-    """Draw weights anew: norms 1, all else normal with the config's init_std.
-
-    Each parameter has its own generator, seeded by its name and ``seed``, so that the weights
-    depend on neither the order of the modules nor the mesh. Call it before the engine shards the
-    model.
+def init_weights(model: WorldModel, seed: int) -> None:
+    """Draw all weights anew, see ``draw_weight``.
 
     Args:
         model: with whole parameters, on any device.
         seed: the job's.
-        names: of the parameters to draw; all of them where None.
     """
     for name, parameter in model.named_parameters():
-        if names is not None and name not in names:
-            continue
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
-            continue
-        # torch's CPU generator uses 32 bits of its seed: hash both into them.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{seed}".encode()))
-        drawn = torch.empty(parameter.shape)
-        drawn.normal_(0.0, model.config.init_std, generator=generator)
-        parameter.copy_(drawn)
+        parameter.copy_(draw_weight(name, parameter.shape, model.config, seed))
+
+
+def draw_weight(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """A new parameter: norms are 1, all else is normal with the config's init_std.
+
+    Each parameter has its own generator, seeded by its name and ``seed``, so that the weights
+    depend on neither the order in which they are drawn nor the mesh.
+
+    Args:
+        name: in the model.
+        shape: of the whole parameter.
+        config: of the model.
+        seed: the job's.
+
+    Returns:
+        float32 of that shape, on the CPU.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape)
+    # torch's CPU generator uses 32 bits of its seed: hash both into them.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{seed}".encode()))
+    return torch.empty(shape).normal_(0.0, config.init_std, generator=generator)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
