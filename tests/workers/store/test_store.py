@@ -1,4 +1,4 @@
-"""What every store promises. A new kind of store joins the suite through ``STORES``."""
+"""What every store promises. A new kind of store joins the suite through the fixture ``store``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
 from ringworld_workers.store.file_store import FileStore
 from ringworld_workers.store.opening import open_store
 
-STORES: dict[str, Callable[[Path], Store]] = {
-    "file": lambda folder: open_store(f"file://{folder}/store"),
-}
 
-
-@pytest.fixture(params=sorted(STORES))
+@pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return STORES[request.param](tmp_path)
+    if request.param == "file":
+        return open_store(f"file://{tmp_path}/store")
+    return open_store(request.getfixturevalue("s3_url"))
 
 
 def keys(store: Store, prefix: str = "") -> list[str]:
@@ -172,7 +170,7 @@ def test_check_writable(store: Store) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("s3://bucket/run", "no store for s3://"),
+        ("gs://bucket/run", "no store for gs://"),
         ("/plain/path", "not a store url"),
         ("file://", "no folder is named"),
     ],

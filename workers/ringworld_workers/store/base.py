@@ -76,6 +76,13 @@ class Conflict(StoreError):
     """The object is not the one that the caller had read."""
 
 
+def is_key(key: str) -> bool:
+    """Whether ``check_key`` takes it."""
+    odd = any(ord(s) < 32 or s in "\\%\x7f" or "\ud800" <= s <= "\udfff" for s in key)
+    parts = key.split("/")
+    return not (odd or len(key.encode()) > 900 or any(not p or p.startswith(".") for p in parts))
+
+
 def check_key(operation: str, key: str) -> None:
     """Refuse a key that could leave the store's folder, or that two stores would read differently.
 
@@ -83,9 +90,7 @@ def check_key(operation: str, key: str) -> None:
         StoreError: an empty part, one that begins with a dot, a control character, a backslash or
             a percent sign, or more than 900 bytes.
     """
-    parts = key.split("/")
-    odd = any(ord(sign) < 32 or sign in "\\%\x7f" for sign in key)
-    if odd or len(key.encode()) > 900 or any(not p or p.startswith(".") for p in parts):
+    if not is_key(key):
         raise StoreError(
             operation,
             repr(key),
