@@ -41,9 +41,11 @@ class StageCheckpoints:
         self._last_time = time.monotonic()
         self._steps_done = 0
 
-    def restore(self, reporter: Reporter) -> Start:
+    def restore(self, reporter: Reporter, *, has_weights: bool) -> Start:
         """Load what this stage begins with: see ``restoring.restore``."""
-        start = restore(self.job, self.store, self.engine, self.mesh, reporter)
+        start = restore(
+            self.job, self.store, self.engine, self.mesh, reporter, has_weights=has_weights
+        )
         self.committed_key = start.key
         if start.resumed:
             self._last_step = self._steps_done = self._saved_step = start.step

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ringworld_workers.checkpoint.layout import CheckpointRef
-from ringworld_workers.checkpoint.reader import CheckpointError, load, newest
+from ringworld_jobs.weights import parse_init_from
+from ringworld_workers.checkpoint.catalog import committed
+from ringworld_workers.checkpoint.layout import (
+    MANIFEST,
+    SET_ASIDE,
+    CheckpointError,
+    CheckpointRef,
+    DamagedCheckpoint,
+    TrainState,
+)
+from ringworld_workers.checkpoint.reader import Owner, load
+from ringworld_workers.checkpoint.together import from_rank_0
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.base import Store
+from ringworld_workers.store.opening import open_store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,58 +45,180 @@ class Start:
     """Whether the checkpoint is of this stage, rather than the end of the one before."""
 
 
-def restore(job: StageJob, store: Store, engine: Engine, mesh: Mesh, reporter: Reporter) -> Start:
+def restore(
+    job: StageJob,
+    store: Store,
+    engine: Engine,
+    mesh: Mesh,
+    reporter: Reporter,
+    *,
+    has_weights: bool,
+) -> Start:
     """Load the newest committed checkpoint of this stage, else the end of the stage before.
 
-    A collective of the gang.
+    A first stage that has neither begins with its own weights, or with those of the run that
+    `model.init_from` names. A damaged checkpoint is set aside for the next older one, if the job
+    allows it. A collective of the gang.
+
+    Args:
+        job: the stage.
+        store: of the run's checkpoints.
+        engine: gets the state.
+        mesh: of the engine.
+        reporter: on rank 0 it takes an event for each checkpoint that was set aside, and one that
+            says what came from another run.
+        has_weights: the engine holds the weights that a new run begins with.
 
     Raises:
-        CheckpointError: the stage before left no final checkpoint, what is there is damaged, or
-            it is of a later stage or another batch size.
+        DamagedCheckpoint: what is there is damaged, and no older one may be taken, or there is
+            none.
+        CheckpointError: the stage before left no final checkpoint; what is there is of a later
+            stage, of another model or batch size.
+        StoreError: the store does not answer.
     """
-    ref = _agree_on(newest(store) if mesh.rank == 0 else None, mesh)
-    index = job.stage_index
-    if ref is None and index == 0:
+    found = from_rank_0(lambda: [asdict(ref) for ref in _candidates(job, store)], mesh)
+    refs = [CheckpointRef(**fields) for fields in found]
+    if not refs:
+        if not has_weights:
+            _start_from_another_run(job, engine, mesh, reporter)
         return Start(step=0, tokens=0, key=None)
-    if ref is None or ref.stage_index < index - 1:
+    for ref, older in zip(refs, [*refs[1:], None], strict=True):
+        try:
+            return _start_at(ref, job, store, engine, mesh)
+        except DamagedCheckpoint as error:
+            if older is None:
+                raise DamagedCheckpoint(
+                    f"{error}; there is no older checkpoint that stage {job.stage.name} could "
+                    "start from; start a new run"
+                ) from error
+            if not (job.take_older or job.spec.checkpoint.when_damaged == "older"):
+                raise DamagedCheckpoint(
+                    f"{error}; the next older checkpoint is {older.key}: take it by `ringworld "
+                    f"resume {job.run_id} --older`, or always by checkpoint.when_damaged: older"
+                ) from error
+            damage = str(error)
+        _set_aside(ref, older, damage, store, mesh, job, reporter)
+    raise AssertionError  # the last of them has returned or raised
+
+
+def _candidates(job: StageJob, store: Store) -> Sequence[CheckpointRef]:
+    """What the stage may start from, the best first; nothing where it is the run's beginning.
+
+    Raises:
+        CheckpointError: there is something, or there should be, but nothing to start from.
+    """
+    refs = committed(store)
+    index, stage = job.stage_index, job.stage.name
+    if refs and refs[-1].stage_index > index:
         raise CheckpointError(
-            f"stage {job.stage.name} starts from the end of stage "
-            f"{job.spec.stages[index - 1].name}, but {store.url} holds no committed "
-            "checkpoint of it"
+            f"{refs[-1].key} is of a later stage than {stage}; continue with that stage, or start "
+            "a new run"
         )
-    if ref.stage_index > index:
+    own = [ref for ref in refs if ref.stage_index == index]
+    before = [ref for ref in refs if ref.stage_index == index - 1]
+    if index > 0 and not own and not before:
         raise CheckpointError(
-            f"{ref.key} is of a later stage than {job.stage.name}; continue with that "
-            "stage, or start a new run"
+            f"stage {stage} starts from the end of stage {job.spec.stages[index - 1].name}, but "
+            f"{store.url} holds no committed checkpoint of it"
         )
-    same_stage = ref.stage_index == index
-    inherits = job.stage.optimizer_state == "inherit"
-    state = load(store, ref, engine, mesh, with_optimizer=same_stage or inherits)
-    if not same_stage:
+    return [*reversed(own), *before[-1:]]
+
+
+def _start_at(ref: CheckpointRef, job: StageJob, store: Store, engine: Engine, mesh: Mesh) -> Start:
+    """Load one of the run's own checkpoints."""
+    resumed = ref.stage_index == job.stage_index
+    state = load(
+        store,
+        ref,
+        engine,
+        mesh,
+        with_optimizer=resumed or job.stage.optimizer_state == "inherit",
+        owner=Owner(job.run_id, job.run_uid),
+    )
+    if not resumed:
         if not state.final:
             raise CheckpointError(
-                f"{ref.key} is not the end of its stage, so stage "
-                f"{job.stage.name} cannot start from it"
+                f"{ref.key} is not the end of its stage, so stage {job.stage.name} cannot start "
+                "from it"
             )
         return Start(step=0, tokens=state.tokens, key=ref.key)
     expected = state.step * job.stage.rows_per_step
     if state.cursor != expected:
         raise CheckpointError(
             f"{ref.key} continues at row {state.cursor}, but with the stage's "
-            f"{job.stage.rows_per_step} rows a step its step {state.step} would continue "
-            f"at row {expected}; give global_batch_tokens and context_length their old values"
+            f"{job.stage.rows_per_step} rows a step its step {state.step} would continue at row "
+            f"{expected}; give global_batch_tokens and context_length their old values"
         )
-    if state.rng:
-        torch.set_rng_state(_decode_rng(state.rng))
+    _restore_rng(state, ref)
     return Start(state.step, state.tokens, ref.key, state.bookmark, resumed=True)
 
 
-def _agree_on(ref: CheckpointRef | None, mesh: Mesh) -> CheckpointRef | None:
-    """Rank 0 looks; all ranks start from what it saw."""
-    box = [ref]
-    dist.broadcast_object_list(box, src=0, group=mesh.control_group)
-    return box[0]
+def _set_aside(
+    ref: CheckpointRef,
+    older: CheckpointRef,
+    damage: str,
+    store: Store,
+    mesh: Mesh,
+    job: StageJob,
+    reporter: Reporter,
+) -> None:
+    """Make a damaged checkpoint one that was never committed; a later save of its step may be."""
+
+    def rename() -> None:
+        # Copied before it is deleted: its bytes tell what was wrong.
+        store.put(f"{ref.key}/{SET_ASIDE}", [store.get(f"{ref.key}/{MANIFEST}")])
+        store.delete(f"{ref.key}/{MANIFEST}")
+
+    from_rank_0(rename, mesh)
+    text = f"stage {job.stage.name}: {damage}; it is set aside, and {older.key} is tried"
+    log.warning("%s", text)
+    if mesh.rank == 0:
+        reporter.event(
+            {
+                "kind": "damaged_checkpoint",
+                "text": text,
+                "checkpoint": ref.key,
+                "reason": damage,
+                "older": older.key,
+            }
+        )
 
 
-def _decode_rng(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def _start_from_another_run(job: StageJob, engine: Engine, mesh: Mesh, reporter: Reporter) -> None:
+    """Load the weights, and if the stage inherits them the moments, of `model.init_from`."""
+    init_from = job.spec.model.init_from
+    place = parse_init_from(init_from).checkpoint if init_from else None
+    if place is None:
+        raise CheckpointError(
+            f"the checkpoint of {job.run_id} that was there when its model was built is gone; "
+            "resume the run"
+        )
+    store = open_store(place.checkpoints_url)
+    ref = CheckpointRef(store.url, place.stage, place.stage_index, place.step, place.key)
+    inherits = job.stage.optimizer_state == "inherit"
+    state = load(store, ref, engine, mesh, with_optimizer=inherits, own_groups=True)
+    held = "weights and optimizer state" if inherits else "weights"
+    text = f"{held} from run:{place}, after {state.tokens} tokens"
+    log.info("%s", text)
+    if mesh.rank == 0:
+        reporter.event(
+            {
+                "kind": "weights",
+                "text": f"stage {job.stage.name}: {text}",
+                "init_from": init_from,
+                "drawn": [],
+                "left": [] if inherits else ["optimizer state"],
+            }
+        )
+
+
+def _restore_rng(state: TrainState, ref: CheckpointRef) -> None:
+    if not state.rng:
+        return
+    try:
+        held = bytearray(base64.b64decode(state.rng, validate=True))
+        torch.set_rng_state(torch.frombuffer(held, dtype=torch.uint8))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DamagedCheckpoint(
+            f"{ref.key}/{MANIFEST} is damaged: state.rng is no state of torch's generator ({error})"
+        ) from error

@@ -86,12 +86,12 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
         mlp_tile_tokens=stage.memory.mlp_tile_tokens,
         loss_tile_tokens=stage.loss.tile_tokens,
     )
-    set_initial_weights(model, job, mesh, reporter)
+    has_weights = set_initial_weights(model, job, mesh, reporter)
     engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
     checkpoints = StageCheckpoints(job, mesh, engine)
     try:
         reporter.phase("load", 0)
-        start = checkpoints.restore(reporter)
+        start = checkpoints.restore(reporter, has_weights=has_weights)
         if start.bookmark is not None and not loader.open_at(start.bookmark):
             log.warning("%s was saved with other data: its order begins anew", start.key)
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
