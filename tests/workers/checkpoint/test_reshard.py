@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringworld_jobs.spec import OptimizerSpec, StageSpec
+from ringworld_jobs.spec import CheckpointSpec, OptimizerSpec, StageSpec
 from ringworld_workers.checkpoint.layout import TrainState
 from ringworld_workers.checkpoint.reader import load, newest
 from ringworld_workers.checkpoint.writer import CheckpointWriter
@@ -118,7 +118,11 @@ def state_at(step: int) -> TrainState:
 
 def job(attempt: int = 1) -> Any:
     return SimpleNamespace(
-        run_id="run-1", attempt=attempt, spec=SimpleNamespace(checkpoint=SimpleNamespace(keep=2))
+        run_id="run-1",
+        run_uid="uid-1",
+        attempt=attempt,
+        stage_index=0,
+        spec=SimpleNamespace(checkpoint=CheckpointSpec()),
     )
 
 

@@ -2,271 +2,350 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from ringworld_workers.checkpoint.catalog import prune, unreferenced
+from ringworld_workers.checkpoint.background import Background
+from ringworld_workers.checkpoint.exchange import all_gather_json, broadcast_json, gather_json
+from ringworld_workers.checkpoint.fence import Fence, TakenOver
 from ringworld_workers.checkpoint.layout import (
     MANIFEST,
     CheckpointError,
     Manifest,
-    StoredObject,
+    OptimizerState,
     folder_of,
     object_from_json,
     object_to_json,
     parameter_digest,
 )
 from ringworld_workers.checkpoint.layout import TrainState as TrainState
-from ringworld_workers.checkpoint.snapshot import ChecksummedStream, Snapshot, SnapshotBuffer
+from ringworld_workers.checkpoint.publish import publish
+from ringworld_workers.checkpoint.retention import prune
+from ringworld_workers.checkpoint.save_id import SaveId
+from ringworld_workers.checkpoint.snapshot import SnapshotBuffer, share_bytes
+from ringworld_workers.checkpoint.together import from_rank_0
+from ringworld_workers.checkpoint.upload import Upload, upload_pieces, upload_snapshot
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.stage_job import StageJob
-from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
+from ringworld_workers.store.base import Store, StoreError
 
 log = logging.getLogger(__name__)
 
-_PUT_ATTEMPTS = 4
-_FIRST_PAUSE_SECONDS = 0.5
+_BEAT_SECONDS = 1.0
+_MIB = 2**20
 
 
 @dataclass
-class Upload:
-    """One rank's part of a checkpoint on its way."""
+class Save:
+    """A checkpoint on its way: this rank's part, and on rank 0 the manifest."""
 
-    snapshot: Snapshot
-    key: str
-    stall_seconds: float
-    thread: threading.Thread | None = None
-    seconds: float = 0.0
-    stored: StoredObject | None = None
-    error: Exception | None = None
+    id: SaveId
+    folder: str
+    state: TrainState
+    optimizer: OptimizerState
+    shapes: dict[str, tuple[int, ...]]
+    upload: Upload
+    stall_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    gathered: bool = False
+    """Whether all ranks' parts have arrived, and the manifest's turn has come."""
+    commit: Background[dict[str, Any]] | None = None
+    """On rank 0."""
 
 
 class CheckpointWriter:
     """Writes a run's checkpoints; at most one is in flight.
 
-    ``snapshot`` and ``commit`` are called by every rank, on the train thread, in the same order;
-    ``uploading``, ``poll`` and ``wait`` are local. Every save writes objects of new names, so a
-    save that is cut short, repeated, or raced by a gang that should be dead, never touches an
-    object of a committed checkpoint.
+    ``open``, ``prepare``, ``snapshot``, ``advance`` and ``commit`` are collectives, called on the
+    train thread in the same order by every rank; ``uploading`` and ``wait`` are local. No call
+    but ``commit`` waits for the store, unless ``max_host_bytes`` is less than a rank's share.
     """
 
-    def __init__(self, store: Store, mesh: Mesh, job: StageJob) -> None:
-        """Write to ``store``, as an attempt of ``job``."""
+    def __init__(
+        self, store: Store, mesh: Mesh, job: StageJob, *, beat: Callable[[], None] | None = None
+    ) -> None:
+        """Write to ``store``, as an attempt of ``job``.
+
+        Args:
+            store: of the run.
+            mesh: of the engine.
+            job: whose spec says what is kept.
+            beat: called about every second while training waits for the store.
+        """
         self._store, self._mesh, self._job = store, mesh, job
-        self._buffer = SnapshotBuffer()
-        self._upload: Upload | None = None
-        self._cleaner: threading.Thread | None = None
+        self._beat = beat or (lambda: None)
+        self._buffer = SnapshotBuffer(job.spec.checkpoint.max_host_bytes)
+        self._fence: Fence | None = None
+        self._token = ""
+        self._piecewise: bool | None = None
+        self._num_saves = 0
+        self._save: Save | None = None
+        self._cleaner: Background[None] | None = None
+
+    # --- before the first step ---
+
+    def open(self) -> None:
+        """Become the gang that writes: see ``Fence.take``. Once; later calls do nothing.
+
+        Raises:
+            TakenOver: another gang writes this run.
+            CheckpointError: what says who writes is damaged.
+            StoreError: the store failed. All on every rank.
+        """
+        if self._token:
+            return
+        self._token = from_rank_0(self._take, self._mesh)
+
+    def _take(self) -> str:
+        job = self._job
+        fence = Fence(
+            self._store, run_uid=job.run_uid, attempt=job.attempt, stage_index=job.stage_index
+        )
+        fence.take()
+        self._fence = fence
+        return fence.record.token
+
+    def prepare(self, engine: Engine) -> str | None:
+        """Have the host memory of snapshots ready, so that the first one is as quick as any.
+
+        Returns:
+            On every rank, what the user should know: that saves will be slow, and why; or None.
+        """
+        ranges = engine.owned_ranges()
+        self._buffer.prepare(ranges)
+        share = share_bytes(ranges)
+        found = all_gather_json([self._buffer.fits(ranges), share], self._mesh)
+        self._piecewise = not all(fits for fits, _ in found)
+        limit = self._job.spec.checkpoint.max_host_bytes
+        if not self._piecewise or limit is None:
+            return None
+        most = max(share for _, share in found)
+        return (
+            f"a worker's share of the state is {most / _MIB:.1f} MiB, and checkpoint."
+            f"max_host_bytes is {limit / _MIB:.1f} MiB: each save goes through that piece by piece "
+            f"({-(-most // limit)} of them), and the step waits for the whole upload; to save in "
+            f"the background, give at least {most}"
+        )
+
+    # --- saving ---
 
     @property
     def in_flight(self) -> bool:
         """Whether a snapshot was taken that is not committed; the same on every rank."""
-        return self._upload is not None
+        return self._save is not None
 
     def uploading(self) -> bool:
-        """Whether this rank's part is still on its way."""
-        return self._upload is not None and not self.poll()
-
-    def poll(self) -> bool:
-        """Whether this rank's part, if any, has arrived or failed."""
-        thread = self._upload.thread if self._upload else None
-        return thread is None or not thread.is_alive()
+        """Whether this rank still works on the checkpoint in flight."""
+        save = self._save
+        if save is None:
+            return False
+        return save.upload.busy or (save.commit is not None and save.commit.busy)
 
     def wait(self) -> None:
-        """Wait until this rank's part has arrived or failed."""
-        if self._upload and self._upload.thread:
-            self._upload.thread.join()
+        """Wait until this rank has done, or failed, what it works on."""
+        if self._save is not None:
+            self._save.upload.wait()
+            if self._save.commit is not None:
+                self._save.commit.wait()
 
     def snapshot(self, engine: Engine, state: TrainState) -> None:
         """Copy the state to host memory and start to upload it. Training waits for the copy only.
 
+        Where host memory is too small for that, it waits for the upload too.
+
         Raises:
             RuntimeError: the checkpoint before is not committed.
+            TakenOver, CheckpointError, StoreError: see ``open``, if it was not called before.
         """
-        if self._upload is not None:
+        if self._save is not None:
             raise RuntimeError(
-                f"the checkpoint of step {self._upload.snapshot.state.step} is in flight; commit "
+                f"the checkpoint of step {self._save.state.step} is in flight; commit "
                 f"it before the snapshot of step {state.step}"
             )
+        self.open()
+        if self._piecewise is None:
+            self.prepare(engine)
         started = time.perf_counter()
-        taken = self._buffer.take(engine, state)
+        ranges = engine.owned_ranges()
+        self._num_saves += 1
+        save_id = SaveId(self._token, self._num_saves)
         folder = folder_of(state.stage_index, state.stage, state.step)
-        key = f"{folder}/rank-{self._mesh.rank:05d}-{uuid.uuid4().hex[:8]}.bin"
-        self._upload = Upload(taken, key, stall_seconds=time.perf_counter() - started)
-        self._upload.thread = threading.Thread(
-            target=self._run, args=(self._upload,), name="checkpoint-upload", daemon=True
+        upload = upload_pieces if self._piecewise else upload_snapshot
+        save = self._save = Save(
+            id=save_id,
+            folder=folder,
+            state=state,
+            optimizer=engine.optimizer_state(),
+            shapes=engine.parameter_shapes(),
+            upload=upload(self._store, self._buffer, ranges, save_id, folder, self._mesh.rank),
         )
-        self._upload.thread.start()
+        if self._piecewise:
+            self._await_all()
+        save.stall_seconds = time.perf_counter() - started
 
-    def _run(self, upload: Upload) -> None:
-        started = time.perf_counter()
-        try:
-            stream = ChecksummedStream(upload.snapshot)
-            _with_retries(lambda: self._store.put(upload.key, stream))
-            upload.stored = stream.stored(upload.key)
-        except Exception as error:  # whatever it is, commit tells every rank of it
-            upload.error = error
-        upload.seconds = time.perf_counter() - started
+    def advance(self) -> dict[str, Any] | None:
+        """Take the checkpoint in flight one step on. Call it when no rank is ``uploading``.
 
-    def commit(self) -> dict[str, Any]:
-        """Make the checkpoint in flight exist: rank 0 writes its manifest. A collective.
-
-        Waits for this rank's own upload; call it when no rank is ``uploading`` to wait for none.
+        First the ranks' parts come together, and rank 0 starts to write the manifest; next time
+        its outcome is told.
 
         Returns:
-            ``step``, ``key`` (the folder), ``bytes`` (of all ranks), ``stall_seconds`` and
-            ``upload_seconds`` (of the slowest rank); equal on every rank.
+            None as long as there is no outcome; then see ``commit``.
 
         Raises:
             RuntimeError: nothing is in flight.
+            CheckpointError: see ``commit``.
+        """
+        save = self._save
+        if save is None:
+            raise RuntimeError("no checkpoint is in flight; take a snapshot first")
+        if not save.gathered:
+            parts = gather_json(_part(save), self._mesh)
+            save.gathered = True
+            if parts is not None:
+                save.commit = Background("checkpoint-commit", lambda: self._finish(save, parts))
+            return None
+        outcome: dict[str, Any] = {}
+        if save.commit is not None:
+            try:
+                outcome = save.commit.result | {"waited_seconds": save.waited_seconds}
+            except Exception as error:  # whatever it is, every rank is told
+                outcome = _told(error)
+        outcome = broadcast_json(outcome, self._mesh)
+        self._save = None
+        if "error" in outcome:
+            text = f"checkpoint {save.folder} is not committed; {outcome['error']}"
+            raise (TakenOver if outcome["taken_over"] else CheckpointError)(text)
+        if self._fence is not None:
+            self._clean(self._fence, save.id)
+        return outcome
+
+    def commit(self) -> dict[str, Any]:
+        """Make the checkpoint in flight exist: rank 0 writes its manifest. Waits for the store.
+
+        Returns:
+            ``step``, ``key`` (the folder), ``bytes`` (of all ranks), ``stall_seconds``,
+            ``upload_seconds`` (both of the slowest rank), ``bytes_per_second`` of the upload, and
+            ``waited_seconds`` that training has stood still in this call; equal on every rank.
+
+        Raises:
+            RuntimeError: nothing is in flight.
+            TakenOver: another gang writes this run by now; this one must stop.
             CheckpointError: a rank's upload or the manifest failed; nothing new is visible. It
                 names the rank. The same on every rank.
         """
-        if self._upload is None:
-            raise RuntimeError("no checkpoint is in flight; take a snapshot first")
-        self.wait()
-        upload, self._upload = self._upload, None
-        part = json.dumps(_part(upload)).encode()
-        group = self._mesh.control_group
-        parts: list[Any] | None = [None] * self._mesh.world_size if self._mesh.rank == 0 else None
-        dist.gather_object(part, parts, dst=0, group=group)
-        outcome: list[Any] = [None]
-        if parts is not None:
-            outcome[0] = self._finish(upload.snapshot, [json.loads(part) for part in parts])
-        dist.broadcast_object_list(outcome, src=0, group=group)
-        if "error" in outcome[0]:
-            raise CheckpointError(outcome[0]["error"])
-        return dict(outcome[0])
-
-    def _finish(self, snapshot: Snapshot, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """On rank 0: judge all parts and write the manifest."""
-        state = snapshot.state
-        folder = folder_of(state.stage_index, state.stage, state.step)
-        failed = [f"rank {rank}: {p['error']}" for rank, p in enumerate(parts) if "error" in p]
-        if failed:
-            return {"error": f"checkpoint {folder} is not committed; " + "; ".join(failed)}
-        manifest = Manifest(
-            run_id=self._job.run_id,
-            attempt=self._job.attempt,
-            world_size=self._mesh.world_size,
-            mesh={
-                "sequence_parallel": self._mesh.sequence_parallel_size,
-                "heads": self._mesh.heads_size,
-                "data_parallel": self._mesh.data_parallel_size,
-            },
-            parameter_digest=parameter_digest(snapshot.shapes),
-            tensors=snapshot.shapes,
-            objects=tuple(object_from_json(part["object"]) for part in parts),
-            optimizer=snapshot.optimizer,
-            state=state,
-        )
-        try:
-            _with_retries(lambda: publish(self._store, f"{folder}/{MANIFEST}", manifest))
-        except (StoreError, CheckpointError) as error:
-            return {"error": f"checkpoint {folder} is not committed; {error}"}
-        self._clean(folder, {stored.key for stored in manifest.objects})
-        return {
-            "step": state.step,
-            "key": folder,
-            "bytes": sum(stored.size for stored in manifest.objects),
-            "stall_seconds": max(part["stall_seconds"] for part in parts),
-            "upload_seconds": max(part["upload_seconds"] for part in parts),
-        }
-
-    def _clean(self, folder: str, referenced: set[str]) -> None:
-        """Remove what is no longer needed in a thread of rank 0; training does not wait for it."""
-        if self._cleaner is not None and self._cleaner.is_alive():
-            return
-        # Listed while all ranks wait for this commit: a later save of the same step (a stage's
-        # end) has put nothing into the folder yet.
-        try:
-            leftovers = unreferenced(self._store, folder, referenced)
-        except StoreError as error:
-            log.warning("leftovers of interrupted saves stay: %s", error)
-            return
-        self._cleaner = threading.Thread(
-            target=_clean_quietly,
-            args=(self._store, self._job.spec.checkpoint.keep, leftovers),
-            name="checkpoint-clean-up",
-            daemon=True,
-        )
-        self._cleaner.start()
+        while True:
+            if self._save is None:
+                raise RuntimeError("no checkpoint is in flight; take a snapshot first")
+            started = time.perf_counter()
+            self._await_all()
+            self._save.waited_seconds += time.perf_counter() - started
+            outcome = self.advance()
+            if outcome is not None:
+                return outcome
 
     def close(self) -> None:
         """Wait for the threads; a checkpoint in flight stays uncommitted."""
         self.wait()
         if self._cleaner is not None:
-            self._cleaner.join()
+            self._cleaner.wait()
+        if self._fence is not None:
+            self._fence.release()
+            self._fence = None
+
+    def _await_all(self) -> None:
+        """Wait until no rank is uploading, in short collectives: uploads may outlast a timeout."""
+        while self._save is not None:
+            for work in (self._save.upload, self._save.commit):
+                if work is not None and work.busy:
+                    work.wait(_BEAT_SECONDS)
+            busy = torch.tensor([int(self.uploading())])
+            dist.all_reduce(busy, group=self._mesh.control_group)
+            if not busy:
+                return
+            self._beat()
+
+    def _finish(self, save: Save, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """On rank 0: judge all parts and write the manifest."""
+        failed = [f"rank {rank}: {p['error']}" for rank, p in enumerate(parts) if "error" in p]
+        if failed:
+            raise CheckpointError("; ".join(failed))
+        mesh, job = self._mesh, self._job
+        manifest = Manifest(
+            run_id=job.run_id,
+            run_uid=job.run_uid,
+            attempt=job.attempt,
+            world_size=mesh.world_size,
+            mesh={
+                "sequence_parallel": mesh.sequence_parallel_size,
+                "heads": mesh.heads_size,
+                "data_parallel": mesh.data_parallel_size,
+            },
+            parameter_digest=parameter_digest(save.shapes),
+            tensors=save.shapes,
+            objects=tuple(object_from_json(o) for part in parts for o in part["objects"]),
+            optimizer=save.optimizer,
+            state=save.state,
+        )
+        if self._fence is not None:
+            self._fence.check()
+        publish(self._store, f"{save.folder}/{MANIFEST}", manifest)
+        num_bytes = sum(stored.size for stored in manifest.objects)
+        upload_seconds = max(part["upload_seconds"] for part in parts)
+        return {
+            "step": save.state.step,
+            "key": save.folder,
+            "bytes": num_bytes,
+            "stall_seconds": max(part["stall_seconds"] for part in parts),
+            "upload_seconds": upload_seconds,
+            "bytes_per_second": num_bytes / upload_seconds,
+        }
+
+    def _clean(self, fence: Fence, last: SaveId) -> None:
+        """Remove what is no longer needed in a thread of rank 0; training does not wait for it."""
+        if self._cleaner is not None and self._cleaner.busy:
+            return
+        wanted = self._job.spec.checkpoint
+
+        def clean() -> None:
+            try:
+                # A gang that was taken over must not touch what its successor writes.
+                fence.check()
+                prune(
+                    self._store,
+                    wanted.keep,
+                    wanted.keep_stage_ends,
+                    unfinished_seconds=wanted.abort_unfinished_after,
+                    last=last,
+                )
+            except (StoreError, CheckpointError) as error:
+                log.warning("old checkpoints stay: %s", error)
+
+        self._cleaner = Background("checkpoint-clean-up", clean)
 
 
-def _part(upload: Upload) -> dict[str, Any]:
+def _part(save: Save) -> dict[str, Any]:
     """What a rank tells rank 0."""
-    if upload.stored is None:
-        return {"error": str(upload.error)}
+    try:
+        objects = [object_to_json(stored) for stored in save.upload.result]
+    except Exception as error:  # whatever it is, every rank is told
+        return _told(error)
     return {
-        "object": object_to_json(upload.stored),
-        "stall_seconds": upload.stall_seconds,
-        "upload_seconds": upload.seconds,
+        "objects": objects,
+        "stall_seconds": save.stall_seconds,
+        "upload_seconds": save.upload.seconds,
     }
 
 
-def publish(store: Store, key: str, manifest: Manifest) -> None:
-    """Write a manifest, once all its objects are there.
-
-    A manifest of the same step may exist: the very same one (the reply to an earlier try was lost)
-    is accepted; one of this or an earlier attempt at the step is replaced, and its objects go.
-
-    Raises:
-        CheckpointError: a later attempt has committed this step: this gang should be dead.
-        StoreError: the store failed.
-    """
-    data = manifest.to_json()
-    if store.put_if_absent(key, data):
-        return
-    try:
-        found, etag = store.get_with_etag(key)
-    except NotFound as error:
-        raise StoreError("publish", key, "it was removed meanwhile", transient=True) from error
-    if found == data:
-        return
-    earlier = Manifest.from_json(found, key)
-    if earlier.attempt > manifest.attempt:
-        raise CheckpointError(
-            f"{key} was written by attempt {earlier.attempt}, and this is attempt "
-            f"{manifest.attempt}; a newer gang runs this job, stop this one"
-        )
-    try:
-        store.put_if_match(key, data, etag)
-    except Conflict as error:
-        raise StoreError("publish", key, str(error), transient=True) from error
-    for stored in earlier.objects:
-        store.delete(stored.key)
-
-
-def _with_retries(action: Callable[[], None]) -> None:
-    """Try again after failures that may pass, with growing pauses."""
-    for attempt in range(_PUT_ATTEMPTS):
-        try:
-            return action()
-        except StoreError as error:
-            if not error.transient or attempt == _PUT_ATTEMPTS - 1:
-                raise
-            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
-
-
-def _clean_quietly(store: Store, keep: int, leftovers: list[str]) -> None:
-    try:
-        prune(store, keep)
-        for key in leftovers:
-            store.delete(key)
-        store.remove_unfinished()
-    except StoreError as error:
-        log.warning("old checkpoints stay: %s", error)
+def _told(error: Exception) -> dict[str, Any]:
+    """An error, as it travels to the other ranks."""
+    known = isinstance(error, StoreError | CheckpointError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return {"error": text, "taken_over": isinstance(error, TakenOver)}
