@@ -120,7 +120,7 @@ def with_weights(
     try:
         if source.kind == "run":
             if check_files or not has_preset:
-                model = _settled_by_run(spec, source, has_preset, find_run)
+                model = _settled_by_run(spec, source, find_run)
         else:
             source = replace(source, place=str((base / source.path).resolve()))
             near = "" if source.path.exists() else siblings(source.path)
@@ -183,15 +183,30 @@ def _settled_by_file(model: ModelSpec, path: Path, has_preset: bool) -> ModelSpe
     return _filled(model, config, set(_SETTLED))
 
 
-def _settled_by_run(
-    spec: JobSpec, source: Source, has_preset: bool, find_run: FindRun | None
-) -> ModelSpec:
+def settle_run(spec: JobSpec, find_run: FindRun) -> JobSpec:
+    """A job's spec with the one checkpoint that its `init_from: run:...` means, and its shape.
+
+    Args:
+        spec: any; one that starts from no run, or from a checkpoint that is settled, stays.
+        find_run: looks for the checkpoint.
+
+    Raises:
+        WeightsError: there is no such checkpoint, or it is of another model or optimizer.
+        ValueError: what is written can name none.
+    """
+    source = parse_init_from(spec.model.init_from) if spec.model.init_from else None
+    if source is None or source.kind != "run" or source.checkpoint is not None:
+        return spec
+    return spec.model_copy(update={"model": _settled_by_run(spec, source, find_run)})
+
+
+def _settled_by_run(spec: JobSpec, source: Source, find_run: FindRun | None) -> ModelSpec:
     """The model with its shape in full and the checkpoint's lasting name.
 
     Raises:
         WeightsError: there is no such checkpoint, or it is of another model or optimizer.
     """
-    model = spec.model
+    model, has_preset = spec.model, "preset" in spec.model.model_fields_set
     found = find_run(source.place, spec.checkpoint.store) if find_run is not None else None
     if found is None:
         if has_preset:

@@ -95,10 +95,15 @@ class Client:
 
         Returns:
             The run's id. The same spec, while its run is unfinished, gives the same run.
+
+        Raises:
+            StoreRefused: its checkpoints could not be written; nothing is left behind.
+            PlatformError: the run that `model.init_from` means has no such checkpoint.
         """
-        meant = absolute_paths(spec, base or Path.cwd())
+        folder = base or Path.cwd()
+        meant = _settled(absolute_paths(spec, folder))
         data = meant.model_dump(mode="json", exclude_none=True)
-        root = runs_root_of(meant)
+        root = runs_root_of(meant, folder)
         return str(self._call(lambda c: c.submit.remote(data, str(root))))
 
     def status(self, name: str) -> dict[str, Any]:
@@ -121,13 +126,18 @@ class Client:
         """
         return str(self._call(lambda c: c.stop.remote(name)))
 
-    def resume(self, name: str) -> str:
+    def resume(self, name: str, *, older: bool = False) -> str:
         """Go on with a stopped, failed or abandoned run; returns its id.
 
+        Args:
+            name: a run's id, or a job's name.
+            older: where the newest checkpoint is damaged, set it aside and take an older one.
+
         Raises:
+            StoreRefused: its checkpoints could not be written.
             RunConflictError: it is at work, or has succeeded.
         """
-        return str(self._call(lambda c: c.resume.remote(name)))
+        return str(self._call(lambda c: c.resume.remote(name, older)))
 
     def events(self, name: str, after: int = 0) -> STATUSES:
         """Events with a ``seq`` above ``after``."""
@@ -205,7 +215,23 @@ def absolute_paths(spec: JobSpec, base: Path) -> JobSpec:
         }
     )
     store = spec.checkpoint.model_copy(update={"store": _absolute(spec.checkpoint.store, base)})
-    return spec.model_copy(update={"data": meant, "checkpoint": store})
+    model, init_from = spec.model, spec.model.init_from or ""
+    if init_from.startswith("run:file://"):
+        place = _absolute(init_from.removeprefix("run:"), base)
+        model = model.model_copy(update={"init_from": f"run:{place}"})
+    return spec.model_copy(update={"model": model, "data": meant, "checkpoint": store})
+
+
+def _settled(spec: JobSpec) -> JobSpec:
+    """The spec with the one checkpoint that `model.init_from: run:...` means, if it has that."""
+    from ringworld_jobs.weights import settle_run
+    from ringworld_model.hf_config import WeightsError
+    from ringworld_platform.run_weights import find_run
+
+    try:
+        return settle_run(spec, find_run)
+    except WeightsError as error:
+        raise PlatformError(f"model.init_from = {spec.model.init_from!r}: {error}") from error
 
 
 def runs_root_of(spec: JobSpec, base: Path | None = None) -> Path:

@@ -75,7 +75,12 @@ class Guarded(TyperGroup):
 def _expected(error: Exception) -> int | None:
     """Show an error that a person can act on; None for one that is a bug."""
     from ringworld_jobs.problem import JobSpecError
-    from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+    from ringworld_platform.errors import (
+        PlatformError,
+        RunConflictError,
+        StoreRefused,
+        UnknownRunError,
+    )
 
     console = err()
     if isinstance(error, JobSpecError):
@@ -83,7 +88,10 @@ def _expected(error: Exception) -> int | None:
         return MISTAKE
     if isinstance(error, PlatformError):
         console.print(f"error: {error}", style="red", markup=False)
-        return MISTAKE if isinstance(error, UnknownRunError | RunConflictError) else FAILED
+        if isinstance(error, StoreRefused):
+            console.print("nothing was started", style="bold")
+        mistake = isinstance(error, UnknownRunError | RunConflictError | StoreRefused)
+        return MISTAKE if mistake else FAILED
     return None
 
 

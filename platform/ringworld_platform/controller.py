@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.job_runner import JobRunner, RunnerConfig
 from ringworld_platform.live_run import LiveRun, claim, this_owner
+from ringworld_platform.run_claims import RunClaims, check_store
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE
 from ringworld_platform.run_state import JobRecord, RunState, RunStates, next_attempt
@@ -77,29 +79,51 @@ class Controller:
 
         Returns:
             The run's id.
+
+        Raises:
+            StoreRefused: its checkpoints could not be written; nothing is left behind.
         """
         job = JobSpec.model_validate(spec)
         digest = spec_digest(job)
         with self._lock:
+            same = self._same(RunStates(Path(runs_root)), job, digest)
+        if same is None:
+            # May take seconds: others are not kept waiting for it.
+            check_store(job)
+        with self._lock:
             states = self._states(runs_root)
-            for found in states.all():
-                same = (found.job, found.spec_digest) == (job.name, digest)
-                if same and not found.terminal and not self._over(states, found):
-                    self._adopt(states, found, job)
-                    return found.run_id
+            same = self._same(states, job, digest)
+            if same is not None:
+                self._adopt(states, same, job)
+                return same.run_id
+            claims = RunClaims.of(job)
             made = states.create(
-                job.name, lambda run_id, path: self._new(job, digest, run_id, path)
+                job.name, lambda run_id, path: self._new(job, digest, run_id, path), claims
             )
             folder = RunFolder(Path(made.run_folder))
             try:
-                folder.open(resolved_yaml(job))
+                text = resolved_yaml(job)
+                folder.open(text)
                 folder.append_event("submitted", f"submitted as {made.run_id}")
+                if claims is not None:
+                    claims.keep_spec(made.run_id, text)
             except PlatformError:
                 # The caller hears of it; half a run would only stand in the way.
+                folder.close()
                 states.forget(made.run_id)
+                if claims is not None:
+                    claims.give_back(made.run_id)
                 raise
             self._launch(made, job, states, folder)
             return made.run_id
+
+    def _same(self, states: RunStates, job: JobSpec, digest: str) -> JobRecord | None:
+        """The unfinished run of the very same job, if there is one."""
+        for found in states.all():
+            same = (found.job, found.spec_digest) == (job.name, digest)
+            if same and not found.terminal and not self._over(states, found):
+                return found
+        return None
 
     def status(self, name: str) -> dict[str, Any]:
         """State of a run, by run id or by job name (its newest run)."""
@@ -131,8 +155,13 @@ class Controller:
                 states.update(record.run_id, _stopped)
             return record.run_id
 
-    def resume(self, name: str) -> str:
-        """Go on with a stopped or failed run, from its newest committed checkpoint."""
+    def resume(self, name: str, older: bool = False) -> str:
+        """Go on with a stopped or failed run, from its newest committed checkpoint.
+
+        Args:
+            name: a run's id, or a job's name.
+            older: where that is damaged, set it aside and take an older one.
+        """
         with self._lock:
             record, states = self._find(name)
             if record.state is RunState.SUCCEEDED:
@@ -141,9 +170,10 @@ class Controller:
             ended_here = runner is not None and not runner.active
             if not (record.terminal or ended_here or record.abandoned()):
                 raise RunConflictError(f"{record.run_id} is {record.state}; it needs no resume")
+            _check_store_of(record)
             if runner is not None:
                 runner.join(RELEASE_SECONDS)
-            states.update(record.run_id, _fresh_start)
+            states.update(record.run_id, partial(_fresh_start, older))
             self._launch_stored(states, record.run_id, "resumed")
             return record.run_id
 
@@ -176,6 +206,7 @@ class Controller:
         return JobRecord(
             job=job.name,
             run_id=run_id,
+            uid=uuid.uuid4().hex,
             reason="submitted",
             num_stages=len(job.stages),
             run_folder=str(path),
@@ -315,6 +346,15 @@ class Controller:
             raise PlatformError(f"cannot write {self._roots_file}: {error.strerror}") from error
 
 
+def _check_store_of(record: JobRecord) -> None:
+    """Refuse to go on with a run whose checkpoints could not be written."""
+    try:
+        spec = load_job(Path(record.run_folder) / SPEC_FILE, check_files=False)
+    except JobSpecError:
+        return  # said where the run is launched
+    check_store(spec)
+
+
 def _ask_to_stop(record: JobRecord) -> JobRecord:
     record.stop_requested = True
     return record
@@ -332,9 +372,10 @@ def _failed(problem: str, record: JobRecord) -> JobRecord:
     return record
 
 
-def _fresh_start(record: JobRecord) -> JobRecord:
+def _fresh_start(older: bool, record: JobRecord) -> JobRecord:
     record.state, record.reason, record.error = RunState.QUEUED, "resumed", None
     record.stop_requested, record.restarts, record.owner = False, 0, None
+    record.take_older = older
     # Looked up again: the cache may have been cleared since.
     record.prepared = None
     return record

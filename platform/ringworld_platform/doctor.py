@@ -105,7 +105,7 @@ def examine(spec: JobSpec | None = None, address: str | None = None) -> Checkup:
     probe, failure = _probe(questions, spec.resources.accelerator if spec else "auto")
     gpus = list(probe.get("gpus", []))
     checkup.findings.append(_devices(gpus, failure, spec))
-    checkup.findings += [_cores(spec), _memory(spec), _disk(spec)]
+    checkup.findings += [_cores(spec), _memory(spec), _store(spec)]
     for question, answer in zip(questions, probe.get("answers", []), strict=False):
         backend, why, problem = answer
         text = f"{backend}: {why}" if backend else "none"
@@ -267,6 +267,21 @@ def _memory(spec: JobSpec | None) -> Finding:
     if memory.available < needed:
         problem = f"workers need about {bytes_text(needed)} before the model; end other programs"
     return Finding("memory", text, problem, needed=False)
+
+
+def _store(spec: JobSpec | None) -> Finding:
+    """Whether checkpoints can be written where they are to go."""
+    from ringworld_platform.errors import StoreRefused
+    from ringworld_platform.run_claims import check_store, on_s3
+
+    if spec is None or not on_s3(spec):
+        return _disk(spec)
+    url = spec.checkpoint.store
+    try:
+        check_store(spec)
+    except StoreRefused as error:
+        return Finding("store", url, str(error))
+    return Finding("store", f"{url}: a small object was written, read and removed")
 
 
 def _disk(spec: JobSpec | None) -> Finding:

@@ -19,5 +19,9 @@ class RunConflictError(PlatformError):
     """The run is in a state that does not allow this."""
 
 
+class StoreRefused(PlatformError):
+    """The store that a job's checkpoints are to go to cannot be written."""
+
+
 class RunFolderError(PlatformError):
     """The run's folder cannot be written."""

@@ -194,7 +194,7 @@ class LiveRun:
     def _checkpoint(self, record: Record) -> None:
         key = str(record.get("key"))
         # Progress: the restart budget is full again.
-        self.set_fields(checkpoint=key, restarts=0)
+        self.set_fields(checkpoint=key, restarts=0, take_older=False)
         size = record.get("bytes")
         about = f", {size / 2**20:.1f} MiB" if isinstance(size, int | float) else ""
         self.event("checkpoint", f"committed {key}{about}")

@@ -60,8 +60,12 @@ class RunFolder:
             RunFolderError: no permission, no space.
         """
         try:
-            (self.path / LOGS_FOLDER).mkdir(parents=True, exist_ok=True)
             spec = self.path / SPEC_FILE
+            if not spec.exists():
+                # New: nobody else may look in, unless the owner lets them later.
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.path.chmod(0o700)
+            (self.path / LOGS_FOLDER).mkdir(parents=True, exist_ok=True)
             if spec_yaml is not None and not spec.exists():
                 # Whole or not at all: a run goes on from this file after every crash.
                 scratch = spec.with_suffix(".yaml.tmp")

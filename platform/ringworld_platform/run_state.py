@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+from ringworld_platform.run_claims import RunClaims
 from ringworld_platform.run_records import STATE_FILE
 from ringworld_workers.store.base import Conflict, StoreError
 from ringworld_workers.store.opening import open_store
@@ -25,7 +26,10 @@ from ringworld_workers.store.opening import open_store
 LEASE_SECONDS = 30.0
 _MAX_RACES = 50
 _HIDDEN = frozenset(
-    {"spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner", "priority"}
+    {
+        *("spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner"),
+        *("priority", "uid", "take_older"),
+    }
 )
 
 
@@ -105,12 +109,16 @@ class JobRecord(BaseModel):
     updated: float = 0.0
 
     spec_digest: str
+    uid: str = ""
+    """Unlike for any two runs, also of the same id; empty in records that had none."""
     priority: int = 0
     stages_done: int = 0
     """Stages that are finished; the next one to run has this index."""
     stop_requested: bool = False
     restarts: int = 0
     """Restarts since the last newly committed checkpoint."""
+    take_older: bool = False
+    """Until a checkpoint is committed: start from an older one where the newest is damaged."""
     prepared: dict[str, Any] | None = None
     """What the data recipe's build returned."""
     owner: Owner | None = None
@@ -147,21 +155,40 @@ class RunStates:
         self.root = root
         self._store = open_store(f"file://{root}")
 
-    def create(self, job: str, record: Callable[[str, Path], JobRecord]) -> JobRecord:
+    def create(
+        self,
+        job: str,
+        record: Callable[[str, Path], JobRecord],
+        claims: RunClaims | None = None,
+    ) -> JobRecord:
         """Store a new run under the next free id: ``job-1``, ``job-2``, ...
 
         Args:
             job: name of the job.
             record: makes the record from the run id and the run's folder.
+            claims: where the id must be free too, and is taken.
         """
         number = len([found for found in self.all() if found.job == job])
+        if claims is not None:
+            number = max(number, claims.highest(job))
         for _ in range(_MAX_RACES):
             number += 1
             run_id = f"{job}-{number}"
+            if (self.root / run_id / STATE_FILE).exists():
+                continue
             made = record(run_id, self.root / run_id)
-            with _plain_errors():
-                if self._store.put_if_absent(f"{run_id}/{STATE_FILE}", _encode(made)):
-                    return made
+            if claims is not None and not claims.take(made):
+                continue
+            try:
+                with _plain_errors():
+                    if self._store.put_if_absent(f"{run_id}/{STATE_FILE}", _encode(made)):
+                        return made
+            except PlatformError:
+                if claims is not None:
+                    claims.give_back(run_id)
+                raise
+            if claims is not None:
+                claims.give_back(run_id)
         raise PlatformError(f"no free run id for {job} in {self.root} after {number} tries")
 
     def get(self, run_id: str) -> JobRecord:

@@ -12,6 +12,7 @@ from ringworld_platform.capacity import has_gpus
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.proofs import is_proved
+from ringworld_platform.run_claims import checkpoints_url
 from ringworld_workers.stage_job import StageJob
 
 
@@ -57,8 +58,10 @@ def stage_job(
         data_dir=str(prepared.get("dir", "")),
         sources=sources_of(spec, prepared.get("datasets", {})),
         model_config=_model_config(spec, prepared),
-        checkpoint_url=f"{spec.checkpoint.store.rstrip('/')}/{record.run_id}/checkpoints",
+        checkpoint_url=checkpoints_url(spec, record.run_id),
         spec_digest=record.spec_digest,
+        run_uid=record.uid,
+        take_older=record.take_older,
         proved=is_proved(
             live.folder.path,
             spec.stages[index].name,

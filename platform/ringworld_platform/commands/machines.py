@@ -51,6 +51,8 @@ def doctor(
 ) -> None:
     """Check this machine: versions, devices, memory, disk, and which kernel each stage would use.
 
+    With a job whose checkpoints go to S3, a small object is written there, read and removed.
+
     Exit code 1 if something needed is missing, with the remedy.
     """
     from ringworld_platform.doctor import examine, render
@@ -58,8 +60,9 @@ def doctor(
     spec = None
     if job is not None:
         from ringworld_jobs.load import load_job
+        from ringworld_platform.run_weights import find_run
 
-        spec = load_job(job)
+        spec = load_job(job, find_run=find_run)
     checkup = examine(spec, address)
     out().print(render(checkup))
     if checkup.problems:

@@ -61,10 +61,11 @@ def parity(
     is over the tolerance.
     """
     from ringworld_jobs.load import load_job
+    from ringworld_platform.run_weights import find_run
 
     sizes = _sizes(ring_sizes)
     longest = _tokens(context_length)
-    spec = load_job(job)
+    spec = load_job(job, find_run=find_run)
     if stage is not None and stage not in (names := [s.name for s in spec.stages]):
         raise typer.BadParameter(f"{stage!r} is none of {', '.join(names)}", param_hint="--stage")
     folder = None if run is None else _run_folder(runs, run)

@@ -58,7 +58,9 @@ def validate(
         command = f"ringworld data train-codebook {job}"
         out().print(f"{job} is valid; train it with [cyan]{command}[/cyan]")
         return
-    spec = load_job(job, check_files=files)
+    from ringworld_platform.run_weights import find_run_in_folder
+
+    spec = load_job(job, check_files=files, find_run=find_run_in_folder)
     if resolved:
         from ringworld_jobs.resolve import resolved_yaml
 
@@ -130,8 +132,9 @@ def run(
     from ringworld_jobs.load import load_job
     from ringworld_platform import cluster, head
     from ringworld_platform.client import Client, runs_root_of
+    from ringworld_platform.run_weights import find_run
 
-    spec = load_job(job)
+    spec = load_job(job, find_run=find_run)
     if address is not None or head.find_running() is not None:
         info = cluster.connect(address)
         err().print(f"using the Ray cluster at {info.address}", style="dim")
@@ -152,10 +155,19 @@ def resume(
     cpus: Cpus = None,
     dashboard: Dashboard = False,
     address: Address = None,
+    older: Annotated[
+        bool,
+        typer.Option(
+            "--older",
+            help="Where the newest checkpoint is damaged, set it aside and take an older one.",
+        ),
+    ] = False,
 ) -> None:
     """Continue a stopped or failed run from its last committed checkpoint.
 
     Where a cluster is up, the run continues there, in the background; else here, in the foreground.
+
+    Which checkpoints a run has, and whether they are sound, `ringworld checkpoints` tells.
     """
     from ringworld_platform import cluster, head
     from ringworld_platform.client import Client
@@ -164,7 +176,7 @@ def resume(
     if address is not None or head.find_running() is not None:
         cluster.connect(address)
         client = Client.attach(runs.absolute())
-        run_id = client.resume(str(find_status(client, job)["run_id"]))
+        run_id = client.resume(str(find_status(client, job)["run_id"]), older=older)
         out().print(f"{run_id} continues", style="bold")
         out().print(_follow_up(run_id))
         return
@@ -173,7 +185,7 @@ def resume(
     with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
         _say_dashboard(info.dashboard_url)
         client = Client.attach(runs.absolute(), one_shot=True)
-        status = _foreground(client, client.resume(run_id), raise_exit=False)
+        status = _foreground(client, client.resume(run_id, older=older), raise_exit=False)
     _exit(status)
 
 
@@ -186,8 +198,9 @@ def submit(job: JobFile, address: Address = None) -> None:
     from ringworld_jobs.load import load_job
     from ringworld_platform import cluster
     from ringworld_platform.client import Client, runs_root_of
+    from ringworld_platform.run_weights import find_run
 
-    spec = load_job(job)
+    spec = load_job(job, find_run=find_run)
     info = cluster.connect(address)
     client = Client.attach(runs_root_of(spec))
     run_id = client.submit(spec)
