@@ -6,8 +6,8 @@ checkpoint knows of it: neither the mesh nor the ZeRO stage shows in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -110,6 +110,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory and tear down what it started."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Have a module compute as in evaluation, without gradients; its mode comes back at the end."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 def ranges_of(

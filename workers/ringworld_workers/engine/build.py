@@ -20,9 +20,13 @@ def build_engine(
 ) -> Engine:
     """Take over ``model`` (fp32, equal on all ranks) and train it. One engine a process.
 
+    A model that was built on the meta device has no weights yet: its parameters are zero until
+    ``load_ranges`` fills them. At ZeRO stage 3 no rank ever holds the whole of it.
+
     Args:
         name: ``deepspeed`` (ZeRO), or ``torch`` (replicated weights: the oracle of the tests).
-        model: any module; it is moved to the mesh's device.
+        model: any module; the engine gives it parameters of its own, on the mesh's device, and
+            copies the values of those that are not on the meta device.
         optimizer: hyper-parameters.
         stage: precision, ZeRO stage and batch arithmetic.
         mesh: this rank's place.

@@ -12,8 +12,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import deepspeed.runtime.zero.parameter_offload as parameter_offload  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.utils import set_z3_leaf_module  # noqa: E402
 
 from ringworld_model.mlp import SwiGLU  # noqa: E402
@@ -37,6 +39,7 @@ from ringworld_workers.engine.base import (  # noqa: E402
     OwnedRange,
     clip_gradients,
     ensure_moments,
+    evaluating,
     even_shares,
     has_moments,
     ranges_of,
@@ -50,6 +53,7 @@ from ringworld_workers.engine.deepspeed_state import (  # noqa: E402
     zero_owners,
 )
 from ringworld_workers.engine.parameter_groups import make_optimizer, split_parameters  # noqa: E402
+from ringworld_workers.engine.weights import copy_weights, materialise  # noqa: E402
 from ringworld_workers.mesh import Mesh  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -62,43 +66,41 @@ class DeepSpeedEngine:
     """Implements ``Engine``; see there for what the methods promise."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, mesh: Mesh) -> None:
-        """Take over ``model`` and shard it. A collective."""
+        """Take over ``model`` and shard it. A collective.
+
+        DeepSpeed gets zeros, which at stage 3 it cuts up parameter by parameter. Weights come into
+        the fp32 masters afterwards: exactly, and by the share that this rank has of them.
+        """
         self._config, self._mesh = config, mesh
         self._zero_stage = config.zero_stage
         self.loss_factor = float(mesh.world_size * config.accumulation)
         self._num_backwards = 0
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        # Told apart by their shapes, which a shard has not.
         groups = split_parameters(model, config.optimizer)
-        self._optimizer = make_optimizer(
-            groups, config.optimizer, config.learning_rate, on_host=config.optimizer_offload
-        )
+        given = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+        settings = deepspeed_config(config, sum(p.numel() for p in model.parameters()))
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         _prepare_process(mesh)
-        if self._zero_stage == 3:
-            _gather_whole(model)
-        # DeepSpeed makes the fp32 masters from the bf16 weights; they are put right below.
-        exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self._low else {}
         with redirect_stdout(io.StringIO()) as said:  # some of its classes print memory use
+            if self._zero_stage == 3:
+                _gather_whole(model)
+                materialise(model, dtype, mesh.device, then=_partitioner(settings))
+            else:
+                materialise(model, dtype, mesh.device)
+            self._optimizer = make_optimizer(
+                [group.in_module(model) for group in groups],
+                config.optimizer,
+                config.learning_rate,
+                on_host=config.optimizer_offload,
+            )
             self._engine, *_ = deepspeed.initialize(
-                model=model.to(mesh.device),
-                optimizer=self._optimizer,
-                config=deepspeed_config(config, sum(p.numel() for p in model.parameters())),
+                model=model, optimizer=self._optimizer, config=settings
             )
         log.debug("deepspeed: %s", said.getvalue())
         self.module: nn.Module = self._engine.module
-        if exact:
-            self._restore_masters(exact)
-
-    @property
-    def _low(self) -> bool:
-        return self._config.precision == "bf16"
-
-    @torch.no_grad()
-    def _restore_masters(self, exact: dict[str, torch.Tensor]) -> None:
-        fragments = zero_fragments(self.module, self._engine.optimizer, self._zero_stage)
-        for owned in ranges_of(fragments, self._optimizer, with_moments=False):
-            whole = exact[owned.tensor].view(-1)
-            owned.data.copy_(whole[owned.start : owned.start + owned.data.numel()])
-        refresh_copies(self._engine.optimizer, self._zero_stage)
+        if given:
+            self.load_ranges(partial(copy_weights, given.items()), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward."""
@@ -176,16 +178,9 @@ class DeepSpeedEngine:
         """Name and whole shape of every parameter."""
         return dict(self._shapes)
 
-    @contextmanager
-    def evaluate(self) -> Iterator[None]:
+    def evaluate(self) -> AbstractContextManager[None]:
         """Forward without gradients."""
-        training = self.module.training
-        self._engine.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._engine.train(training)
+        return evaluating(self._engine)
 
     def close(self) -> None:
         """Free the engine. The process cannot hold another one afterwards: stage 3 leaves torch
@@ -231,6 +226,22 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings
+
+
+def _partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """Keeps of a parameter only this rank's shard, as ``deepspeed.initialize`` would do later."""
+    # As it also does: a process group that exists is taken.
+    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    first: list[Any] = []
+
+    def partition(parameter: nn.Parameter) -> None:
+        if first:
+            first[0].convert_to_zero_parameters(param_list=[parameter])
+        else:
+            deepspeed.zero.Init(nn.ParameterList([parameter]), config_dict_or_path=settings)
+            first.append(parameter)
+
+    return partition
 
 
 def _gather_whole(model: nn.Module) -> None:

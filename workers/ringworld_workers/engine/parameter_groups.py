@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,11 @@ class ParameterGroup:
     """``decay`` or ``no_decay``."""
     weight_decay: float
     parameters: dict[str, nn.Parameter]
+
+    def in_module(self, module: nn.Module) -> ParameterGroup:
+        """The group with what the module now has by these names."""
+        now = dict(module.named_parameters())
+        return replace(self, parameters={name: now[name] for name in self.parameters})
 
 
 def split_parameters(module: nn.Module, spec: OptimizerSpec) -> list[ParameterGroup]:

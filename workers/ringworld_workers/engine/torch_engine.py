@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ringworld_workers.engine.base import (
     OwnedRange,
     clip_gradients,
     ensure_moments,
+    evaluating,
     even_shares,
     has_moments,
     ranges_of,
@@ -26,6 +27,7 @@ from ringworld_workers.engine.base import (
 )
 from ringworld_workers.engine.config import EngineConfig
 from ringworld_workers.engine.parameter_groups import make_optimizer, split_parameters
+from ringworld_workers.engine.weights import materialise
 from ringworld_workers.mesh import Mesh
 
 _BUCKET_ELEMENTS = 4 * 1024 * 1024
@@ -36,6 +38,8 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, config: EngineConfig, mesh: Mesh) -> None:
         """Take over ``model``; in bf16, fp32 master weights are kept apart."""
+        if any(parameter.is_meta for parameter in model.parameters()):
+            materialise(model, torch.float32, mesh.device)
         self.module = model.to(mesh.device)
         self._config, self._mesh = config, mesh
         self.loss_factor = float(mesh.world_size * config.accumulation)
@@ -147,16 +151,9 @@ class TorchEngine:
         """Name and shape of every parameter."""
         return {name: tuple(master.shape) for name, master in self._masters.items()}
 
-    @contextmanager
-    def evaluate(self) -> Iterator[None]:
+    def evaluate(self) -> AbstractContextManager[None]:
         """Forward without gradients."""
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.module.train(training)
+        return evaluating(self.module)
 
     def close(self) -> None:
         """Drop gradients and optimizer state."""
