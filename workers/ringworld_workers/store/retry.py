@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ringworld_workers.store.base import StoreError
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -176,6 +179,7 @@ class Effort:
         seconds = longest * random.uniform(0.5, 1.0)
         if self._fruitless >= patience.attempts or seconds >= self.seconds_left():
             raise self._failure(fault, transient=True)
+        log.info("%s %s: %s; attempt %d", self.operation, self.name, fault.reason, self.attempts)
         time.sleep(seconds)
 
     def _failure(self, fault: Passing, *, transient: bool) -> StoreError:

@@ -95,11 +95,9 @@ def connect(patience: Patience, operation: str, name: str) -> Any:
     try:
         session = boto3.Session()
         client = session.client("s3", config=Config(**settings))
-        styled = "addressing_style" in (client.meta.config.s3 or {})
-        if not (_is_aws(client) or styled):
-            # A server of one's own rarely has a name for each bucket.
-            settings["s3"] = {"addressing_style": "path"}
-            client = session.client("s3", config=Config(**settings))
+        of_s3 = _settings_of_s3(client)
+        if of_s3:
+            client = session.client("s3", config=Config(**settings, s3=of_s3))
         return client
     except (exceptions.BotoCoreError, ValueError) as error:
         reason = _configuration(error)
@@ -108,9 +106,17 @@ def connect(patience: Patience, operation: str, name: str) -> Any:
         raise StoreError(operation, name, reason) from error
 
 
-def _is_aws(client: Any) -> bool:
-    host = urlsplit(client.meta.endpoint_url).hostname or ""
-    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+def _settings_of_s3(client: Any) -> dict[str, Any]:
+    """What the endpoint calls for beyond the user's own settings of it."""
+    held = dict(client.meta.config.s3 or {})
+    parts = urlsplit(client.meta.endpoint_url)
+    if not (parts.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        # A server of one's own rarely has a name for each bucket.
+        held.setdefault("addressing_style", "path")
+    if parts.scheme == "https":
+        # TLS protects the bytes and CRC32C tells of flipped ones: a SHA-256 would be a third pass.
+        held.setdefault("payload_signing_enabled", False)
+    return held
 
 
 def endpoint(client: Any) -> str:

@@ -11,7 +11,7 @@ from awscrt.checksums import crc32c
 
 from ringworld_workers.store.base import StoreError
 from ringworld_workers.store.retry import HASTE, Effort, Watch
-from ringworld_workers.store.s3_body import Body, Part
+from ringworld_workers.store.s3_body import Part, body_of
 from ringworld_workers.store.s3_requests import Requests
 
 
@@ -39,7 +39,7 @@ def put_object(
         reply = client.put_object(
             **place,
             **condition,
-            Body=Body(part, watch),
+            Body=body_of(part, watch),
             ContentLength=part.size,
             ChecksumCRC32C=encode(part.crc32c),
         )
@@ -117,7 +117,7 @@ def _put_part(
         reply = client.upload_part(
             **upload,
             PartNumber=number,
-            Body=Body(part, watch),
+            Body=body_of(part, watch),
             ContentLength=part.size,
             ChecksumCRC32C=checksum,
         )
