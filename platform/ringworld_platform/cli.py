@@ -8,8 +8,10 @@ from collections.abc import Callable
 import typer
 
 from ringworld_platform.commands import (
+    checkpoints,
     data,
     data_look,
+    dev,
     export,
     look,
     machines,
@@ -149,6 +151,56 @@ _add(
 )
 _add(app, LOOK, look.report, "ringworld report", "ringworld report quickstart-3")
 
+checkpoints_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Look at a run's checkpoints, compare, copy and remove them.",
+)
+_add(
+    checkpoints_app,
+    None,
+    checkpoints.list_checkpoints,
+    "ringworld checkpoints list quickstart",
+    "ringworld checkpoints list s3://bucket/runs/quickstart-3 --json",
+    name="list",
+)
+_add(
+    checkpoints_app,
+    None,
+    checkpoints.show,
+    "ringworld checkpoints show quickstart               # its newest one",
+    "ringworld checkpoints show quickstart-3/4k/60 --tensors",
+)
+_add(
+    checkpoints_app,
+    None,
+    checkpoints.verify,
+    "ringworld checkpoints verify quickstart-3           # all of the run",
+    "ringworld checkpoints verify s3://bucket/runs/quickstart-3/4k/60",
+)
+_add(
+    checkpoints_app,
+    None,
+    checkpoints.diff,
+    "ringworld checkpoints diff quickstart-1/4k quickstart-2/4k",
+    "ringworld checkpoints diff -q quickstart-1 s3://bucket/runs/quickstart-1 && echo equal",
+)
+_add(
+    checkpoints_app,
+    None,
+    checkpoints.copy,
+    "ringworld checkpoints copy quickstart-3 s3://bucket/runs",
+    "ringworld checkpoints copy s3://bucket/runs/quickstart-3/4k/60 backup",
+)
+_add(
+    checkpoints_app,
+    None,
+    checkpoints.prune,
+    "ringworld checkpoints prune quickstart-3 --dry-run",
+    "ringworld checkpoints prune s3://bucket/runs/quickstart-3 --keep 2 --yes",
+)
+app.add_typer(checkpoints_app, name="checkpoints", rich_help_panel=LOOK)
+
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Prepare training data.")
 _add(data_app, None, data.build, "ringworld data build jobs/recipes/quickstart.yaml")
 _add(
@@ -183,6 +235,17 @@ _add(
 )
 _add(app, MACHINES, machines.up, "ringworld up", "ringworld up --cpus 4 --no-dashboard")
 _add(app, MACHINES, machines.down, "ringworld down")
+
+dev_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Servers to try with.")
+_add(
+    dev_app,
+    None,
+    dev.s3,
+    "ringworld dev s3 -- ringworld run jobs/quickstart-s3.yaml",
+    "ringworld dev s3                     # stays until Ctrl-C",
+    "ringworld dev s3 --env-file s3.env   # then, in another shell:  . ./s3.env",
+)
+app.add_typer(dev_app, name="dev", rich_help_panel=MACHINES)
 
 
 def main() -> None:

@@ -1,7 +1,12 @@
-"""A real S3 server on this machine, for who has none: SeaweedFS, on loopback, with credentials."""
+"""A real S3 server on this machine, for who has none: SeaweedFS, on loopback, with credentials.
+
+S3 asks for the credentials; the ports behind it, which other programs of this machine could find,
+do not. So it is for trying, and for tests.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -9,11 +14,13 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import psutil
 
@@ -37,6 +44,7 @@ _PORTS = (
 )
 _SETTINGS_FILE = "s3.json"
 _LOG_FILE = "server.log"
+_LOCK_FILE = "server.lock"
 # Go's collector lets the server grow to several times of what it holds.
 _MEMORY_LIMIT = "400MiB"
 
@@ -52,7 +60,7 @@ class Credentials:
 class LocalS3:
     """One server process and its folder. A context manager: it stops what it has started.
 
-    Its ports listen on loopback only, and it answers nobody without the credentials.
+    Its ports listen on loopback only, and S3 answers nobody without the credentials.
     """
 
     def __init__(self, folder: Path, *, port: int | None = None) -> None:
@@ -66,6 +74,7 @@ class LocalS3:
         self._wanted = port
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self.credentials = Credentials("", "")
 
     @property
@@ -102,40 +111,61 @@ class LocalS3:
             *buckets: to be made, where they are not there.
 
         Raises:
-            PlatformError: the program is not installed, a port is taken, or it does not start.
+            PlatformError: the program is not installed, a port is taken, another server has the
+                folder, or it does not start.
         """
         program = _program()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.credentials = self._settings()
-        if not self._ports:
-            self._ports = _free_ports(self._wanted)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._start(program)
+        except OSError as error:
+            raise PlatformError(f"cannot write {self.folder}: {error.strerror or error}") from error
         log = self.folder / _LOG_FILE
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [program, *self._arguments()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "GOMEMLIMIT": _MEMORY_LIMIT},
-                start_new_session=True,
-            )
         try:
             self._await_ready(log, buckets)
         except BaseException:
             self.stop()
             raise
 
+    def _start(self, program: str) -> None:
+        with (self.folder / _LOCK_FILE).open("a+") as lock:
+            _take(lock, self.folder)
+            self.credentials = self._settings()
+            if not self._ports:
+                self._ports = _free_ports(self._wanted)
+            if self._sockets is None:
+                # Not in the folder: a socket's path has at most 107 bytes.
+                self._sockets = tempfile.TemporaryDirectory(prefix="ringworld-s3-")
+            with (self.folder / _LOG_FILE).open("wb") as output:
+                self._process = subprocess.Popen(
+                    [program, *self._arguments(Path(self._sockets.name))],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
+                    start_new_session=True,
+                    pass_fds=(lock.fileno(),),  # it holds the lock for as long as it lives
+                )
+            lock.truncate(0)
+            lock.write(str(self._process.pid))
+
     def stop(self) -> None:
         """End the server; asked first, then made to."""
         process, self._process = self._process, None
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_SECONDS)
+        sockets, self._sockets = self._sockets, None
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(STOP_SECONDS)
+        if sockets is not None:
+            sockets.cleanup()
+        for port in self._ports.values():
+            # SeaweedFS makes these wherever it is told to put its others, and leaves them.
+            for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+                left.unlink(missing_ok=True)
 
     def kill(self) -> None:
         """End the server as a power cut would: for tests of what survives that."""
@@ -182,7 +212,7 @@ class LocalS3:
                 f"{file} is damaged ({error}); remove it to make new ones"
             ) from None
 
-    def _arguments(self) -> list[str]:
+    def _arguments(self, sockets: Path) -> list[str]:
         data = self.folder / "data"
         data.mkdir(mode=0o700, exist_ok=True)
         ports = [f"-{name}={port}" for name, port in self._ports.items()]
@@ -201,8 +231,8 @@ class LocalS3:
             "-s3.concurrentUploadLimitMB=256",
             "-admin.ui=false",
             "-webdav=false",
-            f"-filer.localSocket={self.folder / 'filer.sock'}",
-            f"-s3.localSocket={self.folder / 's3.sock'}",
+            f"-filer.localSocket={sockets / 'filer.sock'}",
+            f"-s3.localSocket={sockets / 's3.sock'}",
             *ports,
         ]
 
@@ -252,6 +282,29 @@ class LocalS3:
         except psutil.Error:
             return False
         return any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in open_here)
+
+
+def _environment() -> dict[str, str]:
+    """Of the server: it takes credentials from its settings alone."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    return {**kept, "GOMEMLIMIT": _MEMORY_LIMIT}
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    """Lock a folder for one server.
+
+    Raises:
+        PlatformError: another one has it, maybe of a command that was killed.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        process = lock.read().strip()
+        raise PlatformError(
+            f"a server has {folder} already (process {process or 'unknown'}); stop that one, or "
+            "name another folder"
+        ) from None
 
 
 def _program() -> str:
