@@ -89,6 +89,57 @@ def find_place(text: str, runs: Path) -> Place:
     return Place(run_url, f"{run_url}/{CHECKPOINTS}", stage, step, folder)
 
 
+def target_of(text: str, run_id: str) -> Place:
+    """Where a copy of a run goes: into a store, under the run's own name.
+
+    Args:
+        text: url or path of the store, or of the run's folder in it.
+        run_id: name of the run.
+    """
+    url = text if "://" in text else f"file://{Path(text).expanduser()}"
+    scheme, _, path = url.partition("://")
+    path = (os.path.abspath(path) if scheme == "file" else path).rstrip("/")
+    if path.rpartition("/")[2] != run_id:
+        path = f"{path}/{run_id}"
+    return Place(f"{scheme}://{path}", f"{scheme}://{path}/{CHECKPOINTS}")
+
+
+def read_spec_text(place: Place) -> bytes:
+    """The resolved spec of a place's run, as YAML.
+
+    Raises:
+        UnknownRunError: there is none beside the checkpoints.
+        StoreError: the store failed.
+    """
+    from ringworld_platform.run_records import SPEC_FILE
+    from ringworld_workers.store.base import NotFound
+    from ringworld_workers.store.opening import open_store
+
+    here = place.folder / SPEC_FILE if place.folder else None
+    if here is not None and here.is_file():
+        return here.read_bytes()
+    try:
+        return open_store(place.run_url).get(SPEC_FILE)
+    except NotFound:
+        raise UnknownRunError(
+            f"{place.run_url} has no {SPEC_FILE}: what lies there is no run's folder, or not a "
+            "whole one"
+        ) from None
+
+
+def kept_by_spec(place: Place) -> int:
+    """How many checkpoints a run's spec keeps; the default where there is no spec to be read."""
+    import yaml
+
+    from ringworld_jobs.spec import CheckpointSpec
+
+    try:
+        spec = yaml.safe_load(read_spec_text(place))
+        return int(spec["checkpoint"]["keep"])
+    except (UnknownRunError, yaml.YAMLError, LookupError, TypeError, ValueError):
+        return CheckpointSpec().keep
+
+
 def _store_of(folder: Path, run_id: str) -> str:
     """Where a run of this machine has its checkpoints: in S3 if its spec says so, else here."""
     from ringworld_platform.run_records import read_spec
@@ -106,56 +157,77 @@ def _at_url(url: str) -> Place:
     parts = path.rstrip("/").split("/")
     if parts[-1] == _MANIFEST:
         parts = parts[:-1]
+    folders = _Folders(scheme, parts[0])
     splits = [(parts[: len(parts) - n], parts[len(parts) - n :]) for n in range(min(3, len(parts)))]
     for head, tail in splits:
-        if _holds_checkpoints(scheme, head):
-            return _place(scheme, head, tail, url)
+        root = _root_of(folders, head)
+        if root is not None:
+            return _place(scheme, root, tail, url)
     for head, tail in splits:
-        newest = _newest_run(scheme, head)
-        if newest is not None:
-            return _place(scheme, newest, tail, url)
-    raise UnknownRunError(f"{url} holds no checkpoints{_nearby(scheme, parts)}; {FORMS}")
+        root = _newest_run(folders, head)
+        if root is not None:
+            return _place(scheme, root, tail, url)
+    raise UnknownRunError(f"{url} holds no checkpoints{_nearby(folders, scheme, parts)}; {FORMS}")
 
 
-def _place(scheme: str, head: list[str], tail: list[str], text: str) -> Place:
-    """Of a run's folder, or of the root of its checkpoints, which may lie without a run."""
-    if tail[:1] == [CHECKPOINTS]:
-        head, tail = [*head, CHECKPOINTS], tail[1:]
+class _Folders:
+    """The names of the folders in a folder; a bucket is connected to once."""
+
+    def __init__(self, scheme: str, bucket: str) -> None:
+        self._scheme = scheme
+        self._bucket = None if scheme == "file" else _open(scheme, [bucket])
+
+    def __call__(self, parts: list[str]) -> list[str]:
+        if self._bucket is not None:
+            return list(self._bucket.folders("/".join(parts[1:])))
+        # The file system's root has no runs.
+        return list(_open(self._scheme, parts).folders()) if any(parts) else []
+
+
+def _place(scheme: str, root: list[str], tail: list[str], text: str) -> Place:
+    """Of the root of a run's checkpoints, which may lie without a run."""
     stage, step = _stage_and_step(tail, text)
-    if head[-1] != CHECKPOINTS and CHECKPOINTS in _names(scheme, head):
-        head = [*head, CHECKPOINTS]
-    run = head[:-1] if head[-1] == CHECKPOINTS else head
+    run = root[:-1] if root[-1] == CHECKPOINTS else root
     folder = Path("/".join(run)) if scheme == "file" else None
-    return Place(f"{scheme}://{'/'.join(run)}", f"{scheme}://{'/'.join(head)}", stage, step, folder)
+    return Place(f"{scheme}://{'/'.join(run)}", f"{scheme}://{'/'.join(root)}", stage, step, folder)
 
 
-def _holds_checkpoints(scheme: str, parts: list[str]) -> bool:
-    store = _open(scheme, parts)
-    folders = store.folders()
-    if CHECKPOINTS in folders:
-        return True
-    stage = next((name for name in folders if _STAGE_FOLDER.fullmatch(name)), None)
-    return stage is not None and any(name.startswith("step-") for name in store.folders(stage))
+def _root_of(folders: _Folders, parts: list[str]) -> list[str] | None:
+    """Where the folders of stages are: in this folder, or in its folder ``checkpoints``."""
+    names = folders(parts)
+    if _has_steps(folders, parts, names):
+        return parts
+    below = [*parts, CHECKPOINTS]
+    # A store may be called checkpoints too; then runs are in it, and no stages.
+    if CHECKPOINTS in names and _has_steps(folders, below, folders(below)):
+        return below
+    return None
 
 
-def _newest_run(scheme: str, parts: list[str]) -> list[str] | None:
+def _has_steps(folders: _Folders, parts: list[str], names: list[str]) -> bool:
+    stage = next((name for name in names if _STAGE_FOLDER.fullmatch(name)), None)
+    return stage is not None and any(n.startswith("step-") for n in folders([*parts, stage]))
+
+
+def _newest_run(folders: _Folders, parts: list[str]) -> list[str] | None:
     """Of the job whose name stands last: job-1, job-2, ... lie beside where it would."""
     *parent, name = parts
     if not parent or not name:
         return None
     numbered = re.compile(rf"{re.escape(name)}-(\d+)")
-    found = [(int(m[1]), m[0]) for m in map(numbered.fullmatch, _names(scheme, parent)) if m]
+    found = [(int(m[1]), m[0]) for m in map(numbered.fullmatch, folders(parent)) if m]
     for _, run_id in sorted(found, reverse=True):
-        if _holds_checkpoints(scheme, [*parent, run_id]):
-            return [*parent, run_id]
+        root = _root_of(folders, [*parent, run_id])
+        if root is not None:
+            return root
     return None
 
 
-def _nearby(scheme: str, parts: list[str]) -> str:
+def _nearby(folders: _Folders, scheme: str, parts: list[str]) -> str:
     """What there is instead: in the deepest folder of the url that holds anything."""
     for number in range(len(parts)):
         head, tail = parts[: len(parts) - number], parts[len(parts) - number :]
-        names = _names(scheme, head)
+        names = folders(head)
         if names:
             near = difflib.get_close_matches(tail[0], names, n=1) if tail else []
             if near:
@@ -164,12 +236,6 @@ def _nearby(scheme: str, parts: list[str]) -> str:
             listed = ", ".join(names[:_MAX_NAMED])
             return f"; in {scheme}://{'/'.join(head)} there are {listed}{more}"
     return ""
-
-
-def _names(scheme: str, parts: list[str]) -> list[str]:
-    if scheme == "file" and parts == [""]:
-        return []  # the file system's root has no runs
-    return list(_open(scheme, parts).folders())
 
 
 def _open(scheme: str, parts: list[str]) -> Store:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 
 from ringworld_workers.checkpoint.catalog import committed
-from ringworld_workers.checkpoint.layout import CheckpointError, CheckpointRef
-from ringworld_workers.store.base import Store
+from ringworld_workers.checkpoint.layout import MANIFEST, CheckpointError, CheckpointRef, Manifest
+from ringworld_workers.store.base import NotFound, Store
 
 _MAX_NAMED = 12
 
@@ -35,7 +35,7 @@ def choose(store: Store, stage: str = "", step: int | None = None) -> list[Check
         raise NoSuchCheckpoint(f"{store.url} holds no committed checkpoint")
     if not stage:
         return refs
-    of_stage = [ref for ref in refs if stage in (ref.stage, ref.key.partition("/")[0])]
+    of_stage = [ref for ref in refs if stage in (ref.stage, stage_folder(ref.key))]
     if not of_stage:
         there = list(dict.fromkeys(ref.stage for ref in refs))
         raise NoSuchCheckpoint(
@@ -56,6 +56,26 @@ def choose(store: Store, stage: str = "", step: int | None = None) -> list[Check
 def choose_newest(store: Store, stage: str = "", step: int | None = None) -> CheckpointRef:
     """The newest of what ``choose`` finds; raises as it does."""
     return choose(store, stage, step)[-1]
+
+
+def manifest_of(store: Store, ref: CheckpointRef) -> Manifest:
+    """A checkpoint's manifest.
+
+    Raises:
+        NoSuchCheckpoint: it has none any more.
+        DamagedCheckpoint: it cannot be read.
+        StoreError: the store failed.
+    """
+    key = f"{ref.key}/{MANIFEST}"
+    try:
+        return Manifest.from_json(store.get(key), key)
+    except NotFound:
+        raise NoSuchCheckpoint(f"{store.url}/{key} is not there: it was removed") from None
+
+
+def stage_folder(key: str) -> str:
+    """Of a checkpoint's folder the stage's, such as ``01-8k``."""
+    return key.partition("/")[0]
 
 
 def _hint(name: str, there: list[str]) -> str:

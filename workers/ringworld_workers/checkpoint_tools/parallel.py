@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,10 @@ Result = TypeVar("Result")
 
 
 def in_parallel(
-    action: Callable[[Item], Result], items: Iterable[Item], workers: int
+    action: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    stop: threading.Event | None = None,
 ) -> Iterator[Result]:
     """The results of ``action`` for every item, in the order of the items.
 
@@ -23,6 +27,7 @@ def in_parallel(
         action: called from several threads.
         items: iterated by the caller's thread.
         workers: threads.
+        stop: set when no more results are wanted, for calls that take long to look at.
 
     Raises:
         Whatever ``action`` raised first. Calls that have begun are waited for, others never begin.
@@ -37,4 +42,6 @@ def in_parallel(
         while pending:
             yield pending.popleft().result()
     finally:
+        if stop is not None:
+            stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -13,6 +13,7 @@ from ringworld_workers.checkpoint.layout import (
     Manifest,
     StoredObject,
 )
+from ringworld_workers.checkpoint_tools.choose import manifest_of
 from ringworld_workers.checkpoint_tools.parallel import in_parallel
 from ringworld_workers.checkpoint_tools.pieces import (
     PIECE_BYTES,
@@ -60,7 +61,7 @@ class VerifyReport:
 def total_bytes(store: Store, ref: CheckpointRef) -> int:
     """Bytes that ``verify`` will read, as the manifest says; 0 where it cannot be read."""
     try:
-        return sum(stored.size for stored in _manifest(store, ref).objects)
+        return sum(stored.size for stored in manifest_of(store, ref).objects)
     except CheckpointError:
         return 0
 
@@ -83,7 +84,7 @@ def verify(
     """
     held = {info.key: info for info in store.list(ref.key)}
     try:
-        manifest = _manifest(store, ref)
+        manifest = manifest_of(store, ref)
     except CheckpointError as error:
         return VerifyReport(ref, (), (str(error),), (), 0)
     problems: dict[str, list[str]] = {stored.key: [] for stored in manifest.objects}
@@ -129,14 +130,6 @@ def describe(chunk: Chunk) -> str:
         f"bytes {chunk.offset:,} to {end:,}, of {chunk.part.kind} of {chunk.part.tensor}: the "
         "checksum is wrong"
     )
-
-
-def _manifest(store: Store, ref: CheckpointRef) -> Manifest:
-    key = f"{ref.key}/{MANIFEST}"
-    try:
-        return Manifest.from_json(store.get(key), key)
-    except NotFound:
-        raise CheckpointError(f"{key} is missing: the checkpoint was removed meanwhile") from None
 
 
 def _outside(stored: StoredObject, info: ObjectInfo | None) -> Iterator[str]:
