@@ -30,8 +30,6 @@ from ringworld_workers.export import choose_checkpoint, export_checkpoint
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import build_mesh
 from ringworld_workers.stage_job import StageJob
-from ringworld_workers.store.base import StoreError
-from ringworld_workers.store.file_store import FileStore
 from ringworld_workers.store.opening import open_store
 from ringworld_workers.train_loop import run_stage
 
@@ -339,7 +337,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
         torch.testing.assert_close(data, expected[name], rtol=0, atol=1e-6, msg=str(name))
 
     # The next stage starts from either, with the moments, on yet other meshes.
-    second = run(job(store="other", stage_index=1))
+    second = run(job(store="other", stage_index=1, attempt=2))
     start = only(second, "stage_start")
     assert start["resumed_from"] == f"00-first/step-{NUM_STEPS:08d}"
     assert start["step"] == 0
@@ -351,7 +349,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
     assert manifest_of(job(store="other")).optimizer.step == NUM_STEPS + 2
 
     # What cannot be gone on from is refused by every rank.
-    later = run(job(store="other", stage_index=0), fails=True)["result"]["error"]
+    later = run(job(store="other", stage_index=0, attempt=2), fails=True)["result"]["error"]
     assert "01-second/step-00000002 is of a later stage than first" in later
     batch = 2 * CONTEXT_LENGTH * ROWS_PER_STEP
     changed = job(store="whole", stage_index=1, global_batch_tokens=batch)
@@ -421,7 +419,7 @@ def test_a_run_starts_from_given_weights_and_gives_its_own_away(
     content = bytearray(damaged.read_bytes())
     content[next(part.offset for part in held.ranges if part.kind == "param")] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged: checksum of param of"):
+    with pytest.raises(CheckpointError, match=r"is damaged: the checksum of .*\(param of"):
         export_checkpoint(store, ref, first.spec, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -466,23 +464,73 @@ def test_a_stage_whose_score_is_no_number_is_not_saved(
     assert committed(open_store(job().checkpoint_url)) == []
 
 
-def train_with_a_full_disk(rank: int, world_size: int, job: StageJob, full_rank: int) -> Outcome:
-    put = FileStore.put
+class Healing(Collector):
+    """Clears what is in the way of the checkpoints, once the first of them has failed."""
 
-    def refuse(self: FileStore, key: str, chunks: Any) -> None:
-        raise StoreError("put", key, "the disk is full")
+    def __init__(self, obstacle: Path, heals: bool, stop_after: int | None) -> None:
+        super().__init__(stop_after)
+        self._obstacle, self._heals = obstacle, heals
 
-    FileStore.put = refuse if rank == full_rank else put  # type: ignore[method-assign]
-    return train(rank, world_size, job, None)
+    def metrics(self, record: dict[str, Any]) -> None:
+        super().metrics(record)
+        if self._heals and record["kind"] == "checkpoint_failed":
+            self._obstacle.unlink(missing_ok=True)
 
 
-def test_a_failed_upload_stops_every_rank_and_names_the_one(
+def train_beside_a_file(
+    rank: int, world_size: int, job: StageJob, heals: bool, stop_after: int | None
+) -> Outcome:
+    """A file lies where the stage's folder should be."""
+    mesh = build_mesh(job.sequence_parallel_size, job.data_parallel_size)
+    obstacle = Path(job.checkpoint_url.removeprefix("file://")) / "00-first"
+    if rank == 0:
+        obstacle.parent.mkdir()
+        obstacle.touch()
+    reporter = Healing(obstacle, heals, stop_after if rank == 1 else None)
+    try:
+        result = run_stage(job, mesh, reporter)
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    return {"result": result, "records": reporter.records}
+
+
+def test_training_outlives_a_store_that_fails_for_a_while(
     job: Callable[..., StageJob], run_gang: Gang
 ) -> None:
-    outcomes = run_gang(train_with_a_full_disk, 2, job(sequence_parallel=2), 1)
-    for outcome in outcomes:
-        error = outcome["result"]["error"]
-        assert error.startswith("CheckpointError: checkpoint 00-first/step-00000002")
-        assert "rank 1: put 00-first/step-00000002/rank-00001" in error
-        assert "the disk is full" in error
-    assert committed(open_store(job().checkpoint_url)) == []
+    made = job(sequence_parallel=2, validation_rows=0)
+    found, other = run_gang(train_beside_a_file, 2, made, True, None)
+    assert found["result"]["status"] == other["result"]["status"] == "finished"
+    failed = next(r for r in found["records"] if r["kind"] == "checkpoint_failed" and "step" in r)
+    assert (failed["step"], failed["failed"], failed["failed_in_row"]) == (2, 1, 1)
+    assert "a part of the path is a file" in failed["error"]
+    saved = [record for record in found["records"] if record["kind"] == "checkpoint"]
+    assert [(record["step"], record["failed"]) for record in saved] == [(4, 1), (6, 1)]
+    for record in saved:
+        assert record["bytes_per_second"] == record["bytes"] / record["upload_seconds"] > 0
+        assert record["skipped"] == 0 and record["waited_seconds"] >= 0
+
+
+def test_a_stage_that_cannot_be_saved_ends_with_the_first_cause(
+    job: Callable[..., StageJob], run_gang: Gang
+) -> None:
+    made = job(data_parallel=2, validation_rows=0, every="1 steps")
+    limit = made.spec.checkpoint.model_copy(update={"max_failures": 1})
+    made = replace(made, spec=made.spec.model_copy(update={"checkpoint": limit}))
+    outcomes = run_gang(train_beside_a_file, 2, made, False, None)
+    (error,) = {outcome["result"]["error"] for outcome in outcomes}
+    assert error.startswith(
+        "CheckpointError: 2 checkpoints in a row could not be saved (checkpoint.max_failures is 1)"
+        "; the first: checkpoint 00-first/step-00000001 is not committed; rank 0: put "
+    )
+    assert error.endswith("resume the run: it goes on from the initial weights")
+
+
+def test_a_stop_says_if_it_could_not_be_saved(job: Callable[..., StageJob], run_gang: Gang) -> None:
+    outcomes = run_gang(train_beside_a_file, 2, job(data_parallel=2), False, 1)
+    assert outcomes[0]["result"] == outcomes[1]["result"]
+    result = outcomes[0]["result"]
+    assert (result["status"], result["step"], result["checkpoint"]) == ("stopped", 1, None)
+    text = result["unsaved"]
+    assert text.startswith("stopped at step 1 of stage first, but its state is not saved: ")
+    assert "a part of the path is a file" in text
+    assert [r for r in outcomes[0]["records"] if r.get("text") == text]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +49,6 @@ from ringworld_workers.step_figures import (
 
 log = logging.getLogger(__name__)
 
-# A reader of records that is gone ends this process; one that hangs must not hold up a checkpoint.
-STORED_SECONDS = 5.0
-
 
 def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     """Train one stage to its end, or to a stop request.
@@ -61,14 +59,16 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
         reporter: takes metrics (on rank 0), phases and events.
 
     Returns:
-        ``{"status": "finished" | "stopped", "step": steps done, "checkpoint": key}``.
+        ``{"status": "finished" | "stopped", "step": steps done, "checkpoint": key}``; and of a stop
+        whose state could not be saved, ``"unsaved"``: why, and what a resume goes on from.
 
     Raises:
         ParityFailed: the stage asks for parity, and its ring does not compute what one rank does.
         WeightsError: `model.init_from` cannot be read here, or is of another model.
         TrainingDiverged: loss or gradient is not finite; the state is not saved.
-        CheckpointError: the checkpoint to start from is damaged or absent.
-        StoreError: the store failed for good.
+        CheckpointError: the checkpoint to start from is damaged or absent, another gang writes this
+            run, or too many saves have failed.
+        StoreError: the store does not answer at the beginning.
     """
     torch.manual_seed(job.spec.seed)
     stage = job.stage
@@ -88,10 +88,10 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     )
     has_weights = set_initial_weights(model, job, mesh, reporter)
     engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
-    checkpoints = StageCheckpoints(job, mesh, engine)
+    checkpoints = StageCheckpoints(job, mesh, engine, reporter)
     try:
         reporter.phase("load", 0)
-        start = checkpoints.restore(reporter, has_weights=has_weights)
+        start = checkpoints.restore(has_weights=has_weights)
         if start.bookmark is not None and not loader.open_at(start.bookmark):
             log.warning("%s was saved with other data: its order begins anew", start.key)
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
@@ -137,7 +137,6 @@ class StageRun:
         self.checkpoints = checkpoints
         self.backend, self.backend_reason = choose_stage_backend(job, mesh)
         self.timer = StepTimer(mesh.device)
-        self._saved_position = 0
         self.shares = (self.stage.loss.text, self.stage.loss.vision)
 
     def train(self, step: int, tokens: int) -> dict[str, Any]:
@@ -157,14 +156,13 @@ class StageRun:
                 self.mesh.control_group,
                 stop=self.reporter.should_stop(),
                 checkpoint_due=self.mesh.rank == 0 and self.checkpoints.due(),
-                uploads_pending=self.checkpoints.uploading()
-                or not self.reporter.stored(self._saved_position),
+                uploads_pending=self.checkpoints.pending(),
             )
             stall = self._at_boundary(boundary, step, tokens)
             if boundary.stop:
-                self._await_stored()
-                self._report_commit(self.checkpoints.drain())
-                return self._result("stopped", step)
+                unsaved = self.checkpoints.stop(step)
+                result = self._result("stopped", step)
+                return result if unsaved is None else {**result, "unsaved": unsaved}
             learning_rate = learning_rate_at(self.stage.learning_rate, step, self.stage.num_steps)
             sums = self._step(batches, boundary.weight, learning_rate, step)
             step += 1
@@ -210,14 +208,8 @@ class StageRun:
     def _at_boundary(self, boundary: Boundary, step: int, tokens: int) -> float:
         """Commit a finished upload; take a snapshot if one is due. Returns the stall in seconds."""
         started = time.perf_counter()
-        if not boundary.uploads_pending:
-            self._report_commit(self.checkpoints.drain())
-        if boundary.stop or (boundary.checkpoint_due and step > 0):
-            self.reporter.phase("checkpoint", step)
-            bookmark = self.loader.bookmark(step)
-            self._await_stored()
-            self._report_commit(self.checkpoints.save(step, tokens, bookmark=bookmark))
-            self._saved_position = self.reporter.position()
+        bookmark = partial(self.loader.bookmark, step)
+        self.checkpoints.at_boundary(boundary, step, tokens, bookmark)
         return time.perf_counter() - started
 
     def _step(
@@ -292,23 +284,6 @@ class StageRun:
             )
         )
 
-    def _await_stored(self) -> None:
-        """Wait until the records of what the checkpoint holds are in the run's logs.
-
-        Steps that are committed are never done again, so what they reported would be lost for
-        good, if this worker or the reader died between the commit and the next reading.
-        """
-        deadline = time.monotonic() + STORED_SECONDS
-        while not self.reporter.stored(self._saved_position):
-            if time.monotonic() > deadline:
-                log.warning("nobody has read the records for %g s", STORED_SECONDS)
-                return
-            time.sleep(0.005)
-
-    def _report_commit(self, committed: dict[str, Any] | None) -> None:
-        if committed is not None and self.mesh.rank == 0:
-            self.reporter.metrics(self.record("checkpoint", **committed))
-
     def _end_of_stage(self, step: int, tokens: int) -> dict[str, Any]:
         """Score the held-out rows, save the stage's last checkpoint, and wait for its commit."""
         self.reporter.phase("validation", step)
@@ -318,11 +293,7 @@ class StageRun:
             self.reporter.metrics(self.record("validation", step, **scores))
         self.reporter.phase("checkpoint", step)
         bookmark = self.loader.bookmark(step)
-        self._saved_position = self.reporter.position()
-        self._await_stored()
-        saved = self.checkpoints.save(step, tokens, bookmark=bookmark, final=True, metrics=scores)
-        self._report_commit(saved)
-        self._report_commit(self.checkpoints.drain())
+        self.checkpoints.save_last(step, tokens, bookmark=bookmark, metrics=scores)
         result = self._result("finished", step)
         if self.mesh.rank == 0:
             self.reporter.metrics(self.record("stage_end", step, checkpoint=result["checkpoint"]))
