@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ import pytest
 from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
 from ringworld_workers.store.file_store import FileStore
 from ringworld_workers.store.opening import open_store
+from ringworld_workers.store.retry import Patience
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -87,20 +89,68 @@ def test_a_prefix_is_a_folder(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", "/abs", "../x", "a/../../x", "a//b", "a/", ".hidden", "a/.lock", "a/\0"]
+    "key",
+    ["", "/abs", "../x", "a/../../x", "a//b", "a/", ".hidden", "a/.lock", "a/\0"]
+    + ["%2e%2e/x", "a/%2E%2E/%2e%2e/x", "a%2fb", "..\\x", "a\\..\\b", "a/\ud800", "a" * 901],
 )
 def test_keys_cannot_escape(store: Store, key: str) -> None:
-    with pytest.raises(StoreError, match="not a key"):
-        store.put(key, [b"x"])
-    with pytest.raises(StoreError, match="not a key"):
-        store.get(key)
+    etag = "0"
+    for action in (
+        lambda: store.put(key, [b"x"]),
+        lambda: store.put_if_absent(key, b"x"),
+        lambda: store.put_if_match(key, b"x", etag),
+        lambda: store.get(key),
+        lambda: store.read_range(key, 0, 0),
+        lambda: store.delete(key),
+    ):
+        with pytest.raises(StoreError, match="not a key"):
+            action()
+    for action in (store.list, store.folders, store.delete_prefix, store.unfinished):
+        if key.strip("/") != "a" and key:
+            with pytest.raises(StoreError, match="not a key"):
+                action(key)
+
+
+def test_odd_keys_come_back(store: Store) -> None:
+    odd = ["a b/c+d", "a&b=c;d", "grün/日本", "q?x#y", "tilde~(1)'!*", "a:b@c,$", 'quo"te<>']
+    for number, key in enumerate(odd):
+        store.put(key, [b"%d" % number])
+    assert keys(store) == sorted(odd)
+    assert [store.get(key) for key in odd] == [b"%d" % number for number in range(len(odd))]
+    assert keys(store, "grün") == ["grün/日本"]
+    store.delete_prefix("a b")
+    for key in odd[1:]:
+        store.delete(key)
+    assert keys(store) == []
+
+
+def test_buffers_are_filled_in_order(store: Store) -> None:
+    data = bytes(range(256)) * 5000
+    store.put("x", [data])
+    buffers = [bytearray(length) for length in (1, 0, 300_000, 7, 600_001)]
+    store.read_into("x", 5, [memoryview(buffer) for buffer in buffers])
+    assert b"".join(buffers) == data[5 : 5 + sum(len(buffer) for buffer in buffers)]
+    store.read_into("x", 5, [])
+    with pytest.raises(NotFound):
+        store.read_into("no/such", 0, [])
+    with pytest.raises(StoreError, match="holds 1280000 bytes.*truncated") as caught:
+        store.read_into("x", 1_280_000, [memoryview(bytearray(1))])
+    assert not caught.value.transient
+
+
+def test_a_store_travels_between_processes(store: Store) -> None:
+    store.put("a", [b"1"])
+    travelled = pickle.dumps(store)
+    assert pickle.loads(travelled).get("a") == b"1"
+    secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "no such").encode()
+    assert secret not in travelled
 
 
 def test_put_if_absent_has_one_winner(store: Store) -> None:
     assert store.put_if_absent("m", b"first")
     assert not store.put_if_absent("m", b"second")
     assert store.get("m") == b"first"
-    wins = race(16, lambda number: store.put_if_absent("race/m", b"%d" % number))
+    wins = race(8, lambda number: store.put_if_absent("race/m", b"%d" % number))
     assert sum(wins) == 1
     assert store.get("race/m") == b"%d" % wins.index(True)
 
@@ -192,26 +242,103 @@ def test_the_url_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # What only a file system does.
 
 
-def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
-    def chunks() -> Iterator[bytes]:
-        yield b"x"
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+QUICK = Patience(attempts=4, first_pause_seconds=0.01)
 
+
+@pytest.fixture
+def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
+    """Let so many of the system's syncs fail; that is where a disk's errors come out."""
+    sync = os.fsync
+
+    def fail(number: int, times: float) -> None:
+        left = times
+
+        def broken(descriptor: int) -> None:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise OSError(number, os.strerror(number))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", broken)
+
+    return fail
+
+
+def test_a_full_disk_is_said_to_be_full(
+    tmp_path: Path, failing_sync: Callable[[int, float], None]
+) -> None:
+    failing_sync(errno.ENOSPC, 1)
     with pytest.raises(StoreError, match="put .*/k: the disk is full; free space") as caught:
-        open_store(f"file://{tmp_path}").put("k", chunks())
+        open_store(f"file://{tmp_path}").put("k", [b"x"])
     assert not caught.value.transient
+    assert caught.value.attempts == 1
     assert os.listdir(tmp_path) == []
 
 
-def test_passing_faults_are_said_to_be_passing(tmp_path: Path) -> None:
-    def chunks() -> Iterator[bytes]:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-        yield b""
-
-    with pytest.raises(StoreError, match="retrying may help") as caught:
-        open_store(f"file://{tmp_path}").put("k", chunks())
+def test_passing_faults_are_said_to_be_passing(
+    tmp_path: Path, failing_sync: Callable[[int, float], None]
+) -> None:
+    failing_sync(errno.EIO, float("inf"))
+    with pytest.raises(StoreError, match="trying again may help, tried 4 times") as caught:
+        FileStore(tmp_path, patience=QUICK).put("k", [b"x"])
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.operation, copy.transient, str(copy)) == ("put", True, str(caught.value))
+    assert (copy.attempts, os.listdir(tmp_path)) == (4, [])
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_stream_is_written_again_after_a_passing_fault(
+    tmp_path: Path, failing_sync: Callable[[int, float], None], times: int
+) -> None:
+    store = FileStore(tmp_path, patience=QUICK)
+    etag = store.put_if_match("held", b"old", None)
+    failing_sync(errno.EIO, times)
+    store.put("k", iter([b"one", b"two"]))
+    assert store.get("k") == b"onetwo"
+    # The second sync is of the folder: by then the object is there, and it is this call's.
+    failing_sync(errno.EIO, times)
+    assert store.put_if_absent("new", b"x")
+    failing_sync(errno.EIO, times)
+    store.put_if_match("held", b"new", etag)
+    assert store.get("held") == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-held", "held", "k", "new"]
+
+
+def test_what_breaks_in_the_source_is_not_the_stores(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"x"
+        raise OSError(errno.EIO, "the source's own")
+
+    with pytest.raises(OSError, match="the source's own"):
+        FileStore(tmp_path, patience=QUICK).put("k", chunks())
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_else_may_read(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/store")
+    before = os.umask(0)
+    try:
+        store.put("a/b/c", [b"x"])
+        store.put_if_match("a/n", b"x", None)
+        store.put_if_match("a/n", b"y", store.get_with_etag("a/n")[1])
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "store").rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_lock_that_is_never_freed_ends_the_call(tmp_path: Path) -> None:
+    quick = Patience(attempts=1, reply_seconds=0.2)
+    store = FileStore(tmp_path, patience=quick)
+    etag = store.put_if_match("n", b"0", None)
+    with (tmp_path / ".lock-n").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="n: another process holds its lock file"):
+            store.put_if_match("n", b"1", etag)
+    store.put_if_match("n", b"1", etag)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -235,6 +362,7 @@ def test_no_permission_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 KILLED = """
 import sys, time
 from ringworld_workers.store.opening import open_store
+from ringworld_workers.store.retry import Patience
 
 def chunks():
     yield b"x" * 100_000

@@ -99,6 +99,12 @@ def check_key(operation: str, key: str) -> None:
         )
 
 
+def truncated(name: str, size: int, offset: int, end: int) -> StoreError:
+    """An object that ends before the bytes that were asked for."""
+    reason = f"holds {size} bytes, but bytes {offset} to {end} were asked for; it is truncated"
+    return StoreError("read", name, reason)
+
+
 class Store(Protocol):
     """What every store gives. Keys are relative paths with ``/``; see ``check_key``.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from awscrt.checksums import crc32c
 
-from ringworld_workers.store.base import StoreError
+from ringworld_workers.store.base import StoreError, truncated
 from ringworld_workers.store.retry import Effort, Passing, Watch
 from ringworld_workers.store.s3_client import PreconditionFailed
 from ringworld_workers.store.s3_requests import Requests
@@ -99,11 +99,11 @@ def read_into(
             if error.response.get("Error", {}).get("Code") != "InvalidRange":
                 raise
             size = client.head_object(**place)["ContentLength"]
-            raise _truncated(effort, size, offset, end) from error
+            raise truncated(effort.name, size, offset, end) from error
         size = _size(reply, begin)
         if size < end:
             reply["Body"].close()
-            raise _truncated(effort, size, offset, end)
+            raise truncated(effort.name, size, offset, end)
         condition["IfMatch"] = str(reply["ETag"])
         try:
             _fill(reply, target, watch)
@@ -147,11 +147,3 @@ def _size(reply: dict[str, Any], begin: int) -> int:
         reply["Body"].close()
         raise Passing(f"bytes from {begin} were asked for, and {said or 'everything'} came")
     return int(whole)
-
-
-def _truncated(effort: Effort, size: int, offset: int, end: int) -> StoreError:
-    return StoreError(
-        effort.operation,
-        effort.name,
-        f"holds {size} bytes, but bytes {offset} to {end} were asked for; it is truncated",
-    )
