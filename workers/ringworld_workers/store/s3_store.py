@@ -87,7 +87,8 @@ class S3Store:
         if etag is None:
             written = self._put_new(operation, key, data)
             if written is None:
-                raise Conflict(operation, key, "it exists already; read it and decide again")
+                name = f"{self.url}/{key}"
+                raise Conflict(operation, name, "it exists already; read it and decide again")
             return written
         effort = self._effort(operation, key)
         place, part = self._place(operation, key), Part([memoryview(data)])
@@ -97,7 +98,8 @@ class S3Store:
             found = self._found_after_lost_reply(effort, key)
         if found is not None and found[0] == data:
             return found[1]
-        raise Conflict(operation, key, f"its etag is no longer {etag}; read it and decide again")
+        reason = f"its etag is no longer {etag}; read it and decide again"
+        raise Conflict(operation, effort.name, reason, attempts=effort.attempts)
 
     def get(self, key: str) -> bytes:
         """The whole object."""
