@@ -73,6 +73,13 @@ class Rule:
     at: int | None
     rate: float
     seconds: float
+    then: Callable[[], None] | None
+
+    def end(self) -> Broken:
+        """What to raise when the connection is to be reset."""
+        if self.then is not None:
+            self.then()
+        return Broken()
 
 
 class Broken(Exception):
@@ -111,6 +118,7 @@ class FaultProxy:
         at: int | None = None,
         rate: float = 10.0,
         seconds: float = 1.0,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Break requests; of several rules for a request the first that is left counts.
 
@@ -124,11 +132,12 @@ class FaultProxy:
             at: byte of the body where it happens; its middle where None.
             rate: bytes a second of the slow faults.
             seconds: of ``delay``.
+            then: called when a connection is about to be reset, as by a process that dies.
         """
         if fault not in FAULTS:
             raise ValueError(f"{fault}: not a fault; there are {', '.join(FAULTS)}")
         wanted = re.compile(operation or ".*")
-        rule = Rule(fault, wanted, re.compile(key), skip, times, status, at, rate, seconds)
+        rule = Rule(fault, wanted, re.compile(key), skip, times, status, at, rate, seconds, then)
         with self._lock:
             self._rules.append(rule)
 
@@ -228,8 +237,8 @@ class FaultProxy:
                 client.skip_body(headers)
             client.send(_error(rule.status, key))
             return not expects
-        if fault == "reset_before_body":
-            raise Broken
+        if rule and fault == "reset_before_body":
+            raise rule.end()
         if rule and fault == "delay":
             self._ended.wait(rule.seconds)
         if fault == "black_hole":
@@ -241,7 +250,7 @@ class FaultProxy:
             return False
         body = client.body(headers, method)
         with suppress(BrokenPipeError, ConnectionResetError):  # it may have answered already
-            for piece in self._bent(body, rule, "body", headers):
+            for piece in self._bent(body, rule, "body", headers, client):
                 server.send(piece)
         return self._reply(client, server, method, rule)
 
@@ -264,16 +273,21 @@ class FaultProxy:
         if rule and rule.fault == "lost_reply":
             for _ in body:
                 pass
-            raise Broken
+            raise rule.end()
         client.send(head)
-        for piece in self._bent(body, rule, "reply", headers):
+        for piece in self._bent(body, rule, "reply", headers, client):
             client.send(piece)
         return "close" not in headers.get("connection", "").lower() and not (
             rule and rule.fault == "truncate_reply"
         )
 
     def _bent(
-        self, body: Iterator[bytes], rule: Rule | None, side: str, headers: dict[str, str]
+        self,
+        body: Iterator[bytes],
+        rule: Rule | None,
+        side: str,
+        headers: dict[str, str],
+        client: Wire,
     ) -> Iterator[bytes]:
         """The body's bytes, with the fault in them if it is one of this side."""
         kind = rule.fault if rule else ""
@@ -285,7 +299,7 @@ class FaultProxy:
             for piece in body:
                 for first in range(0, len(piece), count):
                     yield piece[first : first + count]
-                    if self._ended.wait(count / rule.rate):
+                    if self._ended.wait(count / rule.rate) or client.is_gone():
                         raise Broken
             return
         middle = int(headers.get("content-length", 0)) // 2
@@ -304,7 +318,7 @@ class FaultProxy:
                 return
             # The bytes before must not be thrown away together with the connection.
             time.sleep(_STEP)
-            raise Broken
+            raise rule.end()
 
     def _judge(self, method: str, operation: str, key: str) -> Rule | None:
         with self._lock:
@@ -342,6 +356,13 @@ class Wire:
         data = self.socket.recv(1 << 18)
         self.buffer += data
         return bool(data)
+
+    def is_gone(self) -> bool:
+        """Whether the other end waits no longer; what it sends meanwhile may lie there."""
+        if self.socket.fileno() < 0:
+            return True
+        readable = select.select([self.socket], [], [], 0)[0]
+        return bool(readable) and not self.socket.recv(1, socket.MSG_PEEK)
 
     def head(self) -> tuple[bytes, dict[str, str]]:
         """The first line and the headers: as they came, and by their names in lower case."""
