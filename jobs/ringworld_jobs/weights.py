@@ -229,7 +229,9 @@ def _settled_by_run(spec: JobSpec, source: Source, find_run: FindRun | None) -> 
         written = {name for name in CONFIG_FIELDS if getattr(model, name, None) is not None}
         model = model.model_copy(update={"preset": found.model.preset})
         model = _filled(model, held, set(CONFIG_FIELDS) - written)
-    model = _with_codes(model, codes)
+    if model.vision.codebook_size is None:
+        vision = model.vision.model_copy(update={"codebook_size": codes})
+        model = model.model_copy(update={"vision": vision})
     config = model.config(text_vocab_size=rows)
     if other := different_shapes(parameter_shapes(config), found.tensors):
         raise WeightsError(f"{found.place} is of another model: {other}")
@@ -251,21 +253,19 @@ def table_rows(tensors: Mapping[str, Shape]) -> tuple[int | None, int]:
 
 
 def different_shapes(wanted: Mapping[str, Shape], held: Mapping[str, Shape]) -> str:
-    """Where two sets of parameters differ, in words; empty where one may start from the other.
-
-    Vision tables may be missing on either side: they are drawn, or left out.
-    """
+    """Where two sets of parameters differ, in words; empty where they are the same."""
     other = [
         f"{name} is {list(held[name])} there and {list(shape)} here"
         for name, shape in wanted.items()
         if name in held and tuple(held[name]) != tuple(shape)
     ]
-    other += [f"{name} is not there" for name in wanted if name not in held and not is_vision(name)]
-    other += [
-        f"{name} is there only" for name in held if name not in wanted and not is_vision(name)
-    ]
+    missing = [name for name in wanted if name not in held]
+    other += [f"{name} is not there" for name in missing]
+    other += [f"{name} is there only" for name in held if name not in wanted]
     more = f"; and {len(other) - _MOST_SHOWN} more" if len(other) > _MOST_SHOWN else ""
-    return "; ".join(other[:_MOST_SHOWN]) + more
+    drawn = any(is_vision(name) for name in missing)
+    remedy = "; to have vision tables drawn, export the run and start from hf:FOLDER" * drawn
+    return "; ".join(other[:_MOST_SHOWN]) + more + remedy
 
 
 def _differences(held: ModelConfig, config: ModelConfig, written: ModelSpec) -> str:
