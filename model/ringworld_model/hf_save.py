@@ -1,13 +1,10 @@
-"""Writes weights in Hugging Face's Llama layout: streamed, sharded, whole or not at all."""
+"""Writes weights in Hugging Face's Llama layout: streamed and sharded."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from ringworld_model.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
     OWN_CONFIG,
-    OWN_FOLDER,
     WeightsError,
     config_json,
     own_json,
@@ -34,6 +30,7 @@ from ringworld_model.hf_layout import (
     parameter_shapes,
     turned_by_rope,
 )
+from ringworld_model.hf_sink import FolderSink, Sink
 from ringworld_model.rope import reorder_pairs
 from ringworld_model.transformer import WorldModel
 
@@ -87,8 +84,8 @@ def save_pretrained(
             ``transformers`` takes.
     """
     parameters = dict(model.named_parameters())
-    return write_pretrained(
-        folder,
+    files = write_pretrained(
+        FolderSink(folder),
         model.config,
         lambda name: parameters[name],
         rope_theta=model.rope_theta if rope_theta is None else rope_theta,
@@ -98,10 +95,11 @@ def save_pretrained(
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
     )
+    return [Path(folder) / name for name in files]
 
 
 def write_pretrained(
-    folder: Path | str,
+    sink: Sink,
     config: ModelConfig,
     read: ReadParameter,
     *,
@@ -112,13 +110,13 @@ def write_pretrained(
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
     finish: Callable[[Path], object] | None = None,
-) -> list[Path]:
+) -> dict[str, int]:
     """Write a model whose parameters come one at a time, from wherever ``read`` takes them.
 
-    The other arguments, the result and what is raised are those of ``save_pretrained``.
+    config.json is written last: without it nobody takes the files for a model.
 
     Args:
-        folder: to write.
+        sink: where the files go.
         config: the shape.
         read: asked for every parameter of the shape once, in the order of the files.
         rope_theta: of the stage that trained it last.
@@ -127,9 +125,14 @@ def write_pretrained(
         max_shard_bytes: most bytes of tensors in a file.
         bos_token_id: of the tokenizer.
         eos_token_id: likewise.
-        finish: writes further files, such as a tokenizer's, before the folder gets its name.
+        finish: writes further files, such as a tokenizer's, into the folder that it is given.
+
+    Returns:
+        Bytes of the files by name, config.json first.
+
+    Raises:
+        WeightsError: as ``save_pretrained``.
     """
-    folder = Path(folder)
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise WeightsError(f"dtype={dtype}: weights are written as {names}")
@@ -145,43 +148,44 @@ def write_pretrained(
         original = scaling.original_max_position_embeddings if scaling else 0
         context_length = max(_CONTEXT_LENGTH, _SCALED_LENGTHS * original)
     shapes = parameter_shapes(config)
-    _require_room(folder, sum(map(prod, shapes.values())) * dtype.itemsize)
-    scratch = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    scratch.mkdir(parents=True)
+    about = config_json(
+        config,
+        rope_theta=rope_theta,
+        max_position_embeddings=context_length,
+        dtype=str(dtype).removeprefix("torch."),
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+    )
+    sink.open(sum(map(prod, shapes.values())) * dtype.itemsize)
     try:
-        about = config_json(
-            config,
-            rope_theta=rope_theta,
-            max_position_embeddings=context_length,
-            dtype=str(dtype).removeprefix("torch."),
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-        )
-        _write_json(scratch / CONFIG_FILE, about)
+        _write_own(sink, config, shapes, read, dtype)
+        index = _write_text_weights(sink, config, shapes, read, dtype, max_shard_bytes)
         if bos_token_id is not None or eos_token_id is not None:
             ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-            _write_json(scratch / GENERATION_FILE, {k: v for k, v in ids.items() if v is not None})
-        _write_text_weights(scratch, config, shapes, read, dtype, max_shard_bytes)
-        _write_own(scratch, config, shapes, read, dtype)
+            known = {name: value for name, value in ids.items() if value is not None}
+            _write_json(sink, GENERATION_FILE, known)
         if finish is not None:
-            finish(scratch)
-        scratch.replace(folder)
+            sink.write_folder(finish)
+        if index is not None:
+            _write_json(sink, f"{SAFETENSORS}.index.json", index)
+        _write_json(sink, CONFIG_FILE, about)
+        files = sink.commit()
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        sink.abort()
         raise
-    _sync_folder(folder.parent)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return sorted(files, key=lambda path: path.name != CONFIG_FILE)
+    return {CONFIG_FILE: files[CONFIG_FILE], **files}
 
 
 def _write_text_weights(
-    folder: Path,
+    sink: Sink,
     config: ModelConfig,
     shapes: Mapping[str, Shape],
     read: ReadParameter,
     dtype: torch.dtype,
     max_shard_bytes: int,
-) -> None:
+) -> dict[str, Any] | None:
+    """Returns the index of several shards, for the caller to write once they are all there."""
+
     def theirs(name: str) -> Tensor:
         tensor = read(name)
         if config.rope_form == "interleaved" and turned_by_rope(name):
@@ -205,44 +209,43 @@ def _write_text_weights(
         if len(shards) == 1:
             file = SAFETENSORS
         weight_map |= {hf_name(name): file for name in shard}
-        write_safetensors(folder / file, shard, theirs, dtype, hf_name)
-    if len(shards) > 1:
-        total = sum(map(prod, text.values())) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / f"{SAFETENSORS}.index.json", index)
+        sink.write(file, safetensors_chunks(shard, theirs, dtype, hf_name))
+    if len(shards) == 1:
+        return None
+    total = sum(map(prod, text.values())) * dtype.itemsize
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _write_own(
-    folder: Path,
+    sink: Sink,
     config: ModelConfig,
     shapes: Mapping[str, Shape],
     read: ReadParameter,
     dtype: torch.dtype,
 ) -> None:
-    (folder / OWN_FOLDER).mkdir()
-    _write_json(folder / OWN_CONFIG, own_json(config))
+    _write_json(sink, OWN_CONFIG, own_json(config))
     vision = {name: shape for name, shape in shapes.items() if is_vision(name)}
     if vision:
-        write_safetensors(folder / OWN_VISION, vision, read, dtype, str)
-    _sync_folder(folder / OWN_FOLDER)
-    _sync_folder(folder)
+        sink.write(OWN_VISION, safetensors_chunks(vision, read, dtype, str))
 
 
-def write_safetensors(
-    path: Path,
+def safetensors_chunks(
     shapes: Mapping[str, Shape],
     read: ReadParameter,
     dtype: torch.dtype,
     rename: Callable[[str], str],
-) -> None:
-    """Write a safetensors file tensor by tensor; only one of them is ever in memory.
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor; only one of them is ever in memory.
 
     Args:
-        path: of the new file.
         shapes: of the tensors, in the order of the file.
         read: gives each of them.
         dtype: that they are written in.
         rename: from their names to those in the file.
+
+    Yields:
+        The header, then each tensor; the one before is gone when the next one is read, if the
+        caller has let it go.
 
     Raises:
         WeightsError: ``read`` gave another shape.
@@ -256,46 +259,15 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _PADDING)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
-            tensor = read(name).detach()
-            if tuple(tensor.shape) != shape:
-                raise WeightsError(f"{name} is {list(tensor.shape)} and not {list(shape)}")
-            plain = tensor.to("cpu", dtype).contiguous()
-            file.write(plain.view(torch.uint8).numpy().data)
-            del tensor, plain  # before the next one is read
-        file.flush()
-        os.fsync(file.fileno())
+    yield struct.pack("<Q", len(text)) + text
+    for name, shape in shapes.items():
+        tensor = read(name).detach()
+        if tuple(tensor.shape) != shape:
+            raise WeightsError(f"{name} is {list(tensor.shape)} and not {list(shape)}")
+        tensor = tensor.to("cpu", dtype).contiguous()
+        yield tensor.view(torch.uint8).numpy().data
+        del tensor  # before the next one is read
 
 
-def _require_room(folder: Path, needed_bytes: int) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise WeightsError(f"{folder} is not empty; give a new folder, or empty that one")
-    if folder.exists() and not folder.is_dir():
-        raise WeightsError(f"{folder} is a file; give a new folder")
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise WeightsError(
-            f"{folder}: the weights need {needed_bytes:,} bytes and the disk has {free_bytes:,} "
-            "free; choose another disk, or dtype bfloat16"
-        )
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_json(sink: Sink, name: str, content: Mapping[str, Any]) -> None:
+    sink.write(name, [json.dumps(content, indent=2).encode() + b"\n"])

@@ -130,8 +130,9 @@ _add(
     app,
     TRAIN,
     export.export,
-    "ringworld export quickstart --out weights        # its last checkpoint",
-    "ringworld export quickstart-3 --stage 4k --dtype bf16 --out weights",
+    "ringworld export quickstart --to weights             # its last checkpoint",
+    "ringworld export quickstart-3/4k --to weights --dtype bf16",
+    "ringworld export s3://bucket/runs/quickstart-3 --to s3://bucket/weights",
 )
 _add(
     app,

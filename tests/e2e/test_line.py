@@ -90,7 +90,7 @@ def test_a_stage_is_exported_and_another_job_starts_from_it(
     from ringworld_workers.data.tokenizer import load_tokenizer
 
     project, _ = undisturbed
-    code, shown = project.command("export", "small", "--stage", "second", "--out", "weights")
+    code, shown = project.command("export", "small/second", "--to", "weights")
     assert code == 0, shown
     assert "small-1 01-second/step-00000080" in shown and "ringworld/vision.safetensors" in shown
     folder = project.folder / "weights"

@@ -23,6 +23,7 @@ from ringworld_model.hf import WeightsError, from_pretrained, load_pretrained, s
 from ringworld_model.hf_config import read_config
 from ringworld_model.hf_layout import parameter_shapes
 from ringworld_model.hf_save import write_pretrained
+from ringworld_model.hf_sink import FolderSink
 from ringworld_model.transformer import WorldModel, init_weights
 
 transformers = pytest.importorskip("transformers")
@@ -442,7 +443,8 @@ def test_one_tensor_at_a_time_is_written(tmp_path: Path) -> None:
         memory.append(weakref.ref(array))
         return torch.from_numpy(array)
 
-    write_pretrained(tmp_path / "out", config, read, rope_theta=1e4, max_shard_bytes=20_000)
+    sink = FolderSink(tmp_path / "out")
+    write_pretrained(sink, config, read, rope_theta=1e4, max_shard_bytes=20_000)
     assert set(from_pretrained(tmp_path / "out").state_dict()) >= set(parameter_shapes(config))
 
 

@@ -18,15 +18,17 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_model.batch import TEXT, VISION
 from ringworld_model.config import ModelConfig
 from ringworld_model.hf import from_pretrained, save_pretrained
+from ringworld_model.hf_sink import FolderSink
 from ringworld_model.ring import RingContext, plan_rows
 from ringworld_model.transformer import WorldModel, init_weights
 from ringworld_workers import train_loop
 from ringworld_workers.checkpoint.layout import CheckpointError, Manifest
 from ringworld_workers.checkpoint.reader import RangeReader, committed, newest, read_manifest
+from ringworld_workers.checkpoint_tools.choose import choose_newest
 from ringworld_workers.data.loader import StageLoader
 from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
 from ringworld_workers.engine.base import OwnedRange
-from ringworld_workers.export import choose_checkpoint, export_checkpoint
+from ringworld_workers.export import export_checkpoint
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.mesh import build_mesh
 from ringworld_workers.stage_job import StageJob
@@ -396,31 +398,33 @@ def test_a_run_starts_from_given_weights_and_gives_its_own_away(
     )
 
     store = open_store(first.checkpoint_url)
-    ref = choose_checkpoint(store, "first", 2)
-    files = export_checkpoint(store, ref, first.spec, tmp_path / "out", max_shard_bytes=10_000)
+    ref = choose_newest(store, "first", 2)
+    sink = FolderSink(tmp_path / "out")
+    files = export_checkpoint(store, ref, first.spec, sink, max_shard_bytes=10_000)
     assert len(files) > 4
     again = from_pretrained(tmp_path / "out")
     assert (again.config, again.rope_theta) == (MODEL, first.stage.rope_theta)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     for stage, step, message in (
-        ("second", None, "stage 'second' has no committed checkpoint; there are first"),
-        ("first", 5, "step 5 of stage first has no committed checkpoint; there are 1, 2"),
+        ("second", None, "stage 'second' has no committed checkpoint in .*; there are first"),
+        ("first", 5, "step 5 of stage first has no committed checkpoint in .*; there are 1, 2"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            choose_checkpoint(store, stage, step)
+            choose_newest(store, stage, step)
+    nowhere = FolderSink(tmp_path / "other")
     other = first.spec.model_copy(
         update={"model": first.spec.model.model_copy(update={"num_layers": 3})}
     )
     with pytest.raises(CheckpointError, match=r"parameter layers\.2\.\S+ is absent in it and"):
-        export_checkpoint(store, ref, other, tmp_path / "other")
+        export_checkpoint(store, ref, other, nowhere)
     (held,) = manifest_of(first).objects
     damaged = tmp_path / "store" / held.key
     content = bytearray(damaged.read_bytes())
     content[next(part.offset for part in held.ranges if part.kind == "param")] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is damaged: the checksum of .*\(param of"):
-        export_checkpoint(store, ref, first.spec, tmp_path / "other")
+        export_checkpoint(store, ref, first.spec, nowhere)
     assert not (tmp_path / "other").exists()
 
 

@@ -15,8 +15,10 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_model.config import SPARE_VISION_IDS, ModelConfig
 from ringworld_model.hf_layout import parameter_shapes
 from ringworld_model.hf_save import MAX_SHARD_BYTES, write_pretrained
+from ringworld_model.hf_sink import Sink
 from ringworld_workers.checkpoint.layout import CheckpointError, CheckpointRef, Manifest
-from ringworld_workers.checkpoint.reader import RangeReader, committed, read_manifest
+from ringworld_workers.checkpoint.range_reader import RangeReader
+from ringworld_workers.checkpoint_tools.choose import manifest_of
 from ringworld_workers.data.tokenizer import load_tokenizer
 from ringworld_workers.engine.base import OwnedRange
 from ringworld_workers.store.base import Store
@@ -25,47 +27,17 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_checkpoint(
-    store: Store, stage: str | None = None, step: int | None = None
-) -> CheckpointRef:
-    """The newest committed checkpoint of a run, of a stage, or that of one step.
-
-    Args:
-        store: the run's.
-        stage: name of a stage; the last that has a checkpoint where None.
-        step: of that stage; its last one where None.
-
-    Raises:
-        CheckpointError: there is none; says which there are.
-    """
-    refs = committed(store)
-    if not refs:
-        raise CheckpointError(f"{store.url} holds no committed checkpoint; nothing can be exported")
-    wanted = stage or refs[-1].stage
-    of_stage = [ref for ref in refs if ref.stage == wanted]
-    if not of_stage:
-        there = ", ".join(dict.fromkeys(ref.stage for ref in refs))
-        raise CheckpointError(f"stage {wanted!r} has no committed checkpoint; there are {there}")
-    found = [ref for ref in of_stage if step is None or ref.step == step]
-    if not found:
-        there = ", ".join(str(ref.step) for ref in of_stage)
-        raise CheckpointError(
-            f"step {step} of stage {wanted} has no committed checkpoint; there are {there}"
-        )
-    return found[-1]
-
-
 def export_checkpoint(
     store: Store,
     ref: CheckpointRef,
     spec: JobSpec,
-    folder: Path,
+    sink: Sink,
     *,
     dtype: Dtype = "fp32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: Path | None = None,
     on_tensor: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[Path]:
+) -> dict[str, int]:
     """Write a checkpoint so that ``transformers`` loads it, and ``from_pretrained`` and init_from.
 
     Each parameter is read from the store, verified and written before the next one. config.json
@@ -75,7 +47,7 @@ def export_checkpoint(
         store: the run's.
         ref: which checkpoint.
         spec: of the run; tables have the sizes of the checkpoint's.
-        folder: to write; new, or empty.
+        sink: where the files go, such as ``FolderSink``.
         dtype: of the weights.
         max_shard_bytes: most bytes of tensors in a file.
         tokenizer: a folder or file of the text tokenizer, to be written beside the weights; its
@@ -83,14 +55,15 @@ def export_checkpoint(
         on_tensor: told the parameter that is next, how many are done, and how many there are.
 
     Returns:
-        The files, config.json first.
+        Bytes of the files by name, config.json first.
 
     Raises:
         CheckpointError: it is damaged, or of another model than the spec's.
-        WeightsError: the folder is not empty, or its disk lacks the room.
+        WeightsError: the place is not empty, or its disk lacks the room.
         DataError: the tokenizer cannot be read.
+        StoreError: the store, or that of the sink, failed.
     """
-    manifest = read_manifest(store, ref)
+    manifest = manifest_of(store, ref)
     config = held_config(spec, manifest, ref)
     stage = spec.stages[ref.stage_index]
     source = RangeReader(store, manifest)
@@ -107,7 +80,7 @@ def export_checkpoint(
         return data.view(shape)
 
     return write_pretrained(
-        folder,
+        sink,
         config,
         read,
         rope_theta=stage.rope_theta,
