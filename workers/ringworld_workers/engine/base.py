@@ -127,14 +127,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def ranges_of(
     fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer, with_moments: bool
 ) -> list[OwnedRange]:
-    """Views of the fragments' weights and, if asked, of the optimizer's moments for them."""
+    """Views of the fragments' weights and, if asked, of the optimizer's moments for them.
+
+    Kind after kind: a checkpoint's weights then lie together, and are read without the moments.
+    """
+    held = list(fragments)
     ranges = []
-    for fragment in fragments:
-        sources: list[tuple[RangeKind, torch.Tensor]] = [("param", fragment.owner)]
-        if with_moments:
-            state = optimizer.state[fragment.owner]
-            sources += [(kind, state[kind]) for kind in MOMENTS]
-        for kind, source in sources:
+    kinds: tuple[RangeKind, ...] = ("param", *MOMENTS) if with_moments else ("param",)
+    for kind in kinds:
+        for fragment in held:
+            owner = fragment.owner
+            source = owner if kind == "param" else optimizer.state[owner][kind]
             data = source.detach().view(-1).narrow(0, fragment.offset, fragment.numel)
             ranges.append(OwnedRange(fragment.tensor, kind, fragment.shape, fragment.start, data))
     return ranges
