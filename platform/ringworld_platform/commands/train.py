@@ -132,6 +132,7 @@ def run(
     from ringworld_jobs.load import load_job
     from ringworld_platform import cluster, head
     from ringworld_platform.client import Client, runs_root_of
+    from ringworld_platform.run_claims import check_store, on_s3
     from ringworld_platform.run_weights import find_run
 
     spec = load_job(job, find_run=find_run)
@@ -141,6 +142,8 @@ def run(
         client = Client.attach(runs_root_of(spec))
         _foreground(client, client.submit(spec))
         return
+    if on_s3(spec):
+        check_store(spec)  # before Ray takes its time to start: the workers run right here
     err().print("starting Ray on this machine", style="dim")
     with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
         _say_dashboard(info.dashboard_url)
