@@ -138,10 +138,14 @@ def write_checkpoint() -> Callable[..., Any]:
     ) -> layout.CheckpointRef:
         """Moments are the weights' halves and squares; object names end in ``name``."""
         folder = layout.folder_of(stage_index, stage, step)
-        values = {key: np.asarray(value, dtype=np.float32) for key, value in tensors.items()}
+        values: dict[str, Any] = {
+            key: np.asarray(value, dtype=np.float32) for key, value in tensors.items()
+        }
         objects = []
         for rank in range(ranks):
-            ranges, parts, offset = [], [], 0
+            ranges: list[layout.StoredRange] = []
+            parts: list[bytes] = []
+            offset = 0
             for tensor, whole in values.items():
                 flat = whole.reshape(-1)
                 start, stop = (flat.size * n // ranks for n in (rank, rank + 1))

@@ -16,7 +16,7 @@ from ringworld_workers.store.base import Store, StoreError
 from ringworld_workers.store.file_store import FileStore
 
 # A tensor of several chunks, and small ones, of which one is not in every rank's object.
-TENSORS = {
+TENSORS: dict[str, Any] = {
     "big": np.arange(3 * CHUNK_BYTES // 4 + 5, dtype=np.float32),
     "small": np.linspace(-1, 1, 21).reshape(3, 7),
     "one": np.ones(1),
