@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from ringworld_workers.store.base import (
     check_key,
     truncated,
 )
+from ringworld_workers.store.check import check_store
 from ringworld_workers.store.posix_files import (
     LOCK,
     TEMPORARY,
@@ -32,7 +32,7 @@ from ringworld_workers.store.posix_files import (
     temporary_file,
     walk,
 )
-from ringworld_workers.store.retry import Effort, Passing, Patience
+from ringworld_workers.store.retry import HASTE, Effort, Passing, Patience
 
 Result = TypeVar("Result")
 
@@ -227,13 +227,8 @@ class FileStore:
         return len(old)
 
     def check_writable(self) -> None:
-        """Write, read and remove a small object."""
-        key, data = f"write-test-{uuid.uuid4().hex}", uuid.uuid4().bytes
-        self.put(key, [data])
-        found = self.get(key)
-        self.delete(key)
-        if found != data:
-            raise StoreError("check_writable", self.url, "a small object came back changed")
+        """Try it out, in seconds."""
+        check_store(FileStore(self.root, patience=HASTE))
 
     def _put_new(self, effort: Effort, key: str, data: bytes) -> bool:
         """Whether there was no such object, and this call has made it."""

@@ -40,7 +40,7 @@ class Patience:
     longest_pause_seconds: float = 8.0
 
 
-HASTE = Patience(outage_seconds=10.0, attempts=3, reply_seconds=5.0, completion_seconds=5.0)
+HASTE = Patience(outage_seconds=15.0, attempts=4, reply_seconds=6.0, completion_seconds=6.0)
 """For what somebody waits for, or what need not succeed."""
 
 
@@ -209,5 +209,8 @@ def _in_thread(attempt: Callable[[Watch], Result], watch: Watch, name: str) -> R
         watch.give_up()
         raise
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # its frames hold this list, and would hold the caller's memory
     return results[0]

@@ -190,7 +190,9 @@ def _remedy(operation: str, code: str, status: int, said: str, at: str) -> str:
     if code == "RequestTimeTooSkewed":
         return "this machine's clock is wrong by more than the server allows; set it"
     if code in _OTHER_REGION or status in (301, 307):
-        return f"the bucket is in another region ({code or status}); set AWS_REGION to its own"
+        return (
+            f"the bucket is in another region ({code or status}); set AWS_DEFAULT_REGION to its own"
+        )
     if status in (401, 403):
         right = _RIGHTS.get(operation, "access")
         return f"access denied ({code}); these credentials need {right} on the bucket"

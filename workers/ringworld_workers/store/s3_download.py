@@ -54,7 +54,10 @@ def get_object(requests: Requests, effort: Effort, place: dict[str, str]) -> tup
 
     def request(client: Any, watch: Watch) -> tuple[bytes, str]:
         reply = client.get_object(**place, ChecksumMode="ENABLED")
-        data = bytearray(reply["ContentLength"])
+        size = reply.get("ContentLength")
+        if size is None:
+            raise Passing("the reply does not say how long it is")
+        data = bytearray(size)
         _fill(reply, Target([memoryview(data)]), watch)
         wanted = reply.get("ChecksumCRC32C", "")
         if wanted and "-" not in wanted and wanted != encode(crc32c(data)):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,16 +18,16 @@ from ringworld_workers.store.base import (
     check_key,
     is_key,
 )
+from ringworld_workers.store.check import check_store
 from ringworld_workers.store.retry import HASTE, Effort, Passing, Patience, Watch
 from ringworld_workers.store.s3_body import Part, cut
 from ringworld_workers.store.s3_client import PreconditionFailed
 from ringworld_workers.store.s3_download import get_object, read_into
 from ringworld_workers.store.s3_requests import Requests
 from ringworld_workers.store.s3_upload import abort, put_object, put_parts
+from ringworld_workers.store.s3_url import parse_url
 
 PART_BYTES = 64 << 20
-_KEYS_A_REQUEST = 1000
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 class S3Store:
@@ -41,27 +39,38 @@ class S3Store:
     """
 
     def __init__(
-        self, url: str, *, part_bytes: int = PART_BYTES, patience: Patience | None = None
+        self,
+        url: str,
+        *,
+        part_bytes: int = PART_BYTES,
+        page_keys: int = 1000,
+        patience: Patience | None = None,
     ) -> None:
         """Name bucket and prefix.
 
         Args:
             url: ``s3://BUCKET/PREFIX``; the prefix may be missing.
             part_bytes: what is longer goes up in parts of this size. AWS takes at least 5 MiB.
+            page_keys: how many keys are listed or deleted by one request; S3 takes 1000.
             patience: how long a call may take.
 
         Raises:
             StoreError: it is no such url.
         """
-        self.bucket, self.prefix = _parse(url)
+        self.bucket, self.prefix = parse_url(url)
         self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-        self._part_bytes = part_bytes
+        self._part_bytes, self._page_keys = part_bytes, page_keys
         self._patience = patience or Patience()
         self._requests = Requests(self.url, self._patience)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: no connection and no credentials."""
-        return {"url": self.url, "part_bytes": self._part_bytes, "patience": self._patience}
+        return {
+            "url": self.url,
+            "part_bytes": self._part_bytes,
+            "page_keys": self._page_keys,
+            "patience": self._patience,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Connect anew, when it is used."""
@@ -151,8 +160,9 @@ class S3Store:
         operation = "delete_prefix"
         pages = self._pages(operation, prefix)
         names = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        for first in range(0, len(names), _KEYS_A_REQUEST):
-            self._delete_many(self._effort(operation, prefix), names[first:][:_KEYS_A_REQUEST])
+        for first in range(0, len(names), self._page_keys):
+            some = names[first : first + self._page_keys]
+            self._delete_many(self._effort(operation, prefix), some)
         self.remove_unfinished(prefix, older_than_seconds=float("-inf"))
 
     def unfinished(self, prefix: str = "") -> Sequence[Unfinished]:
@@ -161,18 +171,17 @@ class S3Store:
         marker: dict[str, str] = {}
         found = []
         while True:
-            about = {"Bucket": self.bucket, "Prefix": start, **marker}
-            request = partial(_list_uploads, about)
+            place = {"Bucket": self.bucket, "Prefix": start, "MaxUploads": self._page_keys}
+            request = partial(_list_uploads, {**place, **marker})
             page = self._requests.run(self._effort(operation, prefix), request)
             for upload in page.get("Uploads", ()):
                 began = upload["Initiated"].timestamp()
                 found.append(Unfinished(self._key(upload["Key"]), began, upload["UploadId"]))
-            if not page.get("IsTruncated"):
+            # AWS names key and upload where a page ends; SeaweedFS sorts by upload, and names that.
+            ends = {name: page.get(f"Next{name}") for name in ("KeyMarker", "UploadIdMarker")}
+            marker = {name: end for name, end in ends.items() if end}
+            if not page.get("IsTruncated") or not marker:
                 return sorted(found, key=lambda left: left.started)
-            marker = {
-                "KeyMarker": page["NextKeyMarker"],
-                "UploadIdMarker": page["NextUploadIdMarker"],
-            }
 
     def remove_unfinished(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
         """Abort uploads that were begun so long ago."""
@@ -184,35 +193,8 @@ class S3Store:
         return len(old)
 
     def check_writable(self) -> None:
-        """Write, read, list and remove a small object, and see that conditions are kept."""
-        S3Store(self.url, patience=HASTE)._check_rights()
-
-    def _check_rights(self) -> None:
-        key, data = f"write-test-{uuid.uuid4().hex}", uuid.uuid4().bytes
-        operation = "check_writable"
-        if not self.put_if_absent(key, data):
-            raise StoreError(operation, self.url, "a new object's name was said to be taken")
-        try:
-            found, etag = self.get_with_etag(key)
-            if found != data:
-                raise StoreError(operation, self.url, "a small object came back changed")
-            if key not in {info.key for info in self.list()}:
-                raise StoreError(operation, self.url, "a small object is missing in the listing")
-            kept = not self.put_if_absent(key, b"other")
-            try:
-                self.put_if_match(key, b"other", "0" * len(etag))
-                kept = False
-            except Conflict:
-                pass
-            if not kept:
-                raise StoreError(
-                    operation,
-                    self.url,
-                    "the server ignores If-None-Match or If-Match, so two runs could overwrite "
-                    "each other's checkpoints; use a newer version of it, or another store",
-                )
-        finally:
-            self.delete(key)
+        """Try it out, in seconds."""
+        check_store(S3Store(self.url, patience=HASTE))
 
     def _put_new(self, operation: str, key: str, data: bytes) -> str | None:
         """The new object's etag; None if there was one."""
@@ -260,8 +242,8 @@ class S3Store:
         start = self._start(operation, prefix)
         marker: dict[str, str] = {}
         while True:
-            about = {"Bucket": self.bucket, "Prefix": start, **how, **marker}
-            request = partial(_list_objects, about)
+            place = {"Bucket": self.bucket, "Prefix": start, "MaxKeys": self._page_keys}
+            request = partial(_list_objects, {**place, **how, **marker})
             page = self._requests.run(self._effort(operation, prefix), request)
             yield page
             if not page.get("IsTruncated"):
@@ -290,46 +272,9 @@ class S3Store:
         return name[len(self.prefix) + 1 :] if self.prefix else name
 
 
-def _list_objects(about: dict[str, str], client: Any, _: Watch) -> dict[str, Any]:
+def _list_objects(about: dict[str, Any], client: Any, _: Watch) -> dict[str, Any]:
     return dict(client.list_objects_v2(**about))
 
 
-def _list_uploads(about: dict[str, str], client: Any, _: Watch) -> dict[str, Any]:
+def _list_uploads(about: dict[str, Any], client: Any, _: Watch) -> dict[str, Any]:
     return dict(client.list_multipart_uploads(**about))
-
-
-def _parse(url: str) -> tuple[str, str]:
-    """Bucket and prefix.
-
-    Raises:
-        StoreError: it is no url of an S3 prefix; a password in it is not repeated.
-    """
-    scheme, _, rest = url.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    if "@" in bucket:
-        raise StoreError(
-            "open",
-            f"{scheme}://...@{bucket.rpartition('@')[2]}",
-            "credentials do not belong into a url; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, and write s3://BUCKET/PREFIX",
-        )
-    if "?" in rest or "#" in rest:
-        raise StoreError(
-            "open",
-            re.split("[?#]", url)[0],
-            "an s3 url has no ? and no #; the endpoint comes from AWS_ENDPOINT_URL_S3, the region "
-            "from AWS_REGION",
-        )
-    if not bucket:
-        raise StoreError("open", url, "no bucket is named; write s3://BUCKET/PREFIX")
-    if not _BUCKET.fullmatch(bucket) or ".." in bucket:
-        raise StoreError(
-            "open",
-            url,
-            f"{bucket!r} is no bucket's name: 3 to 63 lower-case letters, digits, dots and "
-            "hyphens; the endpoint comes from AWS_ENDPOINT_URL_S3",
-        )
-    prefix = prefix.rstrip("/")
-    if prefix:
-        check_key("open", prefix)
-    return bucket, prefix

@@ -65,9 +65,7 @@ def put_parts(requests: Requests, key: str, place: dict[str, str], parts: Iterab
     """
     made = requests.run(
         requests.effort("put", key),
-        lambda client, _: client.create_multipart_upload(
-            **place, ChecksumAlgorithm="CRC32C", ChecksumType="COMPOSITE"
-        ),
+        lambda client, _: client.create_multipart_upload(**place, ChecksumAlgorithm="CRC32C"),
     )
     upload = {**place, "UploadId": made["UploadId"]}
     try:
