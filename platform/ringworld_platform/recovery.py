@@ -18,6 +18,7 @@ USER_ERRORS = frozenset(
         "ImportError",
         "NotImplementedError",
         "CheckpointError",
+        "DamagedCheckpoint",
         "ParityFailed",
         "TrainingDiverged",
     }
