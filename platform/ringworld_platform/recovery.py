@@ -18,7 +18,6 @@ USER_ERRORS = frozenset(
         "ImportError",
         "NotImplementedError",
         "CheckpointError",
-        "DamagedCheckpoint",
         "ParityFailed",
         "TrainingDiverged",
     }
