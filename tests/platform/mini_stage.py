@@ -41,7 +41,8 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
             record("checkpoint", step, key=key, bytes=0)
         return key
 
-    record("stage_start", start, resumed_from=saved[-1].name if saved else None)
+    origin = saved[-1].name if saved else None
+    record("stage_start", start, resumed_from=origin, uid=job.run_uid, older=job.take_older)
     for step in range(start + 1, stage.num_steps + 1):
         reporter.phase("forward", step)
         _maybe_fail(job, mesh.rank, step)

@@ -17,8 +17,10 @@ from ringworld_platform.cli import app
 
 COMMANDS = (
     *("validate", "run", "submit", "stop", "resume", "status", "list", "watch", "logs", "report"),
-    *("doctor", "up", "down", "data", "parity"),
+    *("doctor", "up", "down", "data", "parity", "dev"),
 )
+IN_GROUPS = {"data": "build", "dev": "s3"}
+"""A command of each group."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def test_help_groups_commands_and_shows_the_shortest_path() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_an_example(command: str) -> None:
-    names = ["data", "build"] if command == "data" else [command]
+    names = [command, IN_GROUPS[command]] if command in IN_GROUPS else [command]
     result = ringworld(*names, "--help")
     assert result.exit_code == 0
     assert f"$ ringworld {' '.join(names)}" in result.output

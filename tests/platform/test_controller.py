@@ -235,10 +235,15 @@ def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
     stopped = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
     assert stopped["state"] == "STOPPED", stopped
     assert stopped["workers"] == []
-    assert client.resume(run_id) == run_id
+    assert client.resume(run_id, older=True) == run_id
     final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
 
     assert (final["state"], final["attempt"]) == ("SUCCEEDED", 2), final
+    starts = [r for r in client.metrics(run_id).items if r["kind"] == "stage_start"]
+    assert [start["older"] for start in starts] == [False, True]
+    record = RunStates(tmp_path).get(run_id)
+    assert not record.take_older, "a checkpoint was committed since"
+    assert {start["uid"] for start in starts} == {record.uid} and len(record.uid) == 32
     steps = [step for _, step, _ in steps_of(client, run_id)]
     assert steps == list(range(1, 41)), "no step twice, none left out"
 

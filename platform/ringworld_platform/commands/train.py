@@ -140,7 +140,7 @@ def run(
         info = cluster.connect(address)
         err().print(f"using the Ray cluster at {info.address}", style="dim")
         client = Client.attach(runs_root_of(spec))
-        _foreground(client, client.submit(spec))
+        _foreground(client, _submit(client, spec))
         return
     if on_s3(spec):
         check_store(spec)  # before Ray takes its time to start: the workers run right here
@@ -206,10 +206,26 @@ def submit(job: JobFile, address: Address = None) -> None:
     spec = load_job(job, find_run=find_run)
     info = cluster.connect(address)
     client = Client.attach(runs_root_of(spec))
-    run_id = client.submit(spec)
+    run_id = _submit(client, spec)
     console = out()
     console.print(f"[bold]{run_id}[/bold] submitted to {info.address}")
     console.print(_follow_up(run_id))
+
+
+def _submit(client: Client, spec: JobSpec) -> str:
+    """Hand a job to a cluster that runs already."""
+    from ringworld_platform.errors import StoreRefused
+    from ringworld_platform.run_claims import on_s3
+
+    try:
+        return client.submit(spec)
+    except StoreRefused as error:
+        if not on_s3(spec):
+            raise
+        raise StoreRefused(
+            f"{error}; it was the cluster that tried: its processes have the environment of "
+            "`ringworld up`, not that of this command"
+        ) from None
 
 
 def stop(job: RunName, address: Address = None) -> None:
