@@ -21,12 +21,13 @@ Result = TypeVar("Result")
 class Patience:
     """What a store's call may take before it fails.
 
-    A call ends at the latest ``outage_seconds`` after it last went well, and goes well only while
-    bytes move at the floor rate: its length is bounded by what it has to move.
+    The last attempt of a call begins at the latest ``outage_seconds`` after it last went well, and
+    it goes well only while bytes move at the floor rate: so what it may take is bounded by what it
+    has to move.
     """
 
     outage_seconds: float = 120.0
-    """Of failed attempts, pauses and waiting, until a call gives up."""
+    """Of failed attempts and pauses, until a call gives up."""
     attempts: int = 40
     """In a row that bring nothing, until a call gives up."""
     reply_seconds: float = 30.0
@@ -47,15 +48,15 @@ HASTE = Patience(outage_seconds=15.0, attempts=4, reply_seconds=6.0, completion_
 class Passing(Exception):
     """An attempt failed for a reason that may pass."""
 
-    def __init__(self, reason: str, *, attempts: int | None = None) -> None:
+    def __init__(self, reason: str, *, once: bool = False) -> None:
         """Say why.
 
         Args:
             reason: why, for the error that the caller gets in the end.
-            attempts: after so many of these in a call it is no passing fault; None: any number.
+            once: a second time it is no passing fault.
         """
         super().__init__(reason)
-        self.reason, self.attempts = reason, attempts
+        self.reason, self.once = reason, once
 
 
 class Watch:
@@ -66,7 +67,8 @@ class Watch:
         self._effort, self._patience = effort, effort.patience
         self._reply_seconds = reply_seconds or effort.patience.reply_seconds
         self._lock = threading.Lock()
-        self._last = self._began = time.monotonic()
+        self._last = time.monotonic()
+        self._began: float | None = None  # until the first bytes: connecting has its own limit
         self._bytes = 0
         self._given_up = False
 
@@ -84,6 +86,8 @@ class Watch:
                 place()
             now = time.monotonic()
             self._last = now
+            if self._began is None:
+                self._began = now
             self._bytes += count
             seconds = now - self._began
             if seconds < self._patience.window_seconds:
@@ -95,9 +99,7 @@ class Watch:
 
     def seconds_left(self) -> float:
         """Until the caller waits no longer."""
-        now = time.monotonic()
-        quiet = self._last + self._reply_seconds - now
-        return min(quiet, self._effort.seconds_left())
+        return self._last + self._reply_seconds - time.monotonic()
 
     def give_up(self) -> None:
         """From now on nothing is put anywhere."""
@@ -119,6 +121,7 @@ class Effort:
         self.operation, self.name, self.patience = operation, name, patience
         self.attempts = 0
         self._fruitless = 0
+        self._warned = False
         self._since = time.monotonic()
 
     def went_well(self) -> None:
@@ -129,10 +132,6 @@ class Effort:
         """Something was reached that no later attempt must do again."""
         self._fruitless = 0
         self.went_well()
-
-    def seconds_left(self) -> float:
-        """Until the call gives up, if nothing goes well."""
-        return self._since + self.patience.outage_seconds - time.monotonic()
 
     def run(self, attempt: Callable[[], Result]) -> Result:
         """Call ``attempt`` until it raises no Passing.
@@ -169,15 +168,17 @@ class Effort:
             StoreError: there is no sense in going on.
         """
         self._fruitless += 1
-        if fault.attempts is not None and self._fruitless >= fault.attempts:
+        if fault.once and self._warned:
             raise self._failure(fault, transient=False)
+        self._warned |= fault.once
         patience = self.patience
         longest = min(
             patience.first_pause_seconds * 2 ** (self._fruitless - 1),
             patience.longest_pause_seconds,
         )
         seconds = longest * random.uniform(0.5, 1.0)
-        if self._fruitless >= patience.attempts or seconds >= self.seconds_left():
+        ends = self._since + patience.outage_seconds
+        if self._fruitless >= patience.attempts or time.monotonic() + seconds >= ends:
             raise self._failure(fault, transient=True)
         log.info("%s %s: %s; attempt %d", self.operation, self.name, fault.reason, self.attempts)
         time.sleep(seconds)
@@ -202,9 +203,11 @@ def _in_thread(attempt: Callable[[Watch], Result], watch: Watch, name: str) -> R
 
     threading.Thread(target=run, name=f"store {name}", daemon=True).start()
     try:
-        while not done.wait(max(0.0, left := watch.seconds_left())):
-            if left <= 0:
-                raise Passing("no reply in time")
+        while (left := watch.seconds_left()) > 0:
+            if done.wait(left):
+                break
+        if not done.is_set():
+            raise Passing("no reply in time")
     except BaseException:
         watch.give_up()
         raise

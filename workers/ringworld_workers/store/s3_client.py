@@ -171,7 +171,7 @@ def _refusal(error: Any, operation: str, name: str, client: Any) -> Exception:
         return NotFound(operation, name, "there is no such object")
     if code in _CORRUPTED:
         # Once, the network may have flipped a bit; twice, memory or the program is at fault.
-        return Passing(f"the bytes did not arrive as they were sent ({code})", attempts=2)
+        return Passing(f"the bytes did not arrive as they were sent ({code})", once=True)
     if (
         code in _PASSING
         or status in (408, 409, 429)
