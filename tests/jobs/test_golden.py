@@ -48,6 +48,7 @@ PLANS = {
         (2**15, 2, 1, 2**14, 1, 1),
     ],
 }
+PLANS["quickstart-s3"] = PLANS["quickstart"]
 
 
 def test_the_table_covers_every_job() -> None:
