@@ -51,7 +51,7 @@ class StageCheckpoints:
         self._position = 0
         """Of the newest record of the steps that the newest snapshot holds."""
 
-    def restore(self, *, has_weights: bool) -> Start:
+    def restore(self) -> Start:
         """Become the gang that saves, and load what this stage begins with.
 
         The other way round, a gang that should be dead could commit what this one does not know.
@@ -61,9 +61,7 @@ class StageCheckpoints:
             CheckpointError, StoreError: see ``restoring.restore``.
         """
         self.writer.open()
-        start = restore(
-            self.job, self.store, self.engine, self.mesh, self.reporter, has_weights=has_weights
-        )
+        start = restore(self.job, self.store, self.engine, self.mesh, self.reporter)
         self.committed_key = start.key
         if start.resumed:
             self._last_step = self._steps_done = self._saved_step = start.step

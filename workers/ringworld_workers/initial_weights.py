@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
+from ringworld_jobs.run_place import CheckpointPlace
 from ringworld_jobs.weights import parse_init_from
-from ringworld_model.hf import LoadedWeights, load_pretrained
-from ringworld_model.lwm import load_lwm
-from ringworld_model.transformer import WorldModel, init_weights
-from ringworld_workers.checkpoint.catalog import newest
-from ringworld_workers.checkpoint.together import from_rank_0
+from ringworld_model.config import ModelConfig
+from ringworld_model.hf import LoadedWeights, NamedTensors, WeightsError, read_pretrained
+from ringworld_model.lwm import read_lwm
+from ringworld_model.transformer import draw_weight
+from ringworld_workers.checkpoint.exchange import all_gather_json
+from ringworld_workers.checkpoint.layout import CheckpointRef
+from ringworld_workers.checkpoint.reader import load
+from ringworld_workers.engine.base import Engine
+from ringworld_workers.engine.weights import copy_weights
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
@@ -17,68 +25,115 @@ from ringworld_workers.store.opening import open_store
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-def set_initial_weights(model: WorldModel, job: StageJob, mesh: Mesh, reporter: Reporter) -> bool:
-    """Give a new model the weights that its run begins with. A collective of the gang.
 
-    Where a checkpoint will give the weights, of this run or of another, nothing is drawn or read:
-    the model keeps what its memory held. Every rank reads a source for itself, each tensor once.
+def set_initial_weights(engine: Engine, job: StageJob, mesh: Mesh, reporter: Reporter) -> None:
+    """Give an engine the weights that its run begins with. A collective of the gang.
+
+    For a run that has no checkpoint: one that has goes on from that, and its source may be gone.
+    Every rank draws or reads one tensor after another, and keeps its share of each.
 
     Args:
-        model: whole, before an engine shards it; its weights are the fp32 masters.
+        engine: around a ``WorldModel``.
         job: names the source.
         mesh: this rank's place.
         reporter: on rank 0 it takes the event that says what was loaded, and what was drawn.
 
-    Returns:
-        Whether the model has its weights; else ``restoring.restore`` must load them.
-
     Raises:
-        WeightsError: the source is not of this model, or cannot be read on this node.
-        StoreError: the store of checkpoints cannot be read.
+        WeightsError: the source is not of this model, or cannot be read on one of the nodes.
+        CheckpointError, StoreError: the checkpoint of another run cannot be loaded.
     """
     init_from = job.spec.model.init_from
-    if _has_begun(job, mesh):
-        return False
     if init_from is None:
-        init_weights(model, job.spec.seed)
-        return True
-    if parse_init_from(init_from).kind == "run":
-        return False
-    reporter.phase("load", 0)
-    loaded = load_source(model, init_from, job.spec.seed)
-    log.info("%s", loaded)
+        _fill(engine, _drawn(engine, job), mesh)
+        return
+    source = parse_init_from(init_from)
+    if source.kind == "run":
+        text, drawn, left = _load_checkpoint(engine, source.checkpoint, job, mesh)
+    else:
+        loaded, tensors = _together(
+            partial(open_source, job.model_config, init_from, job.spec.seed), mesh
+        )
+        _fill(engine, tensors, mesh)
+        text, drawn, left = str(loaded), loaded.drawn, loaded.left
+    log.info("%s", text)
     if mesh.rank == 0:
         reporter.event(
             {
                 "kind": "weights",
-                "text": f"stage {job.stage.name}: {loaded}",
+                "text": f"stage {job.stage.name}: {text}",
                 "init_from": init_from,
-                "drawn": list(loaded.drawn),
-                "left": list(loaded.left),
+                "drawn": list(drawn),
+                "left": list(left),
             }
         )
-    return True
 
 
-def load_source(model: WorldModel, init_from: str, seed: int) -> LoadedWeights:
-    """Fill a model from ``hf:FOLDER`` or ``lwm:FILE``.
+def open_source(
+    config: ModelConfig, init_from: str, seed: int
+) -> tuple[LoadedWeights, NamedTensors]:
+    """Open ``hf:FOLDER`` or ``lwm:FILE``, to be read one tensor at a time.
 
     Args:
-        model: with whole parameters.
+        config: of the model that the weights are for.
         init_from: with an absolute path, as a loaded job has it.
         seed: of what the source does not have.
+
+    Returns:
+        What is in it, and every parameter of the model with its name, whole, on the CPU.
 
     Raises:
         WeightsError: the source is not of this model, or cannot be read.
     """
     source = parse_init_from(init_from)
-    load = load_pretrained if source.kind == "hf" else load_lwm
-    return load(model, source.path, seed=seed)
+    read = read_pretrained if source.kind == "hf" else read_lwm
+    return read(config, source.path, seed=seed)
 
 
-def _has_begun(job: StageJob, mesh: Mesh) -> bool:
-    """Whether the run has a checkpoint; rank 0 looks, so that all ranks see the same."""
-    if job.stage_index > 0:
-        return True
-    return bool(from_rank_0(lambda: newest(open_store(job.checkpoint_url)) is not None, mesh))
+def _drawn(engine: Engine, job: StageJob) -> NamedTensors:
+    for name, shape in engine.parameter_shapes().items():
+        yield name, draw_weight(name, shape, job.model_config, job.spec.seed)
+
+
+def _fill(engine: Engine, tensors: NamedTensors, mesh: Mesh) -> None:
+    engine.load_ranges(lambda ranges: _together(partial(copy_weights, tensors, ranges), mesh), None)
+
+
+def _load_checkpoint(
+    engine: Engine, place: CheckpointPlace | None, job: StageJob, mesh: Mesh
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Load the weights, and if the stage inherits them the moments, of another run.
+
+    Returns:
+        What was loaded, in words; what was drawn; what was left out.
+    """
+    if place is None:
+        raise WeightsError(
+            f"model.init_from={job.spec.model.init_from} is not settled on one checkpoint; submit "
+            "the job, which does that"
+        )
+    store = open_store(place.checkpoints_url)
+    ref = CheckpointRef(store.url, place.stage, place.stage_index, place.step, place.key)
+    inherits = job.stage.optimizer_state == "inherit"
+    state = load(store, ref, engine, mesh, with_optimizer=inherits, own_groups=True)
+    held = "weights and optimizer state" if inherits else "weights"
+    text = f"{held} from run:{place}, after {state.tokens} tokens"
+    return text, (), () if inherits else ("optimizer state",)
+
+
+def _together(action: Callable[[], T], mesh: Mesh) -> T:
+    """What ``action`` returns on this rank, once it has succeeded on all ranks. A collective.
+
+    Raises:
+        WeightsError: it failed on some rank. The others would wait for that one for ever.
+    """
+    value, failure = None, None
+    try:
+        value = action()
+    except (WeightsError, OSError) as error:
+        failure = error if isinstance(error, WeightsError) else WeightsError(str(error))
+    for rank, told in enumerate(all_gather_json(str(failure) if failure else None, mesh)):
+        if told is not None:
+            raise failure or WeightsError(f"rank {rank}: {told}")
+    return value  # type: ignore[return-value]  # no failure, so it is what action returned

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ringworld_jobs.weights import parse_init_from
 from ringworld_workers.checkpoint.catalog import committed
 from ringworld_workers.checkpoint.layout import (
     MANIFEST,
@@ -27,7 +26,6 @@ from ringworld_workers.mesh import Mesh
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.base import Store
-from ringworld_workers.store.opening import open_store
 
 log = logging.getLogger(__name__)
 
@@ -39,35 +37,26 @@ class Start:
     step: int
     tokens: int
     key: str | None
+    """None where the run begins: the engine has no weights yet."""
     bookmark: Any = None
     """Of the row plan, see ``StageLoader.open_at``."""
     resumed: bool = False
     """Whether the checkpoint is of this stage, rather than the end of the one before."""
 
 
-def restore(
-    job: StageJob,
-    store: Store,
-    engine: Engine,
-    mesh: Mesh,
-    reporter: Reporter,
-    *,
-    has_weights: bool,
-) -> Start:
+def restore(job: StageJob, store: Store, engine: Engine, mesh: Mesh, reporter: Reporter) -> Start:
     """Load the newest committed checkpoint of this stage, else the end of the stage before.
 
-    A first stage that has neither begins with its own weights, or with those of the run that
-    `model.init_from` names. A damaged checkpoint is set aside for the next older one, if the job
-    allows it. A collective of the gang.
+    A first stage that has neither begins anew: nothing is loaded, see ``set_initial_weights``. A
+    damaged checkpoint is set aside for the next older one, if the job allows it. A collective of
+    the gang.
 
     Args:
         job: the stage.
         store: of the run's checkpoints.
         engine: gets the state.
         mesh: of the engine.
-        reporter: on rank 0 it takes an event for each checkpoint that was set aside, and one that
-            says what came from another run.
-        has_weights: the engine holds the weights that a new run begins with.
+        reporter: on rank 0 it takes an event for each checkpoint that was set aside.
 
     Raises:
         DamagedCheckpoint: what is there is damaged, and no older one may be taken, or there is
@@ -79,8 +68,6 @@ def restore(
     found = from_rank_0(lambda: [asdict(ref) for ref in _candidates(job, store)], mesh)
     refs = [CheckpointRef(**fields) for fields in found]
     if not refs:
-        if not has_weights:
-            _start_from_another_run(job, engine, mesh, reporter)
         return Start(step=0, tokens=0, key=None)
     for ref, older in zip(refs, [*refs[1:], None], strict=True):
         try:
@@ -180,34 +167,6 @@ def _set_aside(
                 "checkpoint": ref.key,
                 "reason": damage,
                 "older": older.key,
-            }
-        )
-
-
-def _start_from_another_run(job: StageJob, engine: Engine, mesh: Mesh, reporter: Reporter) -> None:
-    """Load the weights, and if the stage inherits them the moments, of `model.init_from`."""
-    init_from = job.spec.model.init_from
-    place = parse_init_from(init_from).checkpoint if init_from else None
-    if place is None:
-        raise CheckpointError(
-            f"the checkpoint of {job.run_id} that was there when its model was built is gone; "
-            "resume the run"
-        )
-    store = open_store(place.checkpoints_url)
-    ref = CheckpointRef(store.url, place.stage, place.stage_index, place.step, place.key)
-    inherits = job.stage.optimizer_state == "inherit"
-    state = load(store, ref, engine, mesh, with_optimizer=inherits, own_groups=True)
-    held = "weights and optimizer state" if inherits else "weights"
-    text = f"{held} from run:{place}, after {state.tokens} tokens"
-    log.info("%s", text)
-    if mesh.rank == 0:
-        reporter.event(
-            {
-                "kind": "weights",
-                "text": f"stage {job.stage.name}: {text}",
-                "init_from": init_from,
-                "drawn": [],
-                "left": [] if inherits else ["optimizer state"],
             }
         )
 

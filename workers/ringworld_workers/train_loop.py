@@ -76,22 +76,24 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     started = time.monotonic()
     loader = open_loader(job, mesh)
     if stage.preflight is not None and not job.proved:
-        # Before the engine: what the proof needs is free again when the whole model is built.
+        # Before the engine: what the proof needs is free again when the model is built.
         prove_ring(job, mesh, reporter, loader, stage.preflight)
-    model = WorldModel(
-        job.model_config,
-        rope_theta=stage.rope_theta,
-        activation_checkpointing=stage.memory.activation_checkpointing,
-        activation_offload=stage.memory.activation_offload,
-        mlp_tile_tokens=stage.memory.mlp_tile_tokens,
-        loss_tile_tokens=stage.loss.tile_tokens,
-    )
-    has_weights = set_initial_weights(model, job, mesh, reporter)
+    with torch.device("meta"):  # the engine makes the parameters, of each no more than it keeps
+        model = WorldModel(
+            job.model_config,
+            rope_theta=stage.rope_theta,
+            activation_checkpointing=stage.memory.activation_checkpointing,
+            activation_offload=stage.memory.activation_offload,
+            mlp_tile_tokens=stage.memory.mlp_tile_tokens,
+            loss_tile_tokens=stage.loss.tile_tokens,
+        )
     engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
     checkpoints = StageCheckpoints(job, mesh, engine, reporter)
     try:
         reporter.phase("load", 0)
-        start = checkpoints.restore(has_weights=has_weights)
+        start = checkpoints.restore()
+        if start.key is None:
+            set_initial_weights(engine, job, mesh, reporter)
         if start.bookmark is not None and not loader.open_at(start.bookmark):
             log.warning("%s was saved with other data: its order begins anew", start.key)
         run = StageRun(job, mesh, reporter, loader, engine, checkpoints)

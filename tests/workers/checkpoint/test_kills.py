@@ -191,7 +191,7 @@ def save_on_and_on(
     checkpoints = StageCheckpoints(job, mesh, engine, Listener(diary.committed))
     if rank == 0:
         diary.reached("load", job.attempt)
-    start = checkpoints.restore(has_weights=True)
+    start = checkpoints.restore()
     if rank == 0:
         diary.reached("save", job.attempt)
         assert start.step >= diary.last_committed(), "what was committed is not found again"

@@ -43,6 +43,7 @@ from ringworld_workers.checkpoint.reader import RangeReader, load, read_manifest
 from ringworld_workers.checkpoint.together import raise_together
 from ringworld_workers.engine.base import OwnedRange
 from ringworld_workers.engine.build import build_engine
+from ringworld_workers.initial_weights import set_initial_weights
 from ringworld_workers.mesh import Mesh, build_mesh
 from ringworld_workers.restoring import Start, restore
 from ringworld_workers.store.base import Store, StoreError
@@ -364,12 +365,13 @@ def job(*, stage_index: int = 0, init_from: str | None = None, **fields: Any) ->
     return SimpleNamespace(spec=spec, stage_index=stage_index, stage=stages[stage_index], **given)
 
 
-def begin(
-    of_job: Any, store: Store, engine: Any, mesh: Mesh, has_weights: bool = False
-) -> tuple[Start, list[dict[str, Any]]]:
+def begin(of_job: Any, store: Store, engine: Any, mesh: Mesh) -> tuple[Start, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     reporter: Any = SimpleNamespace(event=events.append)
-    return restore(of_job, store, engine, mesh, reporter, has_weights=has_weights), events
+    start = restore(of_job, store, engine, mesh, reporter)
+    if start.key is None and of_job.spec.model.init_from:
+        set_initial_weights(engine, of_job, mesh, reporter)
+    return start, events
 
 
 def test_the_next_older_checkpoint_is_offered(store: Store, mesh: Mesh) -> None:
@@ -468,13 +470,11 @@ def test_a_first_stage_starts_from_another_run(store: Store, tmp_path: Path, mes
     assert has(engine, 5) and engine.optimizer_state() == OptimizerState("adamw", 5, groups)
     assert event["text"].startswith("stage s0: weights and optimizer state from run:")
 
-    # Not once the run has a checkpoint of its own, or weights.
+    # Not once the run has a checkpoint of its own.
     write(own, 1)
     assert begin(job(init_from=init_from), own, engine, mesh)[0].step == 1
     new = FileStore(tmp_path / "new")
-    assert begin(job(), new, engine, mesh, has_weights=True) == (Start(0, 0, None), [])
-    with pytest.raises(CheckpointError, match="the checkpoint of run-1 .* is gone"):
-        begin(job(), new, engine, mesh)
+    assert begin(job(), new, engine, mesh) == (Start(0, 0, None), [])
     flip_a_byte(source, "01-s1/step-00000005/rank-00000-5.bin")
     with pytest.raises(DamagedCheckpoint, match="01-s1/step-00000005/rank-00000-5.bin is damaged"):
         begin(job(init_from=init_from, take_older=True, inherits=True), new, engine, mesh)
