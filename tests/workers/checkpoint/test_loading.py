@@ -5,8 +5,11 @@ The checkpoints here are written by hand, as another program would.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ringworld_jobs.spec import OptimizerSpec, StageSpec
+from ringworld_jobs.spec import CheckpointSpec, OptimizerSpec, StageSpec
 from ringworld_workers.checkpoint.catalog import committed
 from ringworld_workers.checkpoint.layout import (
     CHUNK_BYTES,
@@ -41,6 +44,7 @@ from ringworld_workers.checkpoint.layout import (
 from ringworld_workers.checkpoint.load_plan import GAP_BYTES, READ_BYTES, RangeIndex, Want
 from ringworld_workers.checkpoint.reader import RangeReader, load, read_manifest
 from ringworld_workers.checkpoint.together import raise_together
+from ringworld_workers.checkpoint.writer import CheckpointWriter
 from ringworld_workers.engine.base import OwnedRange
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.initial_weights import set_initial_weights
@@ -90,6 +94,21 @@ def values_of(step: int) -> dict[tuple[str, str], torch.Tensor]:
     }
 
 
+def state_at(step: int, *, stage_index: int = 0, final: bool = False) -> TrainState:
+    return TrainState(
+        stage=f"s{stage_index}",
+        stage_index=stage_index,
+        step=step,
+        tokens=step,
+        cursor=step * ROWS,
+        rng=None,
+        learning_rate=0.1,
+        spec_digest="d",
+        metrics={},
+        final=final,
+    )
+
+
 def write(
     store: Store, step: int, *, stage_index: int = 0, final: bool = False, **fields: Any
 ) -> CheckpointRef:
@@ -116,18 +135,7 @@ def write(
         tensors=SHAPES,
         objects=tuple(objects),
         optimizer=OptimizerState("adamw", step, (GroupState("decay", 0.5, 0.25),)),
-        state=TrainState(
-            stage=stage,
-            stage_index=stage_index,
-            step=step,
-            tokens=step,
-            cursor=step * ROWS,
-            rng=None,
-            learning_rate=0.1,
-            spec_digest="d",
-            metrics={},
-            final=final,
-        ),
+        state=state_at(step, stage_index=stage_index, final=final),
     )
     store.put(f"{folder}/manifest.json", [manifest.to_json()])
     return CheckpointRef(store.url, stage, stage_index, step, folder)
@@ -636,3 +644,54 @@ def test_values_go_where_host_memory_is_not_their_place(folder_store: FileStore)
     )
     for name, data in spread.items():
         assert torch.equal(data, values_of(1)[name, "param"].view(-1)), name
+
+
+# Another program.
+
+
+def test_the_documented_reader_reads_what_an_engine_wrote(
+    folder_store: FileStore, mesh: Mesh
+) -> None:
+    """It knows docs/checkpoint_format.md only."""
+    program = Path(__file__).parents[3] / "docs" / "read_checkpoint.py"
+    assert len(program.read_text().splitlines()) <= 60
+    spec = importlib.util.spec_from_file_location("read_checkpoint", program)
+    assert spec is not None and spec.loader is not None
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    assert reader.crc32c(b"123456789") == 0xE3069283
+
+    engine = make_engine(mesh)
+    engine.backward((engine(torch.ones(2, 3)) ** 2).sum() * engine.loss_factor)
+    engine.step()
+    settings = SimpleNamespace(checkpoint=CheckpointSpec())
+    fields = {"run_id": "run-1", "run_uid": "uid-1", "attempt": 1, "stage_index": 0}
+    of_job: Any = SimpleNamespace(spec=settings, **fields)
+    writer = CheckpointWriter(folder_store, mesh, of_job)
+    writer.open()
+    writer.snapshot(engine, state_at(1))
+    folder = folder_store.root / writer.commit()["key"]
+    writer.close()
+    for held in engine.owned_ranges():
+        found = reader.read(folder, held.tensor, held.kind)
+        assert torch.equal(torch.from_numpy(found), held.data.view(held.shape)), held.tensor
+
+    # Of several objects, and as a program.
+    halves = write(folder_store, 2)
+    for (name, kind), values in values_of(2).items():
+        found = reader.read(folder_store.root / halves.key, name, kind)
+        assert torch.equal(torch.from_numpy(found), values), name
+    command = [sys.executable, program, folder_store.root / halves.key, "2.bias"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    expected = float(values_of(2)["2.bias", "param"])
+    assert float(done.stdout.strip("[]\n")) == pytest.approx(expected)
+
+    manifest = read_manifest(folder_store, committed(folder_store)[0])
+    flip_a_byte(folder_store, manifest.objects[0].key)
+    with pytest.raises(ValueError, match="bytes .* are wrong"):
+        for name in SHAPES:
+            reader.read(folder, name)
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"cursor":4', b'"cursor":5'))
+    with pytest.raises(ValueError, match="the manifest's digest is wrong"):
+        reader.read(folder, "0.weight")
