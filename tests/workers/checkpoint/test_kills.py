@@ -8,12 +8,17 @@ other moments, and with larger objects.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import multiprocessing
 import os
 import random
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -25,15 +30,18 @@ from torch import nn
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_model.config import ModelConfig
+from ringworld_platform.local_s3 import LocalS3
 from ringworld_workers import testing
 from ringworld_workers.boundary import agree
 from ringworld_workers.checkpoint.catalog import committed
+from ringworld_workers.checkpoint.layout import DamagedCheckpoint
 from ringworld_workers.checkpoint.reader import load, read_manifest
 from ringworld_workers.checkpoint.retention import prune
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.mesh import Mesh, build_mesh
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.store.base import StoreError
 from ringworld_workers.store.opening import open_store
 
 log = logging.getLogger(__name__)
@@ -169,7 +177,7 @@ class Diary:
         return int(file.read_text()) if file.exists() else 0
 
     def _write(self, file: Path, text: str) -> None:
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}")
         part.write_text(text)
         part.replace(file)
 
@@ -189,12 +197,13 @@ def save_on_and_on(
     diary = Diary(Path(folder))
     engine = make_engine(job, mesh, width)
     checkpoints = StageCheckpoints(job, mesh, engine, Listener(diary.committed))
+    promised = diary.last_committed()
     if rank == 0:
         diary.reached("load", job.attempt)
     start = checkpoints.restore()
     if rank == 0:
         diary.reached("save", job.attempt)
-        assert start.step >= diary.last_committed(), "what was committed is not found again"
+        assert start.step >= promised, "what was committed is not found again"
         assert start.step == 0 or digest(engine) == diary.digest(start.step)
     for step in range(start.step + 1, start.step + saves + 1):
         train(engine, mesh, step)
@@ -206,13 +215,13 @@ def save_on_and_on(
     return start.step + saves
 
 
-def save(checkpoints: StageCheckpoints, step: int, *, stop: bool = False) -> None:
+def save(checkpoints: StageCheckpoints, step: int) -> None:
     """What the train loop does between two steps."""
     checkpoints.note_step(step)
     agreed = agree(
         [],
         checkpoints.mesh.control_group,
-        stop=stop,
+        stop=False,
         checkpoint_due=checkpoints.due(),
         uploads_pending=checkpoints.pending(),
     )
@@ -288,7 +297,7 @@ def check_tidy(job: StageJob) -> None:
 
 # Where a gang on S3 is killed: at which request, and before, in or after it.
 MOMENTS: list[tuple[str, str, str]] = [
-    ("PutObject", r"\.bin$", "upload"),
+    ("PutObject|.*MultipartUpload|UploadPart", r"\.bin$", "upload"),
     ("PutObject", r"manifest\.json$", "commit"),
     ("DeleteObjects?", "", "retention"),
     ("GetObject", r"\.bin$", "load"),
@@ -298,10 +307,7 @@ MOMENTS: list[tuple[str, str, str]] = [
 ]
 _AGAIN = ("upload", "commit", "retention")
 """Phases that a gang comes to more than once."""
-SIDES = {
-    "PutObject": ["reset_before_body", "reset_in_body", "lost_reply"],
-    "GetObject": ["reset_before_body", "reset_in_reply", "lost_reply"],
-}
+IN_IT = {"PutObject": "reset_in_body", "UploadPart": "reset_in_body", "GetObject": "reset_in_reply"}
 
 
 @pytest.mark.parametrize("scheme", ["file", "s3"])
@@ -364,3 +370,192 @@ def test_a_rank_is_killed_again_and_again(
     assert check(job, mesh, diary, width) == before + 3
     check_tidy(job)
     log.info("%s: %d kills: %s; newest step %d", scheme, kills, counts, before)
+
+
+def test_of_two_gangs_one_wins_and_the_other_says_so(
+    run_gang: object, tmp_path: Path, mesh: Mesh
+) -> None:
+    diary, url = Diary(tmp_path), f"file://{tmp_path}/store"
+    jobs = [stage_job(url, attempt=attempt, world_size=2) for attempt in (1, 2)]
+    old = Gang(tmp_path / "gang-1", jobs[0], str(tmp_path), {}, STEPS, WIDTH)
+    while not diary.last_committed():
+        assert not old.ended(0.005), old.results()
+    new = Gang(tmp_path / "gang-2", jobs[1], str(tmp_path), {}, 3, WIDTH)
+    for process in new.ranks + old.ranks:
+        process.join(60)
+    (last,) = set(new.results())
+    with pytest.raises(testing.DistributedError) as caught:
+        old.results()
+    said = str(caught.value)
+    assert said.count("TakenOver: checkpoint 00-a/step-") == 2, "every rank of it ends"
+    assert "attempt 2 on" in said and "from attempt 1; stop this one" in said
+    assert check(jobs[1], mesh, diary) == last
+
+
+# The store goes away, or takes nothing any more, and comes back.
+
+
+class Run:
+    """A gang of one rank in this process."""
+
+    def __init__(self, url: str, mesh: Mesh, folder: Path, attempt: int = 1, **spec: Any) -> None:
+        self.job, self.mesh = stage_job(url, attempt=attempt, **spec), mesh
+        self.diary = Diary(folder)
+        self.listener = Listener(self.diary.committed)
+        self.engine = make_engine(self.job, mesh)
+        self.checkpoints = StageCheckpoints(self.job, mesh, self.engine, self.listener)
+        self.step = self.checkpoints.restore().step
+
+    def save(self) -> int:
+        """Train a step, save it, and wait; returns the newest step that is committed."""
+        self.step += 1
+        train(self.engine, self.mesh, self.step)
+        self.diary.about_to_save(self.step, digest(self.engine))
+        save(self.checkpoints, self.step)
+        while self.checkpoints.writer.in_flight:
+            self.checkpoints.writer.wait()
+            save(self.checkpoints, self.step)
+        return self.diary.last_committed()
+
+    def check(self) -> int:
+        return check(self.job, self.mesh, self.diary)
+
+
+@pytest.fixture(scope="module")
+def mortal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MortalServer]:
+    folder = tmp_path_factory.mktemp("mortal")
+    with MortalServer(folder) as server:
+        server.allow("Admin", "Read", "Write", "List")
+        server.start("runs")
+        yield server
+        server.kill()
+
+
+class MortalServer(LocalS3):
+    """A server whose only user's rights and keys can be changed."""
+
+    def allow(self, *actions: str, secret: str = "hush-one") -> None:
+        """From the next start on."""
+        credentials = {"accessKey": "key", "secretKey": secret}
+        identity = {"name": "user", "credentials": [credentials], "actions": actions}
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+
+@pytest.fixture
+def mortal(
+    mortal_server: MortalServer, proxy_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
+    """A proxy before that server; the environment leads clients to it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    with proxy_module.FaultProxy(("127.0.0.1", mortal_server.port)) as proxy:
+        for name, value in mortal_server.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        yield proxy
+
+
+@pytest.mark.parametrize(
+    ("fault", "key"), [("reset_in_body", r"\.bin$"), ("lost_reply", r"manifest\.json$")]
+)
+def test_the_server_dies_in_the_middle_of_a_save(
+    mortal: Any, mortal_server: MortalServer, mesh: Mesh, tmp_path: Path, fault: str, key: str
+) -> None:
+    run = Run(f"s3://runs/dies-{fault}", mesh, tmp_path)
+    assert run.save() == 1
+    restarted = threading.Thread(target=mortal_server.start, daemon=True)
+
+    def die() -> None:
+        mortal_server.kill()
+        restarted.start()
+
+    mortal.inject(fault, operation="PutObject", key=key, then=die)
+    assert run.save() == 2, "it is back before the store's patience ends"
+    restarted.join(30)
+    assert mortal.faults == {fault: 1}
+    assert run.save() == run.check() == 3
+
+
+def test_rights_and_keys_that_go_and_come_back(
+    mortal: Any, mortal_server: MortalServer, mesh: Mesh, tmp_path: Path
+) -> None:
+    url = "s3://runs/rights"
+    run = Run(url, mesh, tmp_path)
+    assert run.save() == 1
+    mortal_server.allow("Read", "List")
+    mortal_server.restart()
+    assert run.save() == 1, "the run goes on"
+    said = run.listener.events[-1]
+    assert "the checkpoint of step 2 of stage a is not saved (1 in a row" in said
+    assert f"put {url}/job-1/checkpoints/00-a/step-00000002/rank-00000" in said
+    assert "s3:PutObject" in said
+    assert run.check() == 1, "what may be read can be loaded"
+    with pytest.raises(StoreError, match="writer.json.*s3:PutObject"):
+        Run(url, mesh, tmp_path, attempt=2)
+    mortal_server.allow("Admin", "Read", "Write", "List", secret="hush-two")
+    mortal_server.restart()
+    assert run.save() == 1
+    assert "AWS_SECRET_ACCESS_KEY" in run.listener.events[-1]
+    assert not any("hush" in event for event in run.listener.events)
+    mortal_server.allow("Admin", "Read", "Write", "List")
+    mortal_server.restart()
+    assert run.save() == run.check() == 4
+
+
+def test_a_disk_that_is_full(mesh: Mesh, tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        run = Run(f"file://{disk}/store", mesh, tmp_path)
+        assert run.save() == 1
+        filler = disk / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        assert run.save() == 1
+        assert "the disk is full; free space" in run.listener.events[-1]
+        assert [ref.step for ref in committed(open_store(run.job.checkpoint_url))] == [1]
+        filler.unlink()
+        assert run.save() == run.check() == 3
+        check_tidy(run.job)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 4 MiB; it lasts as long as the process in whose sight alone it lies."""
+    place = folder / "disk"
+    place.mkdir()
+    script = f"mount -t tmpfs -o size=4m none {place} && echo ready && exec cat"
+    with subprocess.Popen(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        if holder.stdout.readline() != b"ready\n":
+            pytest.skip("this machine lets nobody mount a file system of his own")
+        yield Path(f"/proc/{holder.pid}/root{place}")
+        holder.stdin.close()
+
+
+# What is changed on its way from the store.
+
+
+def test_a_flipped_byte_is_never_loaded(
+    fault_proxy: Any, s3_url: str, mesh: Mesh, tmp_path: Path
+) -> None:
+    run = Run(s3_url, mesh, tmp_path)
+    assert run.save() == 1
+    for operation, key in (("GetObject", r"\.bin$"), ("GetObject", r"manifest\.json$")):
+        fault_proxy.inject("flip_in_reply", operation=operation, key=key)
+        assert run.check() == 1, f"{key} is read once more"
+    assert fault_proxy.faults == {"flip_in_reply": 2}
+    fault_proxy.inject("flip_in_reply", operation="GetObject", key=r"\.bin$", times=math.inf)
+    with pytest.raises(DamagedCheckpoint, match=r"object 00-a/.*rank-00000.*checksum of bytes \d+"):
+        run.check()
+    fault_proxy.heal()
+    assert run.check() == 1, "the object itself is as it was"
