@@ -538,3 +538,50 @@ def test_a_stop_says_if_it_could_not_be_saved(job: Callable[..., StageJob], run_
     assert text.startswith("stopped at step 1 of stage first, but its state is not saved: ")
     assert "a part of the path is a file" in text
     assert [r for r in outcomes[0]["records"] if r.get("text") == text]
+
+
+def test_a_run_goes_on_without_its_damaged_end_and_gives_its_weights_to_another(
+    job: Callable[..., StageJob], run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    place = "source/checkpoints"
+    whole = run(job(store=place, data_parallel=2, zero_stage=2))
+    expected = state_of(job(store=place))
+    folder = tmp_path / place / f"00-first/step-{NUM_STEPS:08d}"
+    held = tmp_path / place / manifest_of(job(store=place)).objects[1].key
+    content = bytearray(held.read_bytes())
+    content[len(content) // 2] ^= 1
+    held.write_bytes(content)
+    again = job(store=place, attempt=2, sequence_parallel=2, zero_stage=3)
+    error = run(again, fails=True)["result"]["error"]
+    assert error.startswith("DamagedCheckpoint: rank ")
+    assert f"{held.name} is damaged: the checksum of bytes" in error
+    assert f"older checkpoint is 00-first/step-{NUM_STEPS - 2:08d}: take it by" in error
+
+    older = run(replace(again, attempt=3, take_older=True))
+    (event,) = (record for record in older["records"] if record["kind"] == "damaged_checkpoint")
+    assert event["checkpoint"] == f"00-first/step-{NUM_STEPS:08d}"
+    assert_same_run(older, whole, first_step=NUM_STEPS - 2)
+    assert (folder / "manifest.json").is_file(), "the step is saved anew, in the same place"
+    for name, data in state_of(job(store=place)).items():
+        torch.testing.assert_close(data, expected[name], rtol=0, atol=1e-6, msg=str(name))
+
+    # Another run begins with these weights, and its first stage with the moments.
+    made = job(
+        store="other", zero_stage=1, steps=1, validation_rows=0, optimizer_state="inherit",
+        learning_rate={"peak": 1e-30},
+    )  # fmt: skip
+    init_from = f"run:file://{folder}"
+    spec = made.spec.model_dump() | {
+        "model": made.spec.model.model_dump() | {"init_from": init_from}
+    }
+    found = run(replace(made, run_id="other-1", spec=JobSpec.model_validate(spec)))
+    assert only(found, "weights")["text"] == (
+        f"stage first: weights and optimizer state from {init_from}, after "
+        f"{NUM_STEPS * ROWS_PER_STEP * CONTEXT_LENGTH} tokens"
+    )
+    assert only(found, "stage_start")["resumed_from"] is None
+    assert manifest_of(made).optimizer.step == NUM_STEPS + 1
+    source = state_of(job(store=place))
+    for (name, kind), data in state_of(made).items():
+        if kind == "param":
+            assert torch.equal(data, source[name, kind]), name
