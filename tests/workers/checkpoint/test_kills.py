@@ -337,7 +337,8 @@ def test_a_rank_is_killed_again_and_again(
         gang = Gang(tmp_path / f"gang-{attempt}", job, str(tmp_path), environment, STEPS, width)
         if proxy is not None and attempt % 4:
             operation, key, phase = chance.choice(MOMENTS if attempt > 1 else MOMENTS[:2])
-            side = chance.choice(SIDES.get(operation, ["reset_before_body", "lost_reply"]))
+            within = [side for name, side in IN_IT.items() if name in operation][:1]
+            side = chance.choice(["reset_before_body", "lost_reply", *within])
             proxy.inject(
                 side,
                 operation=operation,
