@@ -108,8 +108,10 @@ class StageCheckpoints:
             if not agreed.checkpoint_due or step == 0:
                 return
             if self.writer.in_flight and self._wanted.when_busy == "skip":
-                self._records.left_out(step)
-                self._begin_interval(step)
+                # With only the manifest left, this one stays due: the next boundary may save it.
+                if agreed.uploads_pending:
+                    self._records.left_out(step)
+                    self._begin_interval(step)
                 return
         self.reporter.phase("checkpoint", step)
         self._finish(may_fail=agreed.stop)
