@@ -153,6 +153,8 @@ def test_check_writable_says_what_is_missing(
         changed.setenv("AWS_PROFILE", "nobody")
         assert "nobody) could not be found; correct AWS_PROFILE" in said_by(S3Store(s3_url))
     with monkeypatch.context() as changed:
+        changed.setenv("AWS_ENDPOINT_URL_S3", "127.0.0.1:9")
+        assert "the endpoint is no url; write https://HOST:PORT" in said_by(S3Store(s3_url))
         changed.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
         said = said_by(S3Store(s3_url))
         assert "nothing answers there" in said

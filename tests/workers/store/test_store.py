@@ -354,7 +354,7 @@ def test_no_permission_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     # Root, as which tests often run, may write anywhere.
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(StoreError, match="put_if_absent .*: no permission; give") as caught:
+    with pytest.raises(StoreError, match="check_writable .*: no permission; give") as caught:
         open_store(f"file://{tmp_path}").check_writable()
     assert not caught.value.transient
 

@@ -17,26 +17,29 @@ def check_store(store: Store) -> None:
     Raises:
         StoreError: what does not work, and what to do about it.
     """
-    folder = f"write-test-{uuid.uuid4().hex}"
-    key, data = f"{folder}/object", uuid.uuid4().bytes
-    written = store.put_if_absent(key, data)
+    operation, key = "check_writable", f"write-test-{uuid.uuid4().hex}/object"
     try:
-        problem = None if written else "a new object's name was said to be taken"
-        problem = problem or _problem(store, folder, key, data)
-    except StoreError:
-        with suppress(StoreError):  # the one that came first tells what is wrong
-            store.delete(key)
-        raise
-    store.delete(key)
+        problem = _problem(store, key, uuid.uuid4().bytes)
+        store.delete(key)
+    except StoreError as error:
+        if not error.transient:  # else nothing answers, and somebody waits
+            with suppress(StoreError):  # the one that came first tells what is wrong
+                store.delete(key)
+        reason = f"{error.operation}: {error.reason}"
+        raise StoreError(
+            operation, store.url, reason, transient=error.transient, attempts=error.attempts
+        ) from error
     if problem is not None:
-        raise StoreError("check_writable", store.url, problem)
+        raise StoreError(operation, store.url, problem)
 
 
-def _problem(store: Store, folder: str, key: str, data: bytes) -> str | None:
+def _problem(store: Store, key: str, data: bytes) -> str | None:
+    if not store.put_if_absent(key, data):
+        return "a new object's name was said to be taken"
     found, etag = store.get_with_etag(key)
     if found != data:
         return "a small object came back changed"
-    if [info.key for info in store.list(folder)] != [key]:
+    if [info.key for info in store.list(key.partition("/")[0])] != [key]:
         return "a small object is missing in the listing"
     kept = not store.put_if_absent(key, b"other")
     with suppress(Conflict):

@@ -41,7 +41,7 @@ class Patience:
     longest_pause_seconds: float = 8.0
 
 
-HASTE = Patience(outage_seconds=15.0, attempts=4, reply_seconds=6.0, completion_seconds=6.0)
+HASTE = Patience(outage_seconds=10.0, attempts=4, reply_seconds=5.0, completion_seconds=5.0)
 """For what somebody waits for, or what need not succeed."""
 
 
@@ -120,6 +120,7 @@ class Effort:
         """
         self.operation, self.name, self.patience = operation, name, patience
         self.attempts = 0
+        self.silence = "no reply in time"
         self._fruitless = 0
         self._warned = False
         self._since = time.monotonic()
@@ -159,7 +160,7 @@ class Effort:
             attempt: gets the watch that it tells of each run of bytes.
             reply_seconds: for a reply, where not those of ``patience``.
         """
-        return self.run(lambda: _in_thread(attempt, Watch(self, reply_seconds), self.name))
+        return self.run(lambda: _in_thread(attempt, Watch(self, reply_seconds), self))
 
     def _pause(self, fault: Passing) -> None:
         """Wait, longer each time and never as long as others do.
@@ -189,7 +190,7 @@ class Effort:
         )
 
 
-def _in_thread(attempt: Callable[[Watch], Result], watch: Watch, name: str) -> Result:
+def _in_thread(attempt: Callable[[Watch], Result], watch: Watch, effort: Effort) -> Result:
     done = threading.Event()
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -201,13 +202,13 @@ def _in_thread(attempt: Callable[[Watch], Result], watch: Watch, name: str) -> R
             errors.append(error)
         done.set()
 
-    threading.Thread(target=run, name=f"store {name}", daemon=True).start()
+    threading.Thread(target=run, name=f"store {effort.name}", daemon=True).start()
     try:
         while (left := watch.seconds_left()) > 0:
             if done.wait(left):
                 break
         if not done.is_set():
-            raise Passing("no reply in time")
+            raise Passing(effort.silence)
     except BaseException:
         watch.give_up()
         raise

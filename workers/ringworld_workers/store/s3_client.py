@@ -119,6 +119,11 @@ def _settings_of_s3(client: Any) -> dict[str, Any]:
     return held
 
 
+def where(client: Any) -> str:
+    """The endpoint, and what it comes from, for errors that may be due to a wrong one."""
+    return f"({endpoint(client)}; {_ENDPOINT_FROM})"
+
+
 def endpoint(client: Any) -> str:
     """Scheme, host and port that the client talks to."""
     parts = urlsplit(client.meta.endpoint_url)
@@ -148,7 +153,7 @@ def translate(error: Exception, operation: str, name: str, client: Any) -> Excep
     reason = _configuration(error)
     if reason is not None:
         return StoreError(operation, name, reason)
-    return Passing(f"{_lost(error)} ({endpoint(client)}; {_ENDPOINT_FROM})")
+    return Passing(f"{_lost(error)} {where(client)}")
 
 
 def _refusal(error: Any, operation: str, name: str, client: Any) -> Exception:
@@ -177,7 +182,7 @@ def _refusal(error: Any, operation: str, name: str, client: Any) -> Exception:
         or status in (408, 409, 429)
         or (status >= 500 and status not in (501, 507))
     ):
-        return Passing(f"{at} answers {status} {code}: {said}")
+        return Passing(f"{at} answers {_answer(status, code, said)}")
     return StoreError(operation, name, _remedy(operation, code, status, said, at))
 
 
@@ -200,7 +205,11 @@ def _remedy(operation: str, code: str, status: int, said: str, at: str) -> str:
         return f"the store is full or over its quota ({code}); free space, then start again"
     if code == "EntityTooLarge":
         return "the object is larger than the server takes (EntityTooLarge)"
-    return f"{at} answers {status} {code}: {said}; is it an S3 endpoint? {_ENDPOINT_FROM}"
+    return f"{at} answers {_answer(status, code, said)}; is it an S3 endpoint? {_ENDPOINT_FROM}"
+
+
+def _answer(status: int, code: str, said: str) -> str:
+    return f"{status} {said}" if code == str(status) else f"{status} {code}: {said}"
 
 
 def _configuration(error: Exception) -> str | None:
@@ -232,8 +241,10 @@ def _configuration(error: Exception) -> str | None:
     )
     if isinstance(error, network):
         return None
-    if isinstance(error, exceptions.BotoCoreError | ValueError):
+    if isinstance(error, exceptions.BotoCoreError):
         return f"{error}; correct AWS's settings ({_ENDPOINT_FROM})"
+    if isinstance(error, ValueError):  # whose text has the url, and a password if that has one
+        return f"the endpoint is no url; write https://HOST:PORT ({_ENDPOINT_FROM})"
     return f"{type(error).__name__}: {error}"
 
 

@@ -51,6 +51,7 @@ class Requests:
 
         def attempt(watch: Watch) -> Result:
             client = self._connected(effort)
+            effort.silence = f"no reply in time {s3_client.where(client)}"
             try:
                 return request(client, watch)
             except (StoreError, Passing, PreconditionFailed):

@@ -232,6 +232,7 @@ class S3Store:
                 name, code = next(iter(refused.items()))
                 reason = f"{len(left)} objects are still there, such as {name} ({code})"
                 if code == "AccessDenied":
+                    reason += "; these credentials need s3:DeleteObject on the bucket"
                     raise StoreError(effort.operation, effort.name, reason)
                 raise Passing(reason)
 
