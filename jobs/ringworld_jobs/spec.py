@@ -106,17 +106,18 @@ class CheckpointSpec(Spec):
     every: Every = Interval(seconds=900.0)
     """Time or steps between checkpoints inside a stage: `15min`, `20 steps`."""
     keep: Size = 2
-    """Checkpoints kept inside a stage. The newest two of the run are always kept."""
+    """Newest checkpoints of the run that are kept; at least two, whatever it says."""
     keep_stage_ends: bool = True
     """Keep the last checkpoint of every stage for ever; false: only as long as `keep` says."""
     when_busy: Literal["wait", "skip"] = "wait"
     """What happens when a checkpoint is due and the one before is still on its way: wait for that,
-    or skip this one. The end of a stage and a stop always wait."""
+    or leave this one out. The end of a stage and a stop always wait."""
     max_host_bytes: Bytes | None = None
     """Most host memory that a worker's snapshot takes; empty: what its share of the state needs. A
-    share that is larger is saved piece by piece while the step waits."""
+    share that is larger is saved piece by piece, an object each, while the step waits."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Saves that may fail in a row, outside of a stage's end, before the job fails."""
+    """Saves that may fail in a row before the job fails. The last one of a stage may not, and one
+    for a stop always may: the next start goes on from the checkpoint before."""
     when_damaged: Literal["stop", "older"] = "stop"
     """What happens when the newest checkpoint is damaged: stop and say which older one there is, or
     set the damaged one aside and take the older one."""

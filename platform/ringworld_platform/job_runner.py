@@ -55,7 +55,7 @@ class RunnerConfig:
 
 
 class JobStopped(Exception):
-    """The user asked the job to stop, and it has."""
+    """The user asked the job to stop, and it has; the text says if its state was not saved."""
 
 
 class JobReleased(Exception):
@@ -113,9 +113,10 @@ class JobRunner:
             while live.record.stages_done < len(self.spec.stages):
                 self._until_done(self._stage)
             self._end(RunState.SUCCEEDED, f"all {len(self.spec.stages)} stages are done")
-        except JobStopped:
+        except JobStopped as stopped:
             where = f"at step {live.record.step} of stage {live.record.stage or 'data'}"
-            self._end(RunState.STOPPED, f"stopped {where}; resume continues there")
+            saved = f"stopped {where}; resume continues there"
+            self._end(RunState.STOPPED, str(stopped) or saved)
         except JobFailed as failed:
             self._end(RunState.FAILED, str(failed))
         except JobReleased:
@@ -264,7 +265,7 @@ class JobRunner:
         live.gang_ended()
         if results[0].get("status") == "stopped":
             live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
-            raise JobStopped
+            raise JobStopped(results[0].get("unsaved", ""))
         live.set_fields(stages_done=index + 1, restarts=0, error=None)
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
         live.save()
