@@ -244,7 +244,7 @@ def safetensors_chunks(
         rename: from their names to those in the file.
 
     Yields:
-        The header, then each tensor; the one before is gone when the next one is read, if the
+        The header, then the bytes of each tensor, which is gone when the next one is read, if the
         caller has let it go.
 
     Raises:
@@ -264,7 +264,7 @@ def safetensors_chunks(
         tensor = read(name).detach()
         if tuple(tensor.shape) != shape:
             raise WeightsError(f"{name} is {list(tensor.shape)} and not {list(shape)}")
-        tensor = tensor.to("cpu", dtype).contiguous()
+        tensor = tensor.to("cpu", dtype).reshape(-1)
         yield tensor.view(torch.uint8).numpy().data
         del tensor  # before the next one is read
 
