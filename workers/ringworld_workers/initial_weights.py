@@ -50,7 +50,7 @@ def set_initial_weights(engine: Engine, job: StageJob, mesh: Mesh, reporter: Rep
         return
     source = parse_init_from(init_from)
     if source.kind == "run":
-        text, drawn, left = _load_checkpoint(engine, source.checkpoint, job, mesh)
+        text, drawn, left = _load_checkpoint(engine, source.checkpoint, job, mesh, reporter)
     else:
         loaded, tensors = _together(
             partial(open_source, job.model_config, init_from, job.spec.seed), mesh
@@ -101,7 +101,7 @@ def _fill(engine: Engine, tensors: NamedTensors, mesh: Mesh) -> None:
 
 
 def _load_checkpoint(
-    engine: Engine, place: CheckpointPlace | None, job: StageJob, mesh: Mesh
+    engine: Engine, place: CheckpointPlace, job: StageJob, mesh: Mesh, reporter: Reporter
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Load the weights, and if the stage inherits them the moments, of another run.
 
@@ -116,7 +116,15 @@ def _load_checkpoint(
     store = open_store(place.checkpoints_url)
     ref = CheckpointRef(store.url, place.stage, place.stage_index, place.step, place.key)
     inherits = job.stage.optimizer_state == "inherit"
-    state = load(store, ref, engine, mesh, with_optimizer=inherits, own_groups=True)
+    state = load(
+        store,
+        ref,
+        engine,
+        mesh,
+        with_optimizer=inherits,
+        own_groups=True,
+        beat=lambda: reporter.phase("load", 0),
+    )
     held = "weights and optimizer state" if inherits else "weights"
     text = f"{held} from run:{place}, after {state.tokens} tokens"
     return text, (), () if inherits else ("optimizer state",)

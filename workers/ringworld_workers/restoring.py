@@ -56,7 +56,7 @@ def restore(job: StageJob, store: Store, engine: Engine, mesh: Mesh, reporter: R
         store: of the run's checkpoints.
         engine: gets the state.
         mesh: of the engine.
-        reporter: on rank 0 it takes an event for each checkpoint that was set aside.
+        reporter: is told while values arrive, and on rank 0 of each checkpoint that was set aside.
 
     Raises:
         DamagedCheckpoint: what is there is damaged, and no older one may be taken, or there is
@@ -71,7 +71,7 @@ def restore(job: StageJob, store: Store, engine: Engine, mesh: Mesh, reporter: R
         return Start(step=0, tokens=0, key=None)
     for ref, older in zip(refs, [*refs[1:], None], strict=True):
         try:
-            return _start_at(ref, job, store, engine, mesh)
+            return _start_at(ref, job, store, engine, mesh, reporter)
         except DamagedCheckpoint as error:
             if older is None:
                 raise DamagedCheckpoint(
@@ -111,7 +111,14 @@ def _candidates(job: StageJob, store: Store) -> Sequence[CheckpointRef]:
     return [*reversed(own), *before[-1:]]
 
 
-def _start_at(ref: CheckpointRef, job: StageJob, store: Store, engine: Engine, mesh: Mesh) -> Start:
+def _start_at(
+    ref: CheckpointRef,
+    job: StageJob,
+    store: Store,
+    engine: Engine,
+    mesh: Mesh,
+    reporter: Reporter,
+) -> Start:
     """Load one of the run's own checkpoints."""
     resumed = ref.stage_index == job.stage_index
     state = load(
@@ -121,6 +128,7 @@ def _start_at(ref: CheckpointRef, job: StageJob, store: Store, engine: Engine, m
         mesh,
         with_optimizer=resumed or job.stage.optimizer_state == "inherit",
         owner=Owner(job.run_id, job.run_uid),
+        beat=lambda: reporter.phase("load", 0),
     )
     if not resumed:
         if not state.final:

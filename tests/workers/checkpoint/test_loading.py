@@ -375,7 +375,7 @@ def job(*, stage_index: int = 0, init_from: str | None = None, **fields: Any) ->
 
 def begin(of_job: Any, store: Store, engine: Any, mesh: Mesh) -> tuple[Start, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
-    reporter: Any = SimpleNamespace(event=events.append)
+    reporter: Any = SimpleNamespace(event=events.append, phase=lambda name, step: None)
     start = restore(of_job, store, engine, mesh, reporter)
     if start.key is None and of_job.spec.model.init_from:
         set_initial_weights(engine, of_job, mesh, reporter)
@@ -618,12 +618,15 @@ def test_large_and_small_ranges_make_few_parallel_requests(tmp_path: Path) -> No
     assert index.plan(wants, first=0.5) == reads[2:] + reads[:2]
 
     targets = [torch.empty(want.numel) for want in wants]
+    beats: list[int] = []
     RangeReader(store, SimpleNamespace(objects=objects), first=0.5).read(  # type: ignore[arg-type]
         [
             OwnedRange(want.tensor, "param", (), want.start, target)
             for want, target in zip(wants, targets, strict=True)
-        ]
+        ],
+        lambda: beats.append(threading.get_ident()),
     )
+    assert beats == [threading.get_ident()] * len(reads)
     assert torch.equal(targets.pop(), large[5:])
     for want, target in zip(wants, targets, strict=False):
         assert (target == float(want.tensor[1:])).all()

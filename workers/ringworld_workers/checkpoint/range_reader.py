@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 from awscrt.checksums import crc32c
@@ -47,8 +47,12 @@ class RangeReader:
         """Fill one range; see ``read``."""
         self.read([wanted])
 
-    def read(self, wanted: Sequence[OwnedRange]) -> None:
+    def read(self, wanted: Sequence[OwnedRange], beat: Callable[[], None] = lambda: None) -> None:
         """Fill every range. When it raises, what they hold is undefined.
+
+        Args:
+            wanted: the ranges; they do not overlap in memory.
+            beat: called now and then, on the calling thread, while reads succeed.
 
         Raises:
             DamagedCheckpoint: an element is in no object, or an object is missing, truncated, or
@@ -63,12 +67,12 @@ class RangeReader:
                 self._run(read, wanted)
             return
         with ThreadPoolExecutor(min(READS_AT_ONCE, len(reads)), "checkpoint-read") as pool:
-            pending = [pool.submit(self._run, read, wanted) for read in reads]
-            wait(pending, return_when=FIRST_EXCEPTION)
-            pool.shutdown(wait=True, cancel_futures=True)
-        for future in pending:
-            if not future.cancelled():
-                future.result()
+            try:
+                for done in as_completed([pool.submit(self._run, read, wanted) for read in reads]):
+                    done.result()
+                    beat()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, read: Read, wanted: Sequence[OwnedRange]) -> None:
         """Fetch, verify, and send on to a GPU what belongs there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ringworld_workers.checkpoint.catalog import committed as committed
@@ -54,6 +54,7 @@ def load(
     with_optimizer: bool,
     owner: Owner | None = None,
     own_groups: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Bring an engine to a checkpoint's state. A collective.
 
@@ -69,6 +70,7 @@ def load(
             and the optimizer starts afresh.
         owner: the run that must have written it; None: any.
         own_groups: of the optimizer's hyper-parameters keep the engine's, and load the moments.
+        beat: called now and then while this rank's values arrive.
 
     Raises:
         DamagedCheckpoint: the manifest or an object is missing or damaged, or of another run; names
@@ -93,7 +95,7 @@ def load(
     def fill(ranges: Sequence[OwnedRange]) -> None:
         failure: Failure | None = None
         try:
-            source.read(ranges)
+            source.read(ranges, beat)
         except (CheckpointError, StoreError) as error:
             failure = error
         raise_together(failure, mesh)
