@@ -101,7 +101,7 @@ def _fill(engine: Engine, tensors: NamedTensors, mesh: Mesh) -> None:
 
 
 def _load_checkpoint(
-    engine: Engine, place: CheckpointPlace, job: StageJob, mesh: Mesh, reporter: Reporter
+    engine: Engine, place: CheckpointPlace | None, job: StageJob, mesh: Mesh, reporter: Reporter
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Load the weights, and if the stage inherits them the moments, of another run.
 
