@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -50,30 +51,21 @@ def _print_entries(console: Console, listing: Listing) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ringworld_platform.formatting import bytes_text, loss, mesh_heading, quantity
+    from ringworld_platform.formatting import bytes_text, mesh_heading, quantity
 
     made = [entry.manifest.mesh for entry in listing.entries if entry.manifest]
-    held_out = list(
-        dict.fromkeys(
-            name
-            for entry in listing.entries
-            if entry.manifest
-            for name in entry.manifest.state.metrics
-        )
-    )
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("stage")
     for heading in ("step", "tokens", "committed", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(mesh_heading(mesh.get("heads") for mesh in made), no_wrap=True)
-    for name in held_out:
-        table.add_column(f"held-out {name.removeprefix('loss_')}", justify="right", no_wrap=True)
+    table.add_column("held-out loss")
     table.add_column("")
     for entry in listing.entries:
         place = (escape(entry.ref.stage), str(entry.ref.step))
         manifest = entry.manifest
         if manifest is None:
-            unknown = ["-"] * (2 + len(held_out))
+            unknown = ["-"] * 3
             note = f"[red]{escape(entry.problem)}[/red]"
             table.add_row(*place, "-", _ago(entry.committed), *unknown, note)
             continue
@@ -84,7 +76,7 @@ def _print_entries(console: Console, listing: Listing) -> None:
             _ago(entry.committed),
             bytes_text(entry.size),
             _mesh(manifest),
-            *(loss(state.metrics.get(name)) for name in held_out),
+            _held_out(state.metrics),
             "end of stage" if state.final else "",
         )
     console.print(table)
@@ -109,7 +101,7 @@ def removable_line(removable: Removable) -> str:
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
-    from ringworld_platform.formatting import bytes_text, loss, mesh_heading, quantity
+    from ringworld_platform.formatting import bytes_text, mesh_heading, quantity
 
     state, optimizer = manifest.state, manifest.optimizer
     mesh = f"{_mesh(manifest)} ({mesh_heading([manifest.mesh.get('heads')])})"
@@ -130,8 +122,8 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     for group in optimizer.groups:
         rates = f"learning rate {group.learning_rate:g}, weight decay {group.weight_decay:g}"
         facts.append(("", f"{group.name}: {rates}"))
-    for name, value in state.metrics.items():
-        facts.append(("held-out", f"{name} {loss(value)}"))
+    if state.metrics:
+        facts.append(("held-out loss", f"{_held_out(state.metrics)} (--json has all figures)"))
     return [*facts, ("spec", state.spec_digest)]
 
 
@@ -215,6 +207,14 @@ def print_difference(
     number = f"{found.num_equal} tensor{'s' if found.num_equal != 1 else ''}"
     verdict = "equal: nothing differs, and all" if found.equal else "they differ;"
     console.print(f"{verdict} {number} (moments counted) are bit-equal")
+
+
+def _held_out(metrics: Mapping[str, float]) -> str:
+    """The losses by modality; those of parts of a row, and other figures, are for JSON."""
+    from ringworld_platform.formatting import loss
+
+    found = {name.removeprefix("loss_"): v for name, v in metrics.items() if name[:5] == "loss_"}
+    return ", ".join(f"{name} {loss(v)}" for name, v in found.items() if "_from_" not in name)
 
 
 def _short(value: object) -> str:

@@ -63,12 +63,12 @@ def test_list(run: Path) -> None:
     assert shown.exit_code == 0, shown.output
     rows = shown.stdout.splitlines()
     assert rows[0] == f"file://{run}/checkpoints"
-    assert "held-out text" in rows[1] and "ring x dp" in rows[1]
+    assert "held-out loss" in rows[1] and "ring x dp" in rows[1]
     assert [row.split()[:2] for row in rows[2:7]] == [
         *(["4k", step] for step in ("4", "8", "12", "16")),
         ["8k", "4"],
     ]
-    assert "2.500" in rows[5] and "end of stage" in rows[5] and "3 x 1" in rows[6]
+    assert "text 2.500" in rows[5] and "end of stage" in rows[5] and "3 x 1" in rows[6]
     assert "01-8k/step-00000008  a save that was not committed" in shown.stdout
     found = json.loads(checkpoints("list", f"file://{run}/4k", "--json").stdout)
     assert [(c["step"], c["final"]) for c in found["checkpoints"]][-1] == (16, True)
