@@ -202,7 +202,7 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(path=st.sampled_from(PLACES), odd=ODD)
 def test_no_forged_value_does_more_than_be_refused(path: tuple[Any, ...], odd: Any) -> None:
     """Well-formed and signed, but by someone who means ill, or by another program's mistake."""
