@@ -419,6 +419,7 @@ class Run:
         return self.diary.last_committed()
 
     def check(self) -> int:
+        self.checkpoints.writer.wait()  # old ones are being removed
         return check(self.job, self.mesh, self.diary)
 
 

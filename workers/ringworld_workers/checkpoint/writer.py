@@ -149,11 +149,13 @@ class CheckpointWriter:
         return save.upload.busy or (save.commit is not None and save.commit.busy)
 
     def wait(self) -> None:
-        """Wait until this rank has done, or failed, what it works on."""
+        """Wait until this rank has done, or failed, what it works on, the clean-up too."""
         if self._save is not None:
             self._save.upload.wait()
             if self._save.commit is not None:
                 self._save.commit.wait()
+        if self._cleaner is not None:
+            self._cleaner.wait()
 
     def snapshot(self, engine: Engine, state: TrainState) -> None:
         """Copy the state to host memory and start to upload it. Training waits for the copy only.
@@ -254,8 +256,6 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait for the threads; a checkpoint in flight stays uncommitted."""
         self.wait()
-        if self._cleaner is not None:
-            self._cleaner.wait()
         if self._fence is not None:
             self._fence.release()
             self._fence = None
