@@ -90,9 +90,8 @@ def test_manifests_round_trip() -> None:
     data = sample().to_json()
     assert Manifest.from_json(data, KEY) == sample()
     assert Manifest.from_json(data, KEY).to_json() == data == sample().to_json()
-    content = copy.deepcopy(CONTENT)
-    content["state"]["bookmark"] = None  # holds zeros of its own, which only our bytes tell apart
-    assert Manifest.from_json(signed(content), KEY).objects == sample().objects
+    # In other bytes, as another program might write them; the bookmark has zeros of its own.
+    assert Manifest.from_json(signed(CONTENT), KEY) == sample()
 
 
 def changed(*path: Any, to: Any) -> dict[str, Any]:
@@ -101,7 +100,6 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
     for step in path[:-1]:
         place = place[step]
     place[path[-1]] = to(place[path[-1]]) if callable(to) else to
-    content["state"]["bookmark"] = None
     return content
 
 
