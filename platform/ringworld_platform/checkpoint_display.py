@@ -190,9 +190,14 @@ def print_difference(
         mesh = f"{manifest.world_size} ranks, {_mesh(manifest)}"
         text = f"{sign}  {name}  ({manifest.run_id}, attempt {manifest.attempt}, {mesh})"
         console.print(text, style="bold", markup=False)
+    figures = [change for change in found.values if change.name.startswith("metrics.")]
     for change in (*found.values, *found.shapes):
+        if change in figures:
+            continue
         shown = (_short(value) for value in (change.first, change.second))
         console.print(f"  {change.name}: {' and '.join(shown)}", markup=False)
+    if figures:
+        console.print(f"  held-out figures: {len(figures)} differ (--json has them)")
     if found.tensors:
         table = Table(box=None, header_style="dim", pad_edge=False)
         table.add_column("tensor", overflow="fold")
