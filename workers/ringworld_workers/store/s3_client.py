@@ -36,6 +36,7 @@ _RIGHTS = {
     "unfinished": "s3:ListBucketMultipartUploads",
     "remove_unfinished": "s3:AbortMultipartUpload",
 }
+_OF_ONE_OBJECT = {"get", "get_with_etag", "read", "put_if_match"}
 _PASSING = {
     "BadGateway",
     "ConditionalRequestConflict",
@@ -172,7 +173,7 @@ def _refusal(error: Any, operation: str, name: str, client: Any) -> Exception:
             f"there is no bucket {bucket} at {at}; create it with `aws s3 mb s3://{bucket}`, or "
             f"name another ({_ENDPOINT_FROM})",
         )
-    if code in ("NoSuchKey", "404") and operation in ("get", "get_with_etag", "read"):
+    if code in ("NoSuchKey", "404") and operation in _OF_ONE_OBJECT:
         return NotFound(operation, name, "there is no such object")
     if code in _CORRUPTED:
         # Once, the network may have flipped a bit; twice, memory or the program is at fault.
@@ -203,6 +204,8 @@ def _remedy(operation: str, code: str, status: int, said: str, at: str) -> str:
         return f"access denied ({code}); these credentials need {right} on the bucket"
     if code in _FULL or status == 507:
         return f"the store is full or over its quota ({code}); free space, then start again"
+    if code == "NoSuchUpload":
+        return "its upload was removed while it was under way, by a clean-up or another program"
     if code == "EntityTooLarge":
         return "the object is larger than the server takes (EntityTooLarge)"
     return f"{at} answers {_answer(status, code, said)}; is it an S3 endpoint? {_ENDPOINT_FROM}"
