@@ -28,6 +28,7 @@ from ringworld_workers.checkpoint.layout import (
     folder_of,
     parameter_digest,
 )
+from ringworld_workers.store.base import Store
 from ringworld_workers.store.opening import open_store
 
 JOB = """
@@ -46,7 +47,7 @@ Write = Callable[..., Path]
 
 
 def checkpoint(
-    store: str, run: str, index: int, stage: str, step: int, config: ModelConfig
+    store: Store, run: str, index: int, stage: str, step: int, config: ModelConfig
 ) -> None:
     """A committed checkpoint, as far as a job's check looks: its manifest."""
     shapes = parameter_shapes(config)
@@ -70,7 +71,7 @@ def checkpoint(
         optimizer=OptimizerState("adamw", step, ()),
         state=state,
     )
-    open_store(store).put(f"{run}/checkpoints/{key}/{MANIFEST}", [manifest.to_json()])
+    store.put(f"{run}/checkpoints/{key}/{MANIFEST}", [manifest.to_json()])
 
 
 @pytest.fixture
@@ -89,17 +90,17 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def fill(store: str, job: Write) -> None:
     """Two runs of the job `walk`; the older one has a later stage."""
-    config = replace(HELD, norm_eps=1e-5)
+    config, place = replace(HELD, norm_eps=1e-5), open_store(store)
     for run, index, stage, step in (
         ("walk-1", 0, "1k", 20),
         ("walk-1", 0, "1k", 60),
         ("walk-1", 1, "4k", 30),
         ("walk-10", 0, "1k", 40),
     ):
-        checkpoint(store, run, index, stage, step, config)
+        checkpoint(place, run, index, stage, step, config)
     spec = resolved_yaml(load_job(job(SOURCE)))
     for run in ("walk-1", "walk-10"):
-        open_store(store).put(f"{run}/spec.yaml", [spec.encode()])
+        place.put(f"{run}/spec.yaml", [spec.encode()])
 
 
 def init_from(path: Path, **options: Any) -> str | None:
@@ -127,6 +128,8 @@ def test_every_form_names_one_checkpoint_for_good(
         "walk": "walk-10/checkpoints/00-1k/step-00000040",
         f"{root}/walk-1/1k": "walk-1/checkpoints/00-1k/step-00000060",
     }
+    if kind == "s3":  # what parts mean is the same there; each question takes its time
+        forms = {form: forms[form] for form in ("walk", f"{root}/walk-1/1k")}
     for form, meant in forms.items():
         path = job(f"{{init_from: 'run:{form}'}}", store)
         spec = load_job(path, find_run=find_run)

@@ -144,7 +144,8 @@ def test_the_command_refuses_before_ray_starts(tmp_path: Path) -> None:
     assert offline.exit_code == 0, "it does not ask"
     result = CliRunner().invoke(app, ["run", str(job)])
     assert result.exit_code == 2
-    assert "checkpoint.store s3://nowhere/x cannot be used: there is no bucket" in result.output
+    assert "checkpoint.store s3://nowhere/x cannot be used: " in result.output
+    assert "there is no bucket nowhere" in result.output
     assert "nothing was started" in result.output
     assert "starting Ray" not in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.yaml", "x"]
@@ -167,10 +168,10 @@ def test_machines_that_share_a_bucket_get_ids_of_their_own(tmp_path: Path) -> No
         states = RunStates(tmp_path / f"machine-{machine}")
         return states.create("cloud", record, RunClaims(spec))
 
-    with ThreadPoolExecutor(6) as pool:
-        made = list(pool.map(create, range(6)))
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(create, range(4)))
     ids = {record.run_id for record in made}
-    assert len(ids) == 6
+    assert len(ids) == 4
     store = open_store("s3://runs/race")
     for record in made:
         claim = json.loads(store.get(f"{record.run_id}/{CLAIM_FILE}"))
