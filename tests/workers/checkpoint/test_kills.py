@@ -295,6 +295,11 @@ def check_tidy(job: StageJob) -> None:
     assert not store.unfinished()
 
 
+def aws_environment() -> dict[str, str]:
+    """The way to the store, for ranks: their server was started before it was known."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
 # Where a gang on S3 is killed: at which request, and before, in or after it.
 MOMENTS: list[tuple[str, str, str]] = [
     ("PutObject|.*MultipartUpload|UploadPart", r"\.bin$", "upload"),
@@ -322,7 +327,7 @@ def test_a_rank_is_killed_again_and_again(
     if scheme == "s3":
         proxy = request.getfixturevalue("fault_proxy")
         url = request.getfixturevalue("s3_url")
-        environment = {name: v for name, v in os.environ.items() if name.startswith("AWS_")}
+        environment = aws_environment()
     else:
         url = f"file://{tmp_path}/store"
     kills, width = int(os.environ.get("KILLS", "3")), int(os.environ.get("WIDTH", WIDTH))
@@ -374,14 +379,14 @@ def test_a_rank_is_killed_again_and_again(
 
 
 def test_of_two_gangs_one_wins_and_the_other_says_so(
-    run_gang: object, tmp_path: Path, mesh: Mesh
+    run_gang: object, s3_url: str, tmp_path: Path, mesh: Mesh
 ) -> None:
-    diary, url = Diary(tmp_path), f"file://{tmp_path}/store"
-    jobs = [stage_job(url, attempt=attempt, world_size=2) for attempt in (1, 2)]
-    old = Gang(tmp_path / "gang-1", jobs[0], str(tmp_path), {}, STEPS, WIDTH)
+    diary, environment = Diary(tmp_path), aws_environment()
+    jobs = [stage_job(s3_url, attempt=attempt, world_size=2) for attempt in (1, 2)]
+    old = Gang(tmp_path / "gang-1", jobs[0], str(tmp_path), environment, STEPS, WIDTH)
     while not diary.last_committed():
         assert not old.ended(0.005), old.results()
-    new = Gang(tmp_path / "gang-2", jobs[1], str(tmp_path), {}, 3, WIDTH)
+    new = Gang(tmp_path / "gang-2", jobs[1], str(tmp_path), environment, 3, WIDTH)
     for process in new.ranks + old.ranks:
         process.join(60)
     (last,) = set(new.results())
