@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,8 @@ from ringworld_platform.errors import PlatformError
 from ringworld_platform.local_s3 import LocalS3
 
 pytestmark = pytest.mark.timeout(120)
+
+Start = Callable[..., subprocess.Popen[str]]
 
 RINGWORLD = str(Path(sys.executable).with_name("ringworld"))
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -36,24 +39,37 @@ sys.exit(7)
 """
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [RINGWORLD, "dev", "s3", "--data", "s3", *arguments],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "100", "AWS_SESSION_TOKEN": "of somebody else"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the command; whatever a test does, nothing of it is left."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [RINGWORLD, "dev", "s3", "--data", "s3", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "100", "AWS_SESSION_TOKEN": "of somebody else"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # it stops its server first
+            process.communicate(timeout=WAIT_SECONDS)
 
 
 def servers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in psutil.Process(process.pid).children() if "weed" in p.name()]
 
 
-def test_a_command_gets_the_server_and_gives_its_exit_code(tmp_path: Path) -> None:
-    process = start(tmp_path, "--", sys.executable, "-c", ROUND_TRIP)
+def test_a_command_gets_the_server_and_gives_its_exit_code(tmp_path: Path, start: Start) -> None:
+    process = start("--", sys.executable, "-c", ROUND_TRIP)
     said, notes = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 7, notes
     assert said == "" and "S3 at http://127.0.0.1:" in notes
@@ -67,8 +83,8 @@ def test_a_command_gets_the_server_and_gives_its_exit_code(tmp_path: Path) -> No
         assert not list(Path("/tmp").glob(f"*-{server.port + 1}.sock"))
 
 
-def test_it_stays_until_ctrl_c_and_prints_what_a_shell_needs(tmp_path: Path) -> None:
-    process = start(tmp_path, "--env-file", "s3.env")
+def test_it_stays_until_ctrl_c_and_prints_what_a_shell_needs(tmp_path: Path, start: Start) -> None:
+    process = start("--env-file", "s3.env")
     env_file = tmp_path / "s3.env"
     deadline = time.monotonic() + WAIT_SECONDS
     while not (env_file.exists() and env_file.read_text().endswith("\n")):
@@ -90,9 +106,9 @@ def test_it_stays_until_ctrl_c_and_prints_what_a_shell_needs(tmp_path: Path) -> 
     assert not server.is_running()
 
 
-def test_a_command_that_is_told_to_end_takes_the_server_with_it(tmp_path: Path) -> None:
+def test_a_command_that_is_told_to_end_takes_the_server_with_it(start: Start) -> None:
     code = "import time; print('up', flush=True); time.sleep(600)"
-    process = start(tmp_path, "--", sys.executable, "-c", code)
+    process = start("--", sys.executable, "-c", code)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     (server,) = servers(process)
     process.terminate()
