@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the stores; a temporary one if left out")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    # Whoever ends this program ends the server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder))
