@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
