@@ -38,7 +38,8 @@ def set_initial_weights(engine: Engine, job: StageJob, mesh: Mesh, reporter: Rep
         engine: around a ``WorldModel``.
         job: names the source.
         mesh: this rank's place.
-        reporter: on rank 0 it takes the event that says what was loaded, and what was drawn.
+        reporter: sees each tensor as progress; on rank 0 it takes the event that says what was
+            loaded, and what was drawn.
 
     Raises:
         WeightsError: the source is not of this model, or cannot be read on one of the nodes.
@@ -46,7 +47,7 @@ def set_initial_weights(engine: Engine, job: StageJob, mesh: Mesh, reporter: Rep
     """
     init_from = job.spec.model.init_from
     if init_from is None:
-        _fill(engine, _drawn(engine, job), mesh)
+        _fill(engine, _drawn(engine, job), mesh, reporter)
         return
     source = parse_init_from(init_from)
     if source.kind == "run":
@@ -55,7 +56,7 @@ def set_initial_weights(engine: Engine, job: StageJob, mesh: Mesh, reporter: Rep
         loaded, tensors = _together(
             partial(open_source, job.model_config, init_from, job.spec.seed), mesh
         )
-        _fill(engine, tensors, mesh)
+        _fill(engine, tensors, mesh, reporter)
         text, drawn, left = str(loaded), loaded.drawn, loaded.left
     log.info("%s", text)
     if mesh.rank == 0:
@@ -96,8 +97,14 @@ def _drawn(engine: Engine, job: StageJob) -> NamedTensors:
         yield name, draw_weight(name, shape, job.model_config, job.spec.seed)
 
 
-def _fill(engine: Engine, tensors: NamedTensors, mesh: Mesh) -> None:
-    engine.load_ranges(lambda ranges: _together(partial(copy_weights, tensors, ranges), mesh), None)
+def _fill(engine: Engine, tensors: NamedTensors, mesh: Mesh, reporter: Reporter) -> None:
+    def told() -> NamedTensors:
+        for name, tensor in tensors:
+            reporter.phase("load", 0)  # a large model takes minutes, and is no stall
+            yield name, tensor
+            del tensor  # before the next one is made
+
+    engine.load_ranges(lambda ranges: _together(partial(copy_weights, told(), ranges), mesh), None)
 
 
 def _load_checkpoint(

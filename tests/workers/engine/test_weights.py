@@ -98,11 +98,14 @@ def begin(
         model_config=CONFIG,
         spec=SimpleNamespace(seed=SEED, model=SimpleNamespace(init_from=None)),
     )
+    beats: list[str] = []
+    reporter: Any = SimpleNamespace(phase=lambda name, _: beats.append(name))
     with WholeParameters() as whole:
         with torch.device("meta"):
             model = build_model()
         engine = build_engine("deepspeed", model, OptimizerSpec(), stage, mesh)
-        set_initial_weights(engine, job, mesh, SimpleNamespace())  # type: ignore[arg-type]
+        set_initial_weights(engine, job, mesh, reporter)
+    assert len(beats) == len(SHAPES)
     owned = 0
     for held in engine.owned_ranges():
         if held.kind == "param":
