@@ -77,7 +77,7 @@ def _print_entries(console: Console, listing: Listing) -> None:
             bytes_text(entry.size),
             _mesh(manifest),
             _held_out(state.metrics),
-            "end of stage" if state.final else "",
+            "end" if state.final else "",
         )
     console.print(table)
 
@@ -218,8 +218,8 @@ def _held_out(metrics: Mapping[str, float]) -> str:
     """The losses by modality; those of parts of a row, and other figures, are for JSON."""
     from ringworld_platform.formatting import loss
 
-    found = {name.removeprefix("loss_"): v for name, v in metrics.items() if name[:5] == "loss_"}
-    return ", ".join(f"{name} {loss(v)}" for name, v in found.items() if "_from_" not in name)
+    known = [name for name in ("text", "vision") if f"loss_{name}" in metrics]
+    return ", ".join(f"{name} {loss(metrics[f'loss_{name}'])}" for name in known)
 
 
 def _short(value: object) -> str:

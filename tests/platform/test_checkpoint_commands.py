@@ -68,7 +68,7 @@ def test_list(run: Path) -> None:
         *(["4k", step] for step in ("4", "8", "12", "16")),
         ["8k", "4"],
     ]
-    assert "text 2.500" in rows[5] and "end of stage" in rows[5] and "3 x 1" in rows[6]
+    assert "text 2.500" in rows[5] and rows[5].split()[-1] == "end" and "3 x 1" in rows[6]
     assert "01-8k/step-00000008  a save that was not committed" in shown.stdout
     found = json.loads(checkpoints("list", f"file://{run}/4k", "--json").stdout)
     assert [(c["step"], c["final"]) for c in found["checkpoints"]][-1] == (16, True)
