@@ -209,7 +209,7 @@ def test_saves_fail_while_the_bucket_is_gone(s3_url: str, mesh: Mesh) -> None:
     client = boto3.client("s3")
     bucket = s3_url.rpartition("/")[2]
     client.create_bucket(Bucket=bucket)
-    stage = Stage(stage_job(f"s3://{bucket}/run", max_failures=2), mesh)
+    stage = Stage(stage_job(f"s3://{bucket}/run", max_failures=3), mesh)
     for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
         client.delete_object(Bucket=bucket, Key=item["Key"])
     client.delete_bucket(Bucket=bucket)
