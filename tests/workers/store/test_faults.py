@@ -33,7 +33,7 @@ PATIENT = Patience(
     first_pause_seconds=0.01,
     longest_pause_seconds=0.05,
 )
-HASTY = replace(PATIENT, outage_seconds=1.0, reply_seconds=0.3, completion_seconds=0.3)
+HASTY = replace(PATIENT, outage_seconds=0.7, reply_seconds=0.3, completion_seconds=0.3)
 SLACK_SECONDS = 15.0
 """Of a machine that has other things to do, on top of what a call is given."""
 
