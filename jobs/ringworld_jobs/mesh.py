@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ringworld_jobs.spec import ResourcesSpec, SequenceParallelSpec, StageSpec
@@ -49,6 +49,11 @@ class MeshSize:
         """Workers in all."""
         return self.sequence_parallel_size * self.data_parallel_size
 
+    def __str__(self) -> str:
+        """Write the axes as a sentence needs them."""
+        heads = f" x heads {self.heads_size}" if self.heads_size > 1 else ""
+        return f"ring {self.ring_size}{heads} x data_parallel {self.data_parallel_size}"
+
 
 def resolve_mesh(stage: StageSpec, resources: ResourcesSpec) -> MeshSize:
     """Choose the size of each mesh axis.
@@ -78,6 +83,66 @@ def resolve_mesh(stage: StageSpec, resources: ResourcesSpec) -> MeshSize:
         if fewest <= mesh.world_size <= most:
             return mesh
     raise _misfit(mesh, stage, resources)
+
+
+def shrink_mesh(
+    stage: StageSpec,
+    resources: ResourcesSpec,
+    available: int,
+    *,
+    may_split: Callable[[int], bool] = lambda heads_size: True,
+) -> MeshSize | None:
+    """The mesh of a stage on fewer workers than it wants.
+
+    data_parallel gives way first, in whole rings that share the rows of a step evenly, then the
+    ring, and only where a single ring place does not fit any more, the split of the heads. More
+    micro-batches for each ring make up for it: a step keeps its rows and their order.
+
+    Args:
+        stage: the stage; what it says of its mesh is a wish here.
+        resources: the workers that it may use; ``workers.min`` is how far it may shrink.
+        available: workers that there are.
+        may_split: whether that many workers can share the model's heads.
+
+    Returns:
+        The wanted mesh where it fits; None where less than ``resources.workers.min`` would be left.
+        More workers never give a smaller mesh.
+
+    Raises:
+        MeshError: not even the wanted mesh is possible; see ``resolve_mesh``.
+    """
+    wanted = resolve_mesh(stage, resources)
+    for heads_size in range(wanted.heads_size, 0, -1):
+        splits = heads_size == wanted.heads_size or may_split(heads_size)
+        if wanted.heads_size % heads_size or not splits:
+            continue
+        longest = min(wanted.sequence_parallel_size, available) // heads_size
+        for ring_size in range(longest, 0, -1):
+            limit = min(wanted.data_parallel_size, available // (ring_size * heads_size))
+            mesh = MeshSize(ring_size, _most_rings(stage, limit), heads_size)
+            if mesh.world_size >= resources.workers.min:
+                return mesh
+    return None
+
+
+def allowed_meshes(
+    stage: StageSpec,
+    resources: ResourcesSpec,
+    *,
+    may_split: Callable[[int], bool] = lambda heads_size: True,
+) -> list[MeshSize]:
+    """Every mesh that a stage may run on as workers come and go, the wanted one first.
+
+    Raises:
+        MeshError: there is none; see ``resolve_mesh``.
+    """
+    meshes = [resolve_mesh(stage, resources)]
+    while True:
+        available = meshes[-1].world_size - 1
+        smaller = shrink_mesh(stage, resources, available, may_split=may_split)
+        if smaller is None:
+            return meshes
+        meshes.append(smaller)
 
 
 def _ring_sizes(stage: StageSpec, most: int) -> Iterable[tuple[int, int]]:

@@ -72,7 +72,8 @@ class WorkersSpec(Spec):
     """How many worker processes (one a device) the job may use."""
 
     min: Size = 1
-    """Fewest workers that a stage may run on."""
+    """Fewest workers that a stage may run on. Where nodes are lacking, a stage shrinks down to
+    this: see recovery.shrink_after."""
     max: Size = 1
     """Most workers that a stage may take."""
 
@@ -116,8 +117,8 @@ class CheckpointSpec(Spec):
     """Most host memory that a worker's snapshot takes; empty: what its share of the state needs. A
     share that is larger is saved piece by piece, an object each, while the step waits."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Saves that may fail in a row before the job fails. The last one of a stage may not, and one
-    for a stop always may: the next start goes on from the checkpoint before."""
+    """Saves that may fail in a row before the job fails. The last one of a stage is tried as often,
+    and one for a stop may always fail: the next start goes on from the checkpoint before."""
     when_damaged: Literal["stop", "older"] = "stop"
     """What happens when the newest checkpoint is damaged: stop and say which older one there is, or
     set the damaged one aside and take the older one."""
@@ -141,6 +142,9 @@ class RecoverySpec(Spec):
     """Restarts without progress (no new committed checkpoint in between) before the job fails."""
     stall_timeout: Seconds = Field(default=300.0, validate_default=False)
     """A worker that completes no step or save for so long is taken for dead: `300s`, `10min`."""
+    shrink_after: Seconds = Field(default=60.0, validate_default=False)
+    """A stage that the cluster is too small for waits so long for nodes before it goes on with
+    fewer workers, down to resources.workers.min: `60s`, `10min`."""
 
 
 class LearningRateSpec(Spec):

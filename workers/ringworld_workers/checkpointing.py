@@ -144,18 +144,23 @@ class StageCheckpoints:
     ) -> None:
         """Save the stage's end and commit it; waits for the store.
 
+        It is tried as often as saves may fail in a row: all that the stage has done hangs on it.
+
         Raises:
             TakenOver: another gang writes this run by now.
             CheckpointError: it could not be saved.
         """
         self._finish(may_fail=True)
-        self._snapshot(self._state(step, tokens, bookmark, final=True, metrics=metrics))
-        self._finish(may_fail=True)
-        if self._saved_step != step:
-            raise CheckpointError(
-                f"the last checkpoint of stage {self.job.stage.name} could not be saved: "
-                f"{self._records.first_cause}; {self._remedy()}"
-            )
+        state = self._state(step, tokens, bookmark, final=True, metrics=metrics)
+        for _ in range(self._wanted.max_failures + 1):
+            self._snapshot(state)
+            self._finish(may_fail=True)
+            if self._saved_step == step:
+                return
+        raise CheckpointError(
+            f"the last checkpoint of stage {self.job.stage.name} could not be saved: "
+            f"{self._records.first_cause}; {self._remedy()}"
+        )
 
     def close(self) -> None:
         """Wait for background threads; a checkpoint that is still in flight stays uncommitted."""

@@ -104,12 +104,14 @@ def stage_job(url: str, *, attempt: int = 1, world_size: int = 1, **checkpoint: 
 class Stage:
     """A stage's loop around a small module."""
 
-    def __init__(self, job: StageJob, mesh: Mesh, store: Any = None) -> None:
+    def __init__(
+        self, job: StageJob, mesh: Mesh, store: Any = None, notes: Notes | None = None
+    ) -> None:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 50), nn.Linear(50, 1, bias=False))
         self.mesh = mesh
         self.engine = build_engine("torch", module, job.spec.optimizer, job.stage, mesh)
-        self.notes = Notes()
+        self.notes = notes or Notes()
         self.checkpoints = StageCheckpoints(job, mesh, self.engine, self.notes)
         if store is not None:
             self.checkpoints.store = self.checkpoints.writer._store = store
@@ -227,6 +229,38 @@ def test_saves_fail_while_the_bucket_is_gone(s3_url: str, mesh: Mesh) -> None:
     assert saved[-1]["step"] == 5 and saved[-1]["failed"] in (2, 3)
     # The count begins anew after a success.
     assert [ref.step for ref in committed(stage.checkpoints.store)][-1] == 5
+    stage.checkpoints.close()
+
+
+class Blocked(Notes):
+    """Takes the file that is in the way of a save away once so many have failed."""
+
+    def __init__(self, obstacle: Path, after: int) -> None:
+        super().__init__()
+        self._obstacle, self._after = obstacle, after
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        super().metrics(record)
+        if record.get("failed_in_row") == self._after:
+            self._obstacle.unlink()
+
+
+@pytest.mark.parametrize(("heals_after", "saved"), [(2, True), (4, False)])
+def test_the_end_of_a_stage_is_saved_as_soon_as_the_store_is_well(
+    tmp_path: Path, mesh: Mesh, heals_after: int, saved: bool
+) -> None:
+    obstacle = tmp_path / "run/00-a"
+    notes = Blocked(obstacle, heals_after)
+    stage = Stage(stage_job(f"file://{tmp_path}/run", max_failures=2), mesh, notes=notes)
+    obstacle.touch()
+    stage.train()
+    if saved:
+        stage.checkpoints.save_last(1, 1, bookmark=None, metrics={})
+        assert [(r["step"], r["failed"]) for r in stage.notes.saved()] == [(1, 2)]
+    else:
+        with pytest.raises(CheckpointError, match="last checkpoint of stage a.*a part of the path"):
+            stage.checkpoints.save_last(1, 1, bookmark=None, metrics={})
+        assert len([r for r in stage.notes.records if "failed_in_row" in r]) == 3
     stage.checkpoints.close()
 
 
