@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ringworld_jobs.load import load_job
-from ringworld_jobs.mesh import LOCAL_TOKENS, MeshError, MeshSize, resolve_mesh
+from ringworld_jobs.mesh import (
+    LOCAL_TOKENS,
+    MeshError,
+    MeshSize,
+    allowed_meshes,
+    resolve_mesh,
+    shrink_mesh,
+)
 from ringworld_jobs.spec import ResourcesSpec, StageSpec
 
 
@@ -108,6 +115,76 @@ def test_a_chosen_mesh_always_fits(
     assert spec.rows_per_step % (mesh.data_parallel_size * micro) == 0
     ring_size = mesh.ring_size
     assert ring_size * LOCAL_TOKENS >= spec.context_length or ring_size == fewest + more
+
+
+@pytest.mark.parametrize(
+    ("spec", "resources", "available", "mesh"),
+    [
+        (stage(2**19, 4), workers(1, 64), 63, (16, 2)),  # 3 rings do not share 4 rows evenly
+        (stage(2**19, 4), workers(1, 64), 31, (16, 1)),
+        (stage(2**19, 4), workers(1, 64), 15, (15, 1)),
+        (stage(2**19, 4), workers(16, 64), 15, None),
+        (stage(2**19, 4), workers(1, 64), 0, None),
+        (stage(2**12, 8, sequence_parallel=4, data_parallel=2), workers(1, 8), 7, (4, 1)),
+        # One ring of 4 would leave too few workers: the minimum goes before the order.
+        (stage(2**12, 8, sequence_parallel=4, data_parallel=2), workers(5, 8), 7, (3, 2)),
+        (stage(2**12, 8, sequence_parallel={"ring": 3, "heads": 2}), workers(1, 6), 5, (2, 1, 2)),
+        (stage(2**12, 8, sequence_parallel={"heads": 8}), workers(1, 8), 7, (1, 1, 4)),
+    ],
+)
+def test_rings_go_first_then_the_ring_shrinks(
+    spec: StageSpec, resources: ResourcesSpec, available: int, mesh: tuple[int, ...] | None
+) -> None:
+    found = shrink_mesh(spec, resources, available)
+    assert found == (None if mesh is None else MeshSize(*mesh))
+
+
+def test_a_split_of_the_heads_shrinks_to_what_the_model_allows() -> None:
+    spec = stage(2**12, 4, sequence_parallel={"heads": 12})
+    found = shrink_mesh(spec, workers(1, 12), 9, may_split=lambda heads: 4 % heads == 0)
+    assert found == MeshSize(2, 1, 4)
+    assert allowed_meshes(stage(2**12, 6), workers(2, 8)) == [
+        MeshSize(1, rings) for rings in (6, 3, 2)
+    ]
+
+
+@given(
+    st.integers(4, 20),
+    st.integers(1, 24),
+    st.integers(1, 3),
+    st.integers(1, 16),
+    st.integers(0, 16),
+    st.sampled_from(["auto", 1, 2, 3, 5, {"ring": 2, "heads": 4}, {"ring": 3, "heads": 6}]),
+)
+def test_a_smaller_cluster_gives_the_best_smaller_mesh(
+    log_context: int, micro_batches: int, micro: int, fewest: int, more: int, ring: Any
+) -> None:
+    spec = stage(2**log_context, micro_batches * micro, micro=micro, sequence_parallel=ring)
+    resources = workers(fewest, fewest + more)
+    try:
+        wanted = resolve_mesh(spec, resources)
+    except MeshError:
+        assume(False)
+    before = 0
+    for available in range(wanted.world_size + 1):
+        mesh = shrink_mesh(spec, resources, available)
+        size = mesh.world_size if mesh else 0
+        assert size >= before, "more workers, a smaller mesh"
+        before = size
+        if mesh is None:
+            continue
+        assert fewest <= size <= available
+        assert spec.rows_per_step % (mesh.data_parallel_size * micro) == 0
+        assert wanted.heads_size % mesh.heads_size == 0
+        assert mesh.sequence_parallel_size <= wanted.sequence_parallel_size
+        assert mesh.data_parallel_size <= wanted.data_parallel_size
+        if available >= max(fewest, wanted.sequence_parallel_size) and fewest == 1:
+            same = (wanted.ring_size, wanted.heads_size)
+            assert (mesh.ring_size, mesh.heads_size) == same, "data_parallel gives way first"
+    assert mesh == wanted
+    sizes = [mesh.world_size for mesh in allowed_meshes(spec, resources)]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert sizes[0] == wanted.world_size and sizes[-1] >= fewest
 
 
 DEFAULTS = """\
