@@ -6,6 +6,7 @@ import base64
 import logging
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -50,6 +51,20 @@ class StageCheckpoints:
         self._steps_done = 0
         self._position = 0
         """Of the newest record of the steps that the newest snapshot holds."""
+
+    def __enter__(self) -> StageCheckpoints:
+        """Nothing is read or written yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait for background threads, but not after a failure: that must be told at once."""
+        if kind is None:
+            self.close()
 
     def restore(self) -> Start:
         """Become the gang that saves, and load what this stage begins with.

@@ -88,36 +88,37 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
             loss_tile_tokens=stage.loss.tile_tokens,
         )
     engine = build_engine("deepspeed", model, job.spec.optimizer, stage, mesh)
-    checkpoints = StageCheckpoints(job, mesh, engine, reporter)
     try:
-        reporter.phase("load", 0)
-        start = checkpoints.restore()
-        if start.key is None:
-            set_initial_weights(engine, job, mesh, reporter)
-        if start.bookmark is not None and not loader.open_at(start.bookmark):
-            log.warning("%s was saved with other data: its order begins anew", start.key)
-        run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
-        if mesh.rank == 0:
-            attention = run.attention(start.step)
-            log.info("attention: %(backend)s (%(backend_reason)s); %(layout_reason)s", attention)
-            reporter.metrics(
-                run.record(
-                    "stage_start",
-                    start.step,
-                    num_steps=stage.num_steps,
-                    resumed_from=start.key,
-                    context_length=stage.context_length,
-                    ring_size=mesh.ring_size,
-                    heads_size=mesh.heads_size,
-                    data_parallel_size=mesh.data_parallel_size,
-                    setup_seconds=time.monotonic() - started,
-                    **({"left_out": loader.left_out} if loader.left_out else {}),
-                    **attention,
+        with StageCheckpoints(job, mesh, engine, reporter) as checkpoints:
+            reporter.phase("load", 0)
+            start = checkpoints.restore()
+            if start.key is None:
+                set_initial_weights(engine, job, mesh, reporter)
+            if start.bookmark is not None and not loader.open_at(start.bookmark):
+                log.warning("%s was saved with other data: its order begins anew", start.key)
+            run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
+            if mesh.rank == 0:
+                attention = run.attention(start.step)
+                log.info(
+                    "attention: %(backend)s (%(backend_reason)s); %(layout_reason)s", attention
                 )
-            )
-        return run.train(start.step, start.tokens)
+                reporter.metrics(
+                    run.record(
+                        "stage_start",
+                        start.step,
+                        num_steps=stage.num_steps,
+                        resumed_from=start.key,
+                        context_length=stage.context_length,
+                        ring_size=mesh.ring_size,
+                        heads_size=mesh.heads_size,
+                        data_parallel_size=mesh.data_parallel_size,
+                        setup_seconds=time.monotonic() - started,
+                        **({"left_out": loader.left_out} if loader.left_out else {}),
+                        **attention,
+                    )
+                )
+            return run.train(start.step, start.tokens)
     finally:
-        checkpoints.close()
         engine.close()
 
 
