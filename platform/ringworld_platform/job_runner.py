@@ -12,19 +12,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_platform.capacity import Bundle
+from ringworld_platform.capacity import Bundle, capacity
+from ringworld_platform.drain import DrainWatch, Notice
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
 from ringworld_platform.live_run import LiveRun, OwnershipLost
-from ringworld_platform.recovery import Failure, decide
+from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
+from ringworld_platform.recovery import Failure, FailureKind, decide
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
-from ringworld_platform.stage_setup import device_of, heads_apart, mesh_of, stage_job
+from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
 from ringworld_platform.tracking import Tracker
 from ringworld_platform.waiting_line import Place, WaitingLine
 from ringworld_workers.recorder import Entry, Progress
@@ -79,6 +81,12 @@ class JobRunner:
         self._tracker: Tracker | None = None
         self._training: Gang | None = None
         self._stop_sent = False
+        self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
+        self._choosing: Bundle | None = None
+        """Of the workers for which a stage's gang waits."""
+        self._drains = DrainWatch()
+        self._notice: Notice | None = None
+        """That the gang will lose workers."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -193,8 +201,20 @@ class JobRunner:
             try:
                 action()
                 return
+            except MeshChanged:
+                continue
             except GangFailed as failed:
-                self._recover(failed.failure)
+                self._recover(self._explained(failed.failure))
+
+    def _explained(self, failure: Failure) -> Failure:
+        """A loss that was announced, as what it is."""
+        notice = self._notice
+        if notice is None or failure.kind is FailureKind.USER_ERROR:
+            return failure
+        if not notice.explains_loss(time.monotonic()):
+            return failure
+        text = f"{notice.text}; {failure.text}"
+        return replace(failure, kind=FailureKind.TAKEN_AWAY, text=text)
 
     def _recover(self, failure: Failure) -> None:
         live = self.live
@@ -213,7 +233,7 @@ class JobRunner:
         live.set_state(
             RunState.RECOVERING,
             decision.text,
-            restarts=live.record.restarts + 1,
+            restarts=live.record.restarts + (0 if decision.free else 1),
             attempt=next_attempt(live.record),
             error=failure.text,
         )
@@ -227,9 +247,11 @@ class JobRunner:
         live = self.live
         index = live.record.stages_done
         stage = self.spec.stages[index]
-        mesh = mesh_of(self.spec, index)
-        world_size = mesh.world_size
         device = device_of(self.spec)
+        threads = self.spec.resources.cpus_per_worker
+        bundle = Bundle(threads, 1 if device == "cuda" else 0)
+        mesh = self._meshes.begin(index, capacity(bundle).total)
+        world_size = mesh.world_size
         live.set_fields(
             stage=stage.name,
             stage_index=index,
@@ -242,11 +264,13 @@ class JobRunner:
             data_parallel_size=mesh.data_parallel_size,
         )
         job = stage_job(live, index, mesh, device)
-        threads = self.spec.resources.cpus_per_worker
         stall = self.spec.recovery.stall_timeout
-        bundle = Bundle(threads, 1 if device == "cuda" else 0)
         with self._gang(stage.name, world_size, bundle) as gang:
+            self._choosing = bundle
             self._acquire(gang)
+            self._choosing = None
+            if smaller := self._meshes.explain(mesh):
+                live.event("mesh", smaller)
             workers = "1 worker" if world_size == 1 else f"{world_size} workers"
             running = f"stage {stage.name} on {workers}, attempt {job.attempt}"
             live.set_state(RunState.RUNNING, f"{running}: starting")
@@ -265,6 +289,9 @@ class JobRunner:
         live.gang_ended()
         if results[0].get("status") == "stopped":
             live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
+            if self._notice is not None and not self._stop.is_set():
+                text = f"{self._notice.text}; saved step {results[0].get('step')}"
+                raise GangFailed(Failure(FailureKind.TAKEN_AWAY, text))
             raise JobStopped(results[0].get("unsaved", ""))
         live.set_fields(stages_done=index + 1, restarts=0, error=None)
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
@@ -282,11 +309,12 @@ class JobRunner:
             prepare_function=self._config.prepare_function,
         )
         self._stop_sent = False
+        self._notice = None
         try:
             with Gang(spec, self) as gang:
                 yield gang
         finally:
-            self._training = None
+            self._training = self._choosing = None
 
     def _acquire(self, gang: Gang) -> None:
         """Wait for our turn, then for room."""
@@ -303,7 +331,13 @@ class JobRunner:
             self._line.leave(record.run_id)
 
     def waiting(self, reason: str, possible: bool) -> None:
-        """The gang does not start; say why, or give up where nothing can change."""
+        """The gang does not start; say why, or give up where nothing can change.
+
+        Raises:
+            MeshChanged: the stage has waited long enough, and can do with fewer workers.
+        """
+        if self._choosing is not None:
+            reason = self._meshes.waiting(capacity(self._choosing).total, reason)
         if not possible and self._config.one_shot:
             raise JobFailed(reason)
         record = self.live.record
@@ -320,6 +354,8 @@ class JobRunner:
                 text = str(data.pop("text", ""))
                 kind = str(data.pop("kind", "worker"))
                 data.pop("seq", None)
+                if kind == "drain":
+                    self._hear(Notice(text, time.monotonic(), sure=False))
                 live.event(kind, text, **{"rank": rank, **data})
         # The loss and the step are the same on all ranks: one of them writes.
         metrics = [entry.data for entry in entries if entry.kind == "metrics" and rank == 0]
@@ -341,6 +377,7 @@ class JobRunner:
         self.live.touch()
         if self.live.record.stop_requested:
             self._stop.set()
+        self._look_for_drains()
         if not self._stop.is_set():
             return
         if self._training is None:
@@ -350,6 +387,23 @@ class JobRunner:
             self._stop_sent = True
             self._training.request_stop()
             self.live.set_state(RunState.STOPPING, "saves a checkpoint before its next step")
+
+    def _look_for_drains(self) -> None:
+        gang = self._training
+        if gang is None or (self._notice is not None and self._notice.sure):
+            return
+        notice = self._drains.notice(gang.identities)
+        if notice is not None:
+            self._hear(notice)
+            self.live.event("drain", f"{notice.text}: saves a checkpoint and goes on elsewhere")
+
+    def _hear(self, notice: Notice) -> None:
+        """Use the time that is left: save, and end the gang."""
+        self._notice = notice
+        if self._training is not None and not self._stop.is_set():
+            self._training.request_stop()
+            text = f"{notice.text}: saves a checkpoint before its next step, to go on elsewhere"
+            self.live.set_state(RunState.RUNNING, text)
 
     def _refuse_stop(self) -> None:
         if self._stop.is_set():

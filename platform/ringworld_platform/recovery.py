@@ -35,6 +35,8 @@ class FailureKind(StrEnum):
     """An exception in a worker that may not come back."""
     USER_ERROR = "user error"
     """An exception that comes back: the spec, the data or the code must change."""
+    TAKEN_AWAY = "taken away"
+    """The gang was warned that it would lose workers, and has: nobody's fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Decision:
     restart: bool
     delay_seconds: float
     text: str
+    free: bool = False
+    """Whether the restart counts for nothing."""
 
 
 def kind_of(types: tuple[str, ...]) -> FailureKind:
@@ -82,6 +86,8 @@ def decide(failure: Failure, *, restarts: int, max_restarts: int) -> Decision:
     """
     if failure.kind is FailureKind.USER_ERROR:
         return Decision(False, 0.0, failure.text)
+    if failure.kind is FailureKind.TAKEN_AWAY:
+        return Decision(True, 0.0, f"{failure.text}; goes on elsewhere", free=True)
     if restarts >= max_restarts:
         return Decision(
             False,

@@ -52,6 +52,7 @@ def job(
     stages: tuple[tuple[str, int, int], ...] = (("1k", 1, 6), ("4k", 2, 6)),
     step_seconds: float = 0.01,
     recipe: str | None = None,
+    fewest: int = 1,
     **recovery: Any,
 ) -> JobSpec:
     """A job of (name, ring size, steps) stages; eps carries the time of a step to mini_stage."""
@@ -65,7 +66,7 @@ def job(
                 "sources": {} if recipe else {"books": {"shards": str(store / "books")}},
             },
             "optimizer": {"eps": step_seconds},
-            "resources": {"accelerator": "cpu", "workers": {"max": 64}},
+            "resources": {"accelerator": "cpu", "workers": {"min": fewest, "max": 64}},
             "checkpoint": {"store": f"file://{store}"},
             "tracking": {"mlflow": "off"},
             "recovery": recovery,
@@ -249,7 +250,7 @@ def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
 
 
 def test_a_job_that_cannot_fit_says_so(client: Client, tmp_path: Path) -> None:
-    run_id = client.submit(job(tmp_path, name="huge", stages=(("1k", 32, 1),)))
+    run_id = client.submit(job(tmp_path, name="huge", stages=(("1k", 32, 1),), fewest=32))
 
     status = wait_until(
         lambda: (s := client.status(run_id))["state"] == "WAITING" and s, "huge waits"

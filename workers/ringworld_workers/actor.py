@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -89,7 +91,22 @@ class RingWorker:
         self._rendezvous: Any = None
         self._mesh: Any = None
         self._job: StageJob | None = None
+        self._rank = 0
         _log_to(self._recorder)
+        # Ray makes actors in the main thread, the only one that may do this.
+        self._end: Any = signal.signal(signal.SIGTERM, self._warned)
+
+    def _warned(self, signum: int, frame: FrameType | None) -> None:
+        """Take SIGTERM for the notice that this process will soon be gone."""
+        if self._job is None or self._recorder.should_stop():
+            self._end(signum, frame)
+        # Not in this frame: the thread that it interrupts may hold the recorder's lock.
+        threading.Thread(target=self._save_and_stop, name="warned", daemon=True).start()
+
+    def _save_and_stop(self) -> None:
+        self._recorder.request_stop()
+        text = f"rank {self._rank} (pid {os.getpid()}) got SIGTERM"
+        self._recorder.event({"kind": "drain", "text": text})
 
     @ray.method(concurrency_group="control")
     def identity(self) -> Identity:
@@ -195,7 +212,7 @@ class RingWorker:
             timeout,
             heads_size=job.heads_size,
         )
-        self._job = job
+        self._job, self._rank = job, rank
         log.info(
             "rank %d of %d (%s) joined on %s, %d threads",
             rank,
