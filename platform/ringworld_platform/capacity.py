@@ -1,16 +1,29 @@
-"""Room on the cluster, as Ray tells it."""
+"""Room on the cluster: how many workers of a kind it holds, how many it could start now."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
-from ray._private import state as ray_state
 
-from ringworld_platform.room import Bundle, Room, count
+from ringworld_platform.drain import draining_nodes
 
-__all__ = ["Bundle", "Capacity", "Cluster", "NodeRoom", "capacity", "cluster", "has_gpus"]
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Resources of one worker."""
+
+    cpus: int
+    gpus: int = 0
+
+    def resources(self) -> dict[str, float]:
+        """As a placement group's bundle."""
+        return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
+
+    def count_in(self, resources: dict[str, float]) -> int:
+        """How many of these fit into resources."""
+        by_cpu = int(resources.get("CPU", 0) // self.cpus)
+        return min(by_cpu, int(resources.get("GPU", 0) // self.gpus)) if self.gpus else by_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,66 +33,29 @@ class Capacity:
     total: int
     free: int
 
-
-@dataclass(frozen=True, slots=True)
-class NodeRoom:
-    """What a node has, and what of it nobody uses."""
-
-    total: Room
-    free: Room
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """The nodes by id, and those that an autoscaler may add, by names of their own."""
-
-    nodes: Mapping[str, NodeRoom]
-    growth: Mapping[str, Room]
+    def shortage(self, size: int, bundle: Bundle) -> str:
+        """Why ``size`` bundles do not start now, in one line."""
+        kind = f"GPU bundles of 1 GPU and {bundle.cpus}" if bundle.gpus else "CPU bundles of"
+        needs = f"needs {size} {kind} CPUs" if bundle.gpus else f"needs {size} {kind} {bundle.cpus}"
+        if self.total < size:
+            return (
+                f"{needs}; the cluster has {self.total} in all, so it will never start on these "
+                "nodes: add nodes, or shrink the stage's mesh or resources.cpus_per_worker"
+            )
+        return f"{needs}; the cluster has {self.free} free of {self.total}"
 
 
 def capacity(bundle: Bundle) -> Capacity:
-    """Count a bundle's places on the nodes that are alive and stay."""
-    nodes = cluster().nodes.values()
-    return Capacity(
-        count(bundle, [node.total for node in nodes]), count(bundle, [node.free for node in nodes])
-    )
-
-
-def cluster() -> Cluster:
-    """The cluster now. A node that Ray drains is none: what is on it must go."""
-    free = ray_state.available_resources_per_node()
-    draining = ray_state.state.get_draining_nodes()
-    nodes = {
-        node["NodeID"]: NodeRoom(_room(node["Resources"]), _room(free.get(node["NodeID"], {})))
+    """Count a bundle's places on the nodes that are alive, and stay."""
+    leaving = draining_nodes()
+    total = sum(
+        bundle.count_in(node["Resources"])
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in draining
-    }
-    return Cluster(nodes, _growth(nodes))
+        if node["Alive"] and node["NodeID"] not in leaving
+    )
+    return Capacity(total, min(total, bundle.count_in(ray.available_resources())))
 
 
 def has_gpus() -> bool:
     """Whether any node has a GPU."""
     return ray.cluster_resources().get("GPU", 0) >= 1
-
-
-def _growth(nodes: Mapping[str, NodeRoom]) -> dict[str, Room]:
-    """The nodes that the autoscaler's configuration still allows; none where there is none.
-
-    Ray does not tell of which type a node is: each one of a type's size is taken for one of it.
-    """
-    config = ray_state.state.get_cluster_config()
-    if config is None:
-        return {}
-    there = [node.total for node in nodes.values()]
-    found: dict[str, Room] = {}
-    for group in config.node_group_configs:
-        room = _room(dict(group.resources))
-        more = min(int(group.max_count), MAX_GROWTH) - there.count(room)
-        found |= {f"{group.name}-{number}": room for number in range(max(0, more))}
-    most = int(config.max_resources.get("CPU", 0)) if config.max_resources else 0
-    del most
-    return found
-
-
-def _room(resources: Mapping[str, float]) -> Room:
-    return Room(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
