@@ -17,7 +17,7 @@ _ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+")
 _HOW = "file://PATH or s3://BUCKET/PREFIX"
 _ELSEWHERE = (
     "endpoint, region and credentials come from the environment or from AWS's own files "
-    "(AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+    "(AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, ...)"
 )
 
 
