@@ -17,7 +17,7 @@ _LIMIT = 2**62
 _MAX_AXES = 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\Z")
 _OBJECT = re.compile(r"(?!manifest\.)[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\Z")
-_STAGE = re.compile(r"[^/\\%\x00-\x1f\x7f.][^/\\%\x00-\x1f\x7f]{0,199}\Z")
+_FOLDER = re.compile(r"[^/\\%\x00-\x1f\x7f.][^/\\%\x00-\x1f\x7f]{0,199}\Z")
 _ROW = "[tensor, kind, start, numel, offset, length, dtype, checksums]"
 
 
@@ -33,8 +33,9 @@ def check_manifest(content: Mapping[str, Any], chunk_bytes: int) -> None:
         KeyError: a field is absent.
         TypeError: a value is of a type that has no such fields.
     """
-    for name in ("run_id", "run_uid", "parameter_digest"):
+    for name in ("run_uid", "parameter_digest"):
         _text(content[name], name)
+    _folder(content["run_id"], "run_id")
     _whole(content["attempt"], "attempt")
     _whole(content["world_size"], "world_size")
     for name, value in _mapping(content["mesh"], "mesh").items():
@@ -124,9 +125,7 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
-    stage = state["stage"]
-    if type(stage) is not str or not _STAGE.match(stage):
-        _refuse(f"state.stage is {stage!r:.100}, which is no stage's name")
+    _folder(state["stage"], "state.stage")
     for name in ("stage_index", "step", "tokens", "cursor"):
         _whole(state[name], f"state.{name}")
     _number(state["learning_rate"], "state.learning_rate")
@@ -177,6 +176,12 @@ def _list(value: Any, name: str) -> list[Any]:
 def _text(value: Any, name: str) -> None:
     if type(value) is not str or len(value) > 1000:
         _refuse(f"{name} is no text: {value!r:.100}")
+
+
+def _folder(value: Any, name: str) -> None:
+    """A folder is called so: that of the stage, and where a copy goes that of the run."""
+    if type(value) is not str or not _FOLDER.match(value):
+        _refuse(f"{name} is {value!r:.100}, which is no folder's name")
 
 
 def _whole(value: Any, name: str) -> int:
