@@ -330,6 +330,17 @@ def test_nobody_else_may_read(tmp_path: Path) -> None:
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
 
 
+def test_what_no_key_can_name_is_not_listed(tmp_path: Path) -> None:
+    """Such as the snapshots that some file servers keep in every folder."""
+    store = open_store(f"file://{tmp_path}")
+    store.put("a/b", [b"x"])
+    for name in (".snapshot/a/b", "a/50%", "a/.b"):
+        place = tmp_path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    assert [info.key for info in store.list()] == ["a/b"]
+
+
 def test_a_lock_that_is_never_freed_ends_the_call(tmp_path: Path) -> None:
     quick = Patience(attempts=1, reply_seconds=0.2)
     store = FileStore(tmp_path, patience=quick)

@@ -19,6 +19,7 @@ from ringworld_workers.store.base import (
     StoreError,
     Unfinished,
     check_key,
+    is_key,
     truncated,
 )
 from ringworld_workers.store.check import check_store
@@ -149,15 +150,15 @@ class FileStore:
         self._run(effort, fill)
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Complete objects: hidden files are not."""
+        """Complete objects: hidden files are not. What has an odd name is not listed."""
         folder = self._folder("list", prefix)
 
         def find() -> Iterator[ObjectInfo]:
             for path in walk(folder):
-                if not path.name.startswith("."):
+                key = path.relative_to(self.root).as_posix()
+                if is_key(key):
                     with suppress(FileNotFoundError):  # removed since the folder was read
                         about = path.stat()
-                        key = path.relative_to(self.root).as_posix()
                         yield ObjectInfo(key, about.st_size, about.st_mtime)
 
         effort = self._effort("list", prefix)
