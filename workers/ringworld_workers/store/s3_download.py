@@ -96,6 +96,8 @@ def read_into(
 
     def request(client: Any, watch: Watch) -> None:
         begin = end - target.left
+        if begin == end:
+            return  # the last byte came just when the attempt before was given up
         try:
             reply = client.get_object(**place, **condition, Range=f"bytes={begin}-{end - 1}")
         except client.exceptions.ClientError as error:
