@@ -83,7 +83,7 @@ def _s3(rest: str) -> StoreUrl:
             f"{_ELSEWHERE}"
         )
     _check_bucket(bucket)
-    prefix = prefix.strip("/")
+    prefix = prefix.removesuffix("/")
     for part in prefix.split("/") if prefix else ():
         if not part or part.startswith(".") or any(ord(s) < 32 or s in "\\%\x7f" for s in part):
             raise ValueError(

@@ -126,6 +126,7 @@ CASES = [
     Case("file://runs", "s3://My_Runs/x", 8, "checkpoint.store", ("3 to 63", "mean my-runs?")),
     Case("file://runs", "s3://10.0.0.1/x", 8, "checkpoint.store", ("no IP address",)),
     Case("file://runs", "s3://runs/a/../b", 8, "checkpoint.store", ("a part '..'",)),
+    Case("file://runs", "s3://runs//a", 8, "checkpoint.store", ("a part ''",)),
     Case("file://runs", "s3://runs/a%2Fb", 8, "checkpoint.store", ("neither %",)),
     Case("file://runs", "s3://runs/x?endpoint=h", 8, "checkpoint.store", ("AWS_ENDPOINT_URL_S3",)),
     Case("every: 20", "max_host_bytes: 1Mi, every: 20", 8, "checkpoint.max_host_bytes", ("16Mi",)),
