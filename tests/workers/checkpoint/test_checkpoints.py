@@ -241,6 +241,18 @@ def test_the_same_manifest_twice_is_no_error(store: FileStore, mesh: Mesh) -> No
     assert only(store, ".bin") == manifest.objects[0].key
 
 
+def test_what_was_removed_meanwhile_is_not_committed(store: FileStore, mesh: Mesh) -> None:
+    """As by a clean-up that took it for a leftover."""
+    writer = CheckpointWriter(store, mesh, job())
+    writer.snapshot(make_engine(mesh), state_at(1))
+    writer.wait()
+    store.delete(only(store, ".bin"))
+    with pytest.raises(CheckpointError, match="is not committed; .* holds no bytes instead of"):
+        writer.commit()
+    writer.close()
+    assert committed(store) == []
+
+
 def test_a_gang_that_should_be_dead_commits_nothing(store: FileStore, mesh: Mesh) -> None:
     save(store, mesh, make_engine(mesh), state_at(1), attempt=2)
     before = store.list()

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ringworld_workers.checkpoint.fence import TakenOver
-from ringworld_workers.checkpoint.layout import CheckpointError, Manifest
+from ringworld_workers.checkpoint.layout import CheckpointError, Manifest, StoredObject
 from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
 
 _TRIES = 4
+
+
+def require_objects(store: Store, folder: str, objects: Iterable[StoredObject]) -> None:
+    """See that all of a checkpoint is there, before its manifest says so.
+
+    Each was written without an error; but a clean-up may have taken it for a leftover.
+
+    Raises:
+        StoreError: an object is absent or of another size, or the store failed.
+    """
+    sizes = {info.key: info.size for info in store.list(folder)}
+    for stored in objects:
+        if sizes.get(stored.key) != stored.size:
+            raise StoreError(
+                "commit",
+                f"{store.url}/{stored.key}",
+                f"holds {sizes.get(stored.key, 'no')} bytes instead of {stored.size} after it was "
+                "written; something else writes or removes there",
+            )
 
 
 def publish(store: Store, key: str, manifest: Manifest) -> None:

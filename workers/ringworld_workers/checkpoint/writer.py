@@ -25,7 +25,7 @@ from ringworld_workers.checkpoint.layout import (
     parameter_digest,
 )
 from ringworld_workers.checkpoint.layout import TrainState as TrainState
-from ringworld_workers.checkpoint.publish import publish
+from ringworld_workers.checkpoint.publish import publish, require_objects
 from ringworld_workers.checkpoint.retention import prune
 from ringworld_workers.checkpoint.save_id import SaveId
 from ringworld_workers.checkpoint.snapshot import SnapshotBuffer, share_bytes
@@ -294,6 +294,7 @@ class CheckpointWriter:
             optimizer=save.optimizer,
             state=save.state,
         )
+        require_objects(self._store, save.folder, manifest.objects)
         if self._fence is not None:
             self._fence.check()
         publish(self._store, f"{save.folder}/{MANIFEST}", manifest)

@@ -14,6 +14,7 @@ from ringworld_workers.checkpoint.layout import (
     Manifest,
     StoredObject,
 )
+from ringworld_workers.checkpoint.publish import require_objects
 from ringworld_workers.checkpoint_tools.parallel import in_parallel
 from ringworld_workers.checkpoint_tools.pieces import Piece, pieces_of, read_piece
 from ringworld_workers.checkpoint_tools.verify import describe
@@ -95,15 +96,7 @@ def copy_checkpoint(
         return stored.size
 
     written = list(in_parallel(bring, manifest.objects, _OBJECTS_AT_ONCE, stop))
-    sizes = {info.key: info.size for info in target.list(ref.key)}
-    for stored in manifest.objects:
-        if sizes.get(stored.key) != stored.size:
-            raise StoreError(
-                "copy",
-                f"{target.url}/{stored.key}",
-                f"holds {sizes.get(stored.key, 'no')} bytes instead of {stored.size} after it was "
-                "written; something else writes there",
-            )
+    require_objects(target, ref.key, manifest.objects)
     if not target.put_if_absent(key, data):
         _refuse_another(target, key, data)
     copied = sum(size > 0 for size in written)
