@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ringworld_jobs.load import load_recipe
-from ringworld_jobs.mesh import MeshError, resolve_mesh
+from ringworld_jobs.mesh import MeshError, MeshSize, allowed_meshes, resolve_mesh
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.spec import JobSpec
-from ringworld_model.config import ModelConfig
+from ringworld_model.config import ModelConfig, can_split_heads
 
 __all__ = ["MeshError", "StagePlan", "model_config", "plan_stages", "resolve_mesh"]
 
@@ -35,6 +36,7 @@ class StagePlan:
         num_steps: optimizer steps.
         num_tokens: tokens of the stage, padding included.
         num_parameters: trainable parameters of the model.
+        smaller_meshes: what it may go on with where workers are lacking, the largest first.
     """
 
     index: int
@@ -53,6 +55,7 @@ class StagePlan:
     num_steps: int
     num_tokens: int
     num_parameters: int
+    smaller_meshes: tuple[MeshSize, ...] = ()
 
 
 def plan_stages(spec: JobSpec, recipe: RecipeSpec | None = None) -> list[StagePlan]:
@@ -66,10 +69,12 @@ def plan_stages(spec: JobSpec, recipe: RecipeSpec | None = None) -> list[StagePl
         MeshError: a stage that fits no mesh; ``load_job`` refuses such a job.
         JobSpecError: the recipe is invalid.
     """
-    num_parameters = model_config(spec, recipe).num_parameters()
+    model = model_config(spec, recipe)
+    num_parameters = model.num_parameters()
+    may_split = partial(can_split_heads, model.num_heads, model.num_kv_heads)
     plans = []
     for index, stage in enumerate(spec.stages):
-        mesh = resolve_mesh(stage, spec.resources)
+        mesh, *smaller = allowed_meshes(stage, spec.resources, may_split=may_split)
         rows = stage.rows_per_step
         plans.append(
             StagePlan(
@@ -90,6 +95,7 @@ def plan_stages(spec: JobSpec, recipe: RecipeSpec | None = None) -> list[StagePl
                 num_steps=stage.num_steps,
                 num_tokens=stage.num_steps * rows * stage.context_length,
                 num_parameters=num_parameters,
+                smaller_meshes=tuple(smaller),
             )
         )
     return plans

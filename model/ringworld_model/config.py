@@ -134,6 +134,12 @@ class ModelConfig:
         return self.num_layers * layer + self.hidden_size + text + vision
 
 
+def can_split_heads(num_heads: int, num_kv_heads: int, heads_size: int) -> bool:
+    """Whether ``heads_size`` ranks can share the heads equally; see ``check_head_split``."""
+    fits = num_kv_heads % heads_size == 0 or heads_size % num_kv_heads == 0
+    return num_heads % heads_size == 0 and fits
+
+
 def check_head_split(num_heads: int, num_kv_heads: int, heads_size: int) -> None:
     """Refuse attention heads that ``heads_size`` ranks cannot share equally.
 
@@ -148,13 +154,11 @@ def check_head_split(num_heads: int, num_kv_heads: int, heads_size: int) -> None
     Raises:
         ValueError: they cannot; lists the sizes that can.
     """
-
-    def shared_by(size: int) -> bool:
-        fits = num_kv_heads % size == 0 or size % num_kv_heads == 0
-        return num_heads % size == 0 and fits
-
-    if not shared_by(heads_size):
-        sizes = ", ".join(str(n) for n in range(1, num_heads + 1) if shared_by(n))
+    if not can_split_heads(num_heads, num_kv_heads, heads_size):
+        possible = (
+            n for n in range(1, num_heads + 1) if can_split_heads(num_heads, num_kv_heads, n)
+        )
+        sizes = ", ".join(str(n) for n in possible)
         raise ValueError(
             f"{heads_size} workers cannot split {num_heads} query heads and {num_kv_heads} key "
             f"heads equally; take one of {sizes}"

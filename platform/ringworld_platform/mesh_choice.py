@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ringworld_jobs.mesh import MeshSize, shrink_mesh
 from ringworld_jobs.spec import JobSpec
-from ringworld_model.config import check_head_split
+from ringworld_model.config import can_split_heads
 from ringworld_platform.stage_setup import mesh_of
 
 
@@ -125,11 +125,7 @@ class MeshChoice:
         return shrink_mesh(stage, self._spec.resources, there, may_split=self._may_split)
 
     def _may_split(self, heads_size: int) -> bool:
-        try:
-            check_head_split(self._model.num_heads, self._model.num_kv_heads, heads_size)
-        except ValueError:
-            return False
-        return True
+        return can_split_heads(self._model.num_heads, self._model.num_kv_heads, heads_size)
 
 
 def _difference(wanted: MeshSize, smaller: MeshSize) -> str:

@@ -18,6 +18,7 @@ from ringworld_jobs.mesh import (
     resolve_mesh,
     shrink_mesh,
 )
+from ringworld_jobs.plan import plan_stages
 from ringworld_jobs.spec import ResourcesSpec, StageSpec
 
 
@@ -146,6 +147,14 @@ def test_a_split_of_the_heads_shrinks_to_what_the_model_allows() -> None:
     assert allowed_meshes(stage(2**12, 6), workers(2, 8)) == [
         MeshSize(1, rings) for rings in (6, 3, 2)
     ]
+
+
+def test_a_plan_tells_the_smaller_meshes(tmp_path: Path) -> None:
+    text = DEFAULTS.replace("defaults:", "resources: {workers: {min: 2, max: 8}}\ndefaults:")
+    (tmp_path / "job.yaml").write_text(text)
+    plans = plan_stages(load_job(tmp_path / "job.yaml", check_files=False))
+    assert [plan.world_size for plan in plans] == [8, 4]
+    assert [[mesh.world_size for mesh in plan.smaller_meshes] for plan in plans] == [[4, 2], [2]]
 
 
 @given(

@@ -92,7 +92,7 @@ def _kind(path: Path) -> str | None:
 def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
     from rich.table import Table
 
-    from ringworld_jobs.units import format_tokens
+    from ringworld_jobs.units import format_seconds, format_tokens
     from ringworld_platform.formatting import mesh_heading, mesh_text, quantity
 
     workers = max(plan.world_size for plan in plans)
@@ -104,8 +104,9 @@ def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
     mesh = mesh_heading(plan.heads_size for plan in plans)
-    headings = ("stage", "context", "rope theta", mesh, "per worker", "rows", "steps")
-    for heading in (*headings, "tokens"):
+    shrinks = any(plan.smaller_meshes for plan in plans)
+    headings = ["stage", "context", "rope theta", mesh, *["at least"] * shrinks, "per worker"]
+    for heading in (*headings, "rows", "steps", "tokens"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for plan in plans:
         table.add_row(
@@ -113,12 +114,29 @@ def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
             format_tokens(plan.context_length),
             f"{plan.rope_theta:g}",
             mesh_text(plan.ring_size, plan.heads_size, plan.data_parallel_size),
+            *[_smallest(plan)] * shrinks,
             format_tokens(plan.local_length),
             str(plan.rows_per_step),
             str(plan.num_steps),
             quantity(plan.num_tokens),
         )
     console.print(table)
+    if shrinks:
+        console.print(
+            f"where nodes are lacking for {format_seconds(spec.recovery.shrink_after)}, a stage "
+            f"goes on with fewer workers (resources.workers.min is {spec.resources.workers.min})",
+            style="dim",
+        )
+
+
+def _smallest(plan: StagePlan) -> str:
+    """The least that a stage may run on."""
+    from ringworld_platform.formatting import mesh_text
+
+    if not plan.smaller_meshes:
+        return mesh_text(plan.ring_size, plan.heads_size, plan.data_parallel_size)
+    mesh = plan.smaller_meshes[-1]
+    return mesh_text(mesh.ring_size, mesh.heads_size, mesh.data_parallel_size)
 
 
 def run(
