@@ -1,29 +1,24 @@
-"""Room on the cluster: how many workers of a kind it holds, how many it could start now."""
+"""Room on the cluster, as Ray tells it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
+from ray._private import state as ray_state
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental import internal_kv
 
 from ringworld_platform.drain import draining_nodes
+from ringworld_platform.room import Bundle, Room, count
 
+__all__ = ["Bundle", "Capacity", "Cluster", "NodeRoom", "capacity", "cluster", "has_gpus"]
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """Resources of one worker."""
-
-    cpus: int
-    gpus: int = 0
-
-    def resources(self) -> dict[str, float]:
-        """As a placement group's bundle."""
-        return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
-
-    def count_in(self, resources: dict[str, float]) -> int:
-        """How many of these fit into resources."""
-        by_cpu = int(resources.get("CPU", 0) // self.cpus)
-        return min(by_cpu, int(resources.get("GPU", 0) // self.gpus)) if self.gpus else by_cpu
+MAX_GROWTH = 256
+"""More nodes of a type than this are not reckoned with at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +28,95 @@ class Capacity:
     total: int
     free: int
 
-    def shortage(self, size: int, bundle: Bundle) -> str:
-        """Why ``size`` bundles do not start now, in one line."""
-        kind = f"GPU bundles of 1 GPU and {bundle.cpus}" if bundle.gpus else "CPU bundles of"
-        needs = f"needs {size} {kind} CPUs" if bundle.gpus else f"needs {size} {kind} {bundle.cpus}"
-        if self.total < size:
-            return (
-                f"{needs}; the cluster has {self.total} in all, so it will never start on these "
-                "nodes: add nodes, or shrink the stage's mesh or resources.cpus_per_worker"
-            )
-        return f"{needs}; the cluster has {self.free} free of {self.total}"
+
+@dataclass(frozen=True, slots=True)
+class NodeRoom:
+    """What a node has, and what of it nobody uses."""
+
+    total: Room
+    free: Room
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The nodes, and what may come.
+
+    Attributes:
+        nodes: by id.
+        growth: nodes that an autoscaler may add, by names of their own; None where it may add some
+            that Ray does not tell.
+    """
+
+    nodes: Mapping[str, NodeRoom]
+    growth: Mapping[str, Room] | None
 
 
 def capacity(bundle: Bundle) -> Capacity:
-    """Count a bundle's places on the nodes that are alive, and stay."""
-    leaving = draining_nodes()
-    total = sum(
-        bundle.count_in(node["Resources"])
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in leaving
+    """Count a bundle's places on the nodes that are alive and stay."""
+    nodes = _nodes().values()
+    return Capacity(
+        count(bundle, [node.total for node in nodes]), count(bundle, [node.free for node in nodes])
     )
-    return Capacity(total, min(total, bundle.count_in(ray.available_resources())))
+
+
+def cluster(*, fixed: bool = False) -> Cluster:
+    """The cluster now.
+
+    Args:
+        fixed: it is known that no autoscaler adds nodes.
+    """
+    nodes = _nodes()
+    return Cluster(nodes, {} if fixed else _growth(nodes))
 
 
 def has_gpus() -> bool:
     """Whether any node has a GPU."""
     return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def _nodes() -> dict[str, NodeRoom]:
+    """The nodes that are alive. One that Ray drains is none: what is on it must go."""
+    free = ray_state.available_resources_per_node()
+    draining = draining_nodes()
+    return {
+        node["NodeID"]: NodeRoom(_room(node["Resources"]), _room(free.get(node["NodeID"], {})))
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining
+    }
+
+
+def _growth(nodes: Mapping[str, NodeRoom]) -> dict[str, Room] | None:
+    """The nodes that an autoscaler may still add; none where there is no autoscaler.
+
+    Ray does not tell of which type a node is: each one of a type's size is taken for one of it.
+    """
+    config = ray_state.state.get_cluster_config()
+    if config is None:
+        return None if _autoscales() else {}
+    there = [node.total for node in nodes.values()]
+    found: dict[str, Room] = {}
+    for group in config.node_group_configs:
+        room = _room(dict(group.resources))
+        # Ray's word for "no limit" is -1.
+        most = MAX_GROWTH if group.max_count < 0 else min(MAX_GROWTH, group.max_count)
+        more = max(0, most - there.count(room))
+        found |= {f"{group.name} {number}": room for number in range(1, more + 1)}
+    return found
+
+
+def _autoscales() -> bool:
+    """Whether the nodes may be an autoscaler's; in doubt, yes.
+
+    Without one, Ray makes up a node type of its own for each node, named by the node's id.
+    """
+    if is_autoscaler_v2():
+        return True
+    report = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    if not report:
+        return True
+    types = json.loads(report).get("autoscaler_report", {}).get("active_nodes") or {}
+    return not all(name.startswith("node_") for name in types)
+
+
+def _room(resources: Mapping[str, float]) -> Room:
+    return Room(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))

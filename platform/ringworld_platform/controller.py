@@ -21,14 +21,17 @@ from ringworld_jobs.load import load_job
 from ringworld_jobs.problem import JobSpecError
 from ringworld_jobs.resolve import resolved_yaml, spec_digest
 from ringworld_jobs.spec import JobSpec
+from ringworld_platform.capacity import cluster
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+from ringworld_platform.fit import refuse_unfit
+from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.job_runner import JobRunner, RunnerConfig
 from ringworld_platform.live_run import LiveRun, claim, this_owner
 from ringworld_platform.run_claims import RunClaims, check_store
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE
 from ringworld_platform.run_state import JobRecord, RunState, RunStates, next_attempt
-from ringworld_platform.waiting_line import WaitingLine
+from ringworld_platform.stage_setup import device_of
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +64,14 @@ class Controller:
         logging.basicConfig(level=logging.INFO)
         self._config = config
         self._lock = threading.RLock()
-        self._line = WaitingLine()
+        self._cluster = partial(cluster, fixed=config.runner.one_shot)
+        self._line = JobQueue(self._cluster)
         self._runners: dict[Path, JobRunner] = {}
         self._troubles: dict[str, str] = {}
         self._closing = threading.Event()
         self._roots = self._load_roots()
-        self._take_up()
+        with self._line.closed():
+            self._take_up()
         if not config.runner.one_shot:
             threading.Thread(target=self._adopt_forever, name="adopt", daemon=True).start()
 
@@ -81,6 +86,7 @@ class Controller:
             The run's id.
 
         Raises:
+            JobTooLarge: the cluster can never hold it.
             StoreRefused: its checkpoints could not be written; nothing is left behind.
         """
         job = JobSpec.model_validate(spec)
@@ -89,6 +95,7 @@ class Controller:
             same = self._same(RunStates(Path(runs_root)), job, digest)
         if same is None:
             # May take seconds: others are not kept waiting for it.
+            refuse_unfit(job, self._cluster(), gpus=device_of(job) == "cuda")
             check_store(job)
         with self._lock:
             states = self._states(runs_root)

@@ -32,7 +32,7 @@ STATE_STYLES = {
 EVENT_STYLES = {"error": "red", "failure": "red", "restart": "yellow", "warning": "yellow"}
 LINES_PER_STAGE = 10
 CHART_HEIGHT = 5
-_COUNT = re.compile(r" \d+/\d+$")
+_COUNT = re.compile(r" \d+/\d+$|; waiting \d+ min$|; \d+ of \d+ (is|are) free.*$")
 
 
 class Display(Protocol):

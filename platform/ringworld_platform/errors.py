@@ -25,3 +25,7 @@ class StoreRefused(PlatformError):
 
 class RunFolderError(PlatformError):
     """The run's folder cannot be written."""
+
+
+class JobTooLarge(PlatformError):
+    """The cluster can never hold the job."""

@@ -23,10 +23,10 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ringworld_platform.capacity import Bundle, capacity
 from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
 from ringworld_platform.outboxes import Hearer, Outboxes
 from ringworld_platform.recovery import Failure, FailureKind
+from ringworld_platform.room import Bundle, Places
 from ringworld_platform.stall import diagnose
 from ringworld_workers.actor import Identity, RingWorkerActor, WorkerFailure
 from ringworld_workers.stage_job import StageJob
@@ -34,10 +34,9 @@ from ringworld_workers.stage_job import StageJob
 log = logging.getLogger(__name__)
 
 NAMESPACE = "ringworld"
+NODE_LABEL = "ray.io/node-id"
 ROOM_SECONDS = 0.2
 WATCH_SECONDS = 0.1
-# Shorter than this, a wait is not worth telling: the last gang's resources are just coming back.
-WAITING_SECONDS = 2.0
 GRACE_SECONDS = 0.3
 START_TIMEOUT_SECONDS = 300.0
 DRAIN_SECONDS = 2.0
@@ -55,9 +54,6 @@ class GangFailed(Exception):
 
 class Listener(Hearer, Protocol):
     """Hears a gang while it works. Exceptions that it raises end the gang's work."""
-
-    def waiting(self, reason: str, possible: bool) -> None:
-        """The cluster has no room yet; ``possible`` is False if it never will as it is."""
 
     def tick(self) -> None:
         """Called several times a second."""
@@ -107,23 +103,47 @@ class Gang:
         """End every worker, however the block ended."""
         self.close()
 
-    def acquire(self) -> None:
-        """Wait until the cluster has room for all workers at once, and take it.
+    def acquire(self, places: Places, still: Callable[[], bool]) -> bool:
+        """Take room for all workers at once, on these nodes.
 
-        There is no deadline: the listener hears the reason again and again, and may raise.
+        Args:
+            places: workers by node id, as many as the gang has.
+            still: whether it is still meant to be; asked several times a second.
+
+        Returns:
+            Whether it was there; if not, nothing is held.
         """
+        self.give_back()
         bundles = [self.spec.bundle.resources()] * self.spec.size
-        self._group = placement_group(bundles, strategy="PACK", name=self.spec.name)
+        nodes = [{NODE_LABEL: node} for node, number in places.items() for _ in range(number)]
+        self._group = placement_group(
+            bundles, strategy="PACK", name=self.spec.name, bundle_label_selector=nodes
+        )
         asked = time.monotonic()
         while placement_group_table(self._group).get("state") != "CREATED":
-            waited = time.monotonic() - asked
-            time.sleep(min(ROOM_SECONDS, 0.01 + waited / 4))
+            time.sleep(min(ROOM_SECONDS, 0.01 + (time.monotonic() - asked) / 4))
             self._listener.tick()
-            if waited > WAITING_SECONDS:
-                room = capacity(self.spec.bundle)
-                self._listener.waiting(
-                    room.shortage(self.spec.size, self.spec.bundle), room.total >= self.spec.size
-                )
+            if not still():
+                self.give_back()
+                return False
+        return True
+
+    def ask_for_nodes(self, asks: bool) -> None:
+        """Let Ray's autoscaler know what is waited for, or no longer.
+
+        A placement group that finds no room makes it add nodes; that group is never used.
+        """
+        if asks and self._group is None:
+            bundles = [self.spec.bundle.resources()] * self.spec.size
+            self._group = placement_group(bundles, strategy="PACK", name=self.spec.name)
+        elif not asks:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Let go of the room, before the workers start."""
+        group, self._group = self._group, None
+        if group is not None:
+            _quietly(remove_placement_group, group)
 
     def start(self, job: StageJob, *, num_threads: int, collective_timeout_seconds: float) -> None:
         """Start the workers, sort them, let them meet, and lay out the mesh.

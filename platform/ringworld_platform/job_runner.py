@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,23 @@ from ringworld_platform.capacity import Bundle, capacity
 from ringworld_platform.drain import DrainWatch, Notice
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
+from ringworld_platform.job_queue import Answer, JobQueue
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
 from ringworld_platform.recovery import Failure, FailureKind, decide
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
+from ringworld_platform.scheduler import Demand
 from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
 from ringworld_platform.tracking import Tracker
-from ringworld_platform.waiting_line import Place, WaitingLine
 from ringworld_workers.recorder import Entry, Progress
 from ringworld_workers.store.base import StoreError
 
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.2
+# A shorter wait is not worth telling: the last gang's resources are just coming back.
+TELL_SECONDS = 1.0
 # Shorter than LEASE_SECONDS: nobody takes a run over while its last metrics are sent.
 FINISH_SECONDS = 20.0
 # A collective may fail by itself only after the watch has had its chance to name the culprit.
@@ -60,6 +64,10 @@ class JobStopped(Exception):
     """The user asked the job to stop, and it has; the text says if its state was not saved."""
 
 
+class JobPreempted(Exception):
+    """The run has made way for another; it goes on when there is room again."""
+
+
 class JobReleased(Exception):
     """The controller is going away; another one will go on."""
 
@@ -71,7 +79,7 @@ class JobFailed(Exception):
 class JobRunner:
     """Runs one job in a thread of its own; it is the listener of the job's gangs."""
 
-    def __init__(self, live: LiveRun, line: WaitingLine, config: RunnerConfig) -> None:
+    def __init__(self, live: LiveRun, line: JobQueue, config: RunnerConfig) -> None:
         """Take a claimed run; ``start`` begins."""
         self.live, self._line, self._config = live, line, config
         self.spec: JobSpec = live.spec
@@ -81,6 +89,9 @@ class JobRunner:
         self._tracker: Tracker | None = None
         self._training: Gang | None = None
         self._stop_sent = False
+        self._way: Demand | None = None
+        """The run that the gang makes way for."""
+        self._preempted = ""
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
         self._choosing: Bundle | None = None
         """Of the workers for which a stage's gang waits."""
@@ -138,6 +149,7 @@ class JobRunner:
             self._try(lambda: live.folder.append_log(0, [traceback.format_exc()]))
             self._end(RunState.FAILED, f"controller: {type(error).__name__}: {error}")
         finally:
+            self._line.leave(live.run_id)
             if self._tracker is not None:
                 # A run that goes on elsewhere has a tracker there.
                 self._tracker.abandon()
@@ -150,6 +162,7 @@ class JobRunner:
     def _end(self, state: RunState, reason: str) -> None:
         """Reach a terminal state, even if the disk refuses to hear of it."""
         live = self.live
+        self._line.leave(live.run_id)
         live.gang_ended()
         error = reason if state is RunState.FAILED else None
         # The tracker's last words may take longer than a silent owner's lease.
@@ -203,8 +216,19 @@ class JobRunner:
                 return
             except MeshChanged:
                 continue
+            except JobPreempted as preempted:
+                self._step_aside(str(preempted))
             except GangFailed as failed:
                 self._recover(self._explained(failed.failure))
+
+    def _step_aside(self, reason: str) -> None:
+        """Back to the line, with nothing lost and no restart counted."""
+        live = self.live
+        live.gang_ended()
+        live.event("preempted", reason)
+        live.set_fields(state=RunState.QUEUED, reason=reason, attempt=next_attempt(live.record))
+        live.save()
+        self._preempted = f"{reason}; "
 
     def _explained(self, failure: Failure) -> Failure:
         """A loss that was announced, as what it is."""
@@ -289,6 +313,8 @@ class JobRunner:
         live.gang_ended()
         if results[0].get("status") == "stopped":
             live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
+            if self._way is not None and not self._stop.is_set():
+                raise JobPreempted(self._made_way(self._way, results[0]))
             if self._notice is not None and not self._stop.is_set():
                 text = f"{self._notice.text}; saved step {results[0].get('step')}"
                 raise GangFailed(Failure(FailureKind.TAKEN_AWAY, text))
@@ -309,40 +335,66 @@ class JobRunner:
             prepare_function=self._config.prepare_function,
         )
         self._stop_sent = False
-        self._notice = None
+        self._notice = self._way = None
         try:
             with Gang(spec, self) as gang:
                 yield gang
         finally:
             self._training = self._choosing = None
+            # Its room is kept until it asks again, or leaves.
+            self._line.pause(self.live.run_id)
 
     def _acquire(self, gang: Gang) -> None:
-        """Wait for our turn, then for room."""
-        record = self.live.record
-        place = Place(record.run_id, record.priority, record.submitted)
-        self._line.join(place)
-        try:
-            while (ahead := self._line.ahead(record.run_id)) is not None:
-                self.live.set_state(RunState.QUEUED, f"behind {ahead}, which waits for workers")
-                self._stop.wait(TURN_SECONDS)
-                self.tick()
-            gang.acquire()
-        finally:
-            self._line.leave(record.run_id)
+        """Wait in the line until it is our turn and there is room for the whole gang."""
+        live, line, run_id = self.live, self._line, self.live.run_id
+        record, spec = live.record, gang.spec
+        line.ask(Demand(run_id, record.priority, record.submitted, spec.size, spec.bundle))
+        asked = time.monotonic()
+        while True:
+            answer = line.answer(run_id)
+            if (places := answer.places) is not None:
+                granted = partial(line.grants, run_id, places)
+                if gang.acquire(places, granted) and line.hold(
+                    run_id, places, lambda: live.record.eta_seconds
+                ):
+                    break
+                gang.give_back()
+            else:
+                gang.ask_for_nodes(answer.asks)
+                self._waiting(answer, time.monotonic() - asked)
+            self._stop.wait(TURN_SECONDS)
+            self.tick()
+        self._preempted = ""
+        live.set_fields(place=None, start_seconds=None, waiting_since=None)
 
-    def waiting(self, reason: str, possible: bool) -> None:
-        """The gang does not start; say why, or give up where nothing can change.
+    def _waiting(self, answer: Answer, waited_seconds: float) -> None:
+        """Say why the gang does not start, or give up where nothing can change.
 
         Raises:
             MeshChanged: the stage has waited long enough, and can do with fewer workers.
         """
+        wait, live = answer.wait, self.live
+        if wait is None:
+            return
+        reason = wait.reason
         if self._choosing is not None:
-            reason = self._meshes.waiting(capacity(self._choosing).total, reason)
-        if not possible and self._config.one_shot:
+            reason = self._meshes.waiting(answer.room, reason)
+        if not wait.possible and self._config.one_shot:
             raise JobFailed(reason)
-        record = self.live.record
-        self._line.join(Place(record.run_id, record.priority, record.submitted, possible))
-        self.live.set_state(RunState.WAITING, reason)
+        if waited_seconds < TELL_SECONDS:
+            return
+        reason = self._preempted + reason
+        first = wait.place == 1 or not wait.possible
+        if live.record.waiting_since is None:
+            live.set_fields(waiting_since=time.time() - waited_seconds)
+            live.set_state(RunState.WAITING if first else RunState.QUEUED, reason)
+        # What changes all the time is no event, and saved with the next beat only.
+        live.show(
+            state=RunState.WAITING if first else RunState.QUEUED,
+            reason=reason,
+            place=wait.place,
+            start_seconds=wait.start_seconds,
+        )
 
     def entries(self, rank: int, entries: Sequence[Entry]) -> None:
         """Log what a rank has said."""
@@ -379,14 +431,39 @@ class JobRunner:
             self._stop.set()
         self._look_for_drains()
         if not self._stop.is_set():
+            self._make_way()
             return
         if self._training is None:
             # No step is under way: there is nothing to save.
             raise JobStopped
         if not self._stop_sent:
             self._stop_sent = True
+            self._line.leaving(self.live.run_id)
             self._training.request_stop()
             self.live.set_state(RunState.STOPPING, "saves a checkpoint before its next step")
+
+    def _make_way(self) -> None:
+        """Save and let go of the workers, if a run of a higher priority needs them."""
+        live = self.live
+        way = self._line.asked_to_leave(live.run_id) if self._way is None else None
+        if way is None:
+            return
+        self._way = way
+        self._line.leaving(live.run_id)
+        if self._training is None:
+            # No step is under way: there is nothing to save.
+            raise JobPreempted(self._made_way(way, {}))
+        self._training.request_stop()
+        text = f"saves a checkpoint to make way for {way.run_id} (priority {way.priority})"
+        live.set_state(RunState.STOPPING, text)
+
+    def _made_way(self, way: Demand, result: Mapping[str, Any]) -> str:
+        by = f"preempted by {way.run_id} (priority {way.priority})"
+        if unsaved := result.get("unsaved"):
+            return f"{by}; {unsaved}"
+        if "step" in result:
+            return f"{by} at step {result['step']}; goes on from its checkpoint"
+        return f"{by} before its first step"
 
     def _look_for_drains(self) -> None:
         gang = self._training

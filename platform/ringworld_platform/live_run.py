@@ -96,6 +96,12 @@ class LiveRun:
         with self._lock:
             self._assign(**fields)
 
+    def show(self, **fields: Any) -> None:
+        """Change fields that need no save of their own; the next beat's has them."""
+        with self._lock:
+            for name, value in fields.items():
+                setattr(self.record, name, value)
+
     def touch(self) -> None:
         """Save what has changed, at most once a second, and say now and then that we live."""
         age = time.monotonic() - self._saved_at

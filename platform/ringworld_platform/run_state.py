@@ -28,7 +28,7 @@ _MAX_RACES = 50
 _HIDDEN = frozenset(
     {
         *("spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner"),
-        *("priority", "uid", "take_older"),
+        *("uid", "take_older"),
     }
 )
 
@@ -112,6 +112,12 @@ class JobRecord(BaseModel):
     uid: str = ""
     """Unlike for any two runs, also of the same id; empty in records that had none."""
     priority: int = 0
+    place: int | None = None
+    """Place in the line of runs that want workers, from 1; None for a run that is not in it."""
+    start_seconds: float | None = None
+    """Estimate of how long it will still wait there, if that is known."""
+    waiting_since: float | None = None
+    """Since when it waits, seconds since the epoch."""
     stages_done: int = 0
     """Stages that are finished; the next one to run has this index."""
     stop_requested: bool = False
@@ -136,6 +142,10 @@ class JobRecord(BaseModel):
     def to_status(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         status = self.model_dump(mode="json", exclude=set(_HIDDEN))
+        if self.waiting_since is not None and not self.terminal:
+            minutes = int(time.time() - self.waiting_since) // 60
+            if minutes:
+                status["reason"] += f"; waiting {minutes} min"
         if self.abandoned():
             status["reason"] = (
                 f"no controller runs it any more; `ringworld resume {self.run_id}` continues it"

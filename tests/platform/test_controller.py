@@ -14,9 +14,10 @@ import pytest
 
 from ringworld_jobs.resolve import spec_digest
 from ringworld_jobs.spec import JobSpec
+from ringworld_platform.capacity import cluster
 from ringworld_platform.client import Client, absolute_paths, runs_root_of
 from ringworld_platform.cluster import local_cluster
-from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+from ringworld_platform.errors import JobTooLarge, PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
 
@@ -249,16 +250,18 @@ def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
     assert steps == list(range(1, 41)), "no step twice, none left out"
 
 
-def test_a_job_that_cannot_fit_says_so(client: Client, tmp_path: Path) -> None:
-    run_id = client.submit(job(tmp_path, name="huge", stages=(("1k", 32, 1),), fewest=32))
+def test_a_job_that_can_never_fit_is_refused(client: Client, tmp_path: Path) -> None:
+    huge = job(tmp_path, name="huge", stages=(("1k", 32, 1),), fewest=32)
+    wide = job(tmp_path, name="wide").resources.model_copy(update={"cpus_per_worker": 64})
 
-    status = wait_until(
-        lambda: (s := client.status(run_id))["state"] == "WAITING" and s, "huge waits"
-    )
-    assert "needs 32 CPU bundles of 1; the cluster has 4 in all" in status["reason"]
-    assert "never start" in status["reason"]
-    client.stop(run_id)
-    assert client.wait(run_id, timeout_seconds=WAIT_SECONDS)["state"] == "STOPPED"
+    # Ray's word that no autoscaler is there comes some seconds after its start.
+    wait_until(lambda: cluster().growth == {}, "Ray knows that nobody adds nodes")
+    with pytest.raises(JobTooLarge, match=r"stages\[0\] \(1k\) needs 32 CPU bundles of 1 CPU"):
+        client.submit(huge)
+    with pytest.raises(JobTooLarge, match="cpus_per_worker = 64: the largest node has 4 CPUs"):
+        client.submit(job(tmp_path, name="wide").model_copy(update={"resources": wide}))
+
+    assert RunStates(tmp_path).all() == [], "no run has come of it"
 
 
 def test_a_killed_controller_goes_on_with_its_jobs(client: Client, tmp_path: Path) -> None:

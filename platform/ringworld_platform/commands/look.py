@@ -23,7 +23,6 @@ from ringworld_platform.console import err, out
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ringworld_platform.run_records import Record
     from ringworld_platform.run_view import OpenView
 
 FOLLOW_SECONDS = 0.5
@@ -70,12 +69,12 @@ def status(
 
 
 def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json = False) -> None:
-    """List every run, oldest first."""
-    from rich.markup import escape
-    from rich.table import Table
+    """List every run, oldest first, and the line of those that wait for workers.
 
-    from ringworld_platform.display import STATE_STYLES, stage_number
-    from ringworld_platform.formatting import loss
+    A run that waits has its place in the line, what it is short of, and when it is likely to start,
+    where those ahead of it know how long they will take.
+    """
+    from ringworld_platform.run_list import runs_table
     from ringworld_platform.run_view import open_view
 
     with open_view(runs, address) as opened:
@@ -87,20 +86,7 @@ def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json 
         if not found:
             out().print("no runs yet; start one with [cyan]ringworld run JOB.yaml[/cyan]")
             return
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for heading in ("run", "state", "stage", "step", "loss", "why"):
-            table.add_column(heading, no_wrap=heading != "why")
-        for run in found:
-            state = str(run.get("state"))
-            table.add_row(
-                escape(str(run["run_id"])),
-                f"[{STATE_STYLES.get(state, 'bold')}]{state}[/]",
-                f"{run.get('stage') or '-'} ({stage_number(run)})",
-                f"{run.get('step')}/{run.get('num_steps')}",
-                loss(run.get("loss")),
-                escape(_why(run)),
-            )
-        out().print(table)
+        out().print(runs_table(found))
 
 
 def watch(job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = None) -> None:
@@ -181,12 +167,6 @@ def report(
     console = out()
     console.print(render_terminal(build_report(folder)))
     console.print(f"\nreport: {write_report(folder)}", markup=False)
-
-
-def _why(run: Record) -> str:
-    """Why a run is in its state: what failed it, else its reason; an error it got over is past."""
-    failed = run.get("state") == "FAILED"
-    return str((run.get("error") if failed else None) or run.get("reason") or "")
 
 
 def _say_where(opened: OpenView) -> None:
