@@ -38,8 +38,8 @@ class ForwardPass(Protocol):
         """Return out and lse.
 
         Returns:
-            out [B, T, H, D] in q's dtype, 0 where a token saw nothing; lse [B, H, T] in fp32 (fp64
-            for fp64 inputs), -inf there.
+            out [B, T, H, D] in q's dtype, or in that of the sums for the caller to round, 0 where
+            a token saw nothing; lse [B, H, T] in fp32 (fp64 for fp64 inputs), -inf there.
         """
 
 
@@ -60,7 +60,7 @@ class BackwardPass(Protocol):
         """
 
     def finish(self) -> torch.Tensor:
-        """Return dq [B, T, H, D] in q's dtype."""
+        """Return dq [B, T, H, D], in q's dtype or in that of the sums."""
 
 
 class RingKernel(Protocol):

@@ -26,9 +26,11 @@ from ringworld_model.ring.parcel import (
     unpack,
 )
 
-# What dK takes of one chunk, in bytes of the accumulator. Less costs kernel calls on CPU, and on a
-# device that computes heads side by side it leaves too few of them, and too small messages.
-_CHUNK_BYTES = {"cpu": 4 << 20}
+# What dK takes, in bytes of the accumulator: of all heads, at most, to be one chunk; and of one
+# chunk where it is more. Smaller chunks cost kernel calls on CPU, some 0.1 ms a rectangle beside
+# the kernel's own time (measured), and on a device that computes heads side by side they leave too
+# few of them, and too small messages.
+_WHOLE_BYTES, _CHUNK_BYTES = {"cpu": 4 << 20}, {"cpu": 8 << 20}
 _DEVICE_CHUNK_BYTES = 64 << 20
 
 Moment = tuple[list[Parcel], list[Parcel]]
@@ -57,11 +59,14 @@ def ring_forward(
         v: [B, T, Hkv, D], likewise.
 
     Returns:
-        See ``ForwardPass.finish``.
+        out [B, T, H, D] in q's dtype; lse [B, H, T]; see ``ForwardPass.finish``.
     """
-    chunks, pool = _chunks(q, k), Pool(k.dtype)
+    chunks = _chunks(q, k)
+    # What is packed, and what comes.
+    pool = Pool(k[:, :, chunks[0][1]], k.dtype, 2)
     if len(chunks) == 1:
-        return _forward(call, pool, q, k, v)
+        out, lse = _forward(call, pool, q, k, v)
+        return out.to(q.dtype), lse
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
     for heads, kv_heads in chunks:
@@ -98,12 +103,14 @@ def ring_backward(
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
-    pool, sums = Pool(k.dtype), Pool(lse.dtype)
-    for heads, kv_heads in _chunks(q, k):
+    chunks = _chunks(q, k)
+    # This rank's own gradients; what is packed, and what comes. In a ring of two keys are done with
+    # before gradients travel.
+    pool = Pool(k[:, :, chunks[0][1]], lse.dtype, 1 if call.ring.size == 1 else 3)
+    for heads, kv_heads in chunks:
         dq[:, :, heads], own = _backward(
             call,
             pool,
-            sums,
             grad_out[:, :, heads],
             q[:, :, heads],
             k[:, :, kv_heads],
@@ -112,7 +119,7 @@ def ring_backward(
             lse[:, heads],
         )
         dk[:, :, kv_heads], dv[:, :, kv_heads] = own
-        sums.give(own[0])
+        pool.give(own[0])
     return dq, dk, dv
 
 
@@ -138,7 +145,6 @@ def _forward(
 def _backward(
     call: RingCall,
     pool: Pool,
-    sums: Pool,
     grad_out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -146,15 +152,12 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, Pair]:
-    """``ring_backward`` of one chunk: dq, and the sums of dk and dv.
-
-    Keys travel in memory of ``pool``, gradients in that of ``sums``, in which the sums lie too.
-    """
+    """``ring_backward`` of one chunk: dq, and the sums of dk and dv, which lie in the pool."""
     with call.stats.computing(q.device):
         mine = call.kernel.backward(call.ring.rank, call.rows, grad_out, q, out, lse, call.scale)
     exchange = Exchange(call.ring, call.stats)
     keys = _Keys(call, pool, k, v)
-    gradients = _Gradients(call, sums, k)
+    gradients = _Gradients(call, pool, k, lse.dtype)
     for step in range(call.ring.size):
         moment = zip(keys.leave(step), gradients.leave(step), strict=True)
         exchange.post(*(first + second for first, second in moment))
@@ -203,7 +206,8 @@ class _Keys:
             sent = pack(self.pair, leaving, self._pool)
             self._packed = None if is_parcel(self.pair, leaving) else sent
         coming = _loads(self._call, "keys_in", step + 1)
-        self._coming = empty_parcel(self.pair[0], coming, self._pool)
+        like = self.pair[0]
+        self._coming = empty_parcel(like, like.dtype, coming, self._pool)
         return (
             [Parcel(Message.KEYS_VALUES, sent, rank + 1)],
             [Parcel(Message.KEYS_VALUES, self._coming, rank - 1)],
@@ -218,7 +222,7 @@ class _Keys:
             return
         loads, like = _loads(self._call, "keys_in", step + 1), self.pair[0]
         if self._room is None and not is_complete(loads, like.shape[1]):
-            self._room = self._pool.take(like)
+            self._room = self._pool.take(like, like.dtype)
         room = self.pair if self._room is None else as_pair(self._room, like)
         self.pair = unpack(self._came, room, loads)
         self._pool.give(self._kept)
@@ -238,9 +242,9 @@ class _Gradients:
             after the last arrival.
     """
 
-    def __init__(self, call: RingCall, pool: Pool, k: torch.Tensor) -> None:
-        self._call, self._pool, self._like = call, pool, k
-        self.own = as_pair(pool.take(k).zero_(), k)
+    def __init__(self, call: RingCall, pool: Pool, k: torch.Tensor, dtype: torch.dtype) -> None:
+        self._call, self._pool, self._like, self._dtype = call, pool, k, dtype
+        self.own = as_pair(pool.take(k, dtype).zero_(), k)
         self._share = self.own
         # Of the pool: the share, what is packed, and what comes onward and home.
         self._flat: torch.Tensor | None = None
@@ -252,7 +256,7 @@ class _Gradients:
         # Nothing is added at a step after which no gradient leaves.
         ways = ("gradients_out", "home_out")
         if step > 0 and any(load.spans for way in ways for load in _loads(self._call, way, step)):
-            self._flat = self._pool.take(self._like).zero_()
+            self._flat = self._pool.take(self._like, self._dtype).zero_()
             self._share = as_pair(self._flat, self._like)
         return self._share
 
@@ -273,8 +277,10 @@ class _Gradients:
         self._flat = None
         self._share = self.own
         coming = _loads(self._call, "gradients_in", step) if step < size else []
-        self._onward = empty_parcel(self._like, coming, self._pool)
-        self._home = empty_parcel(self._like, _loads(self._call, "home_in", before), self._pool)
+        home = _loads(self._call, "home_in", before)
+        self._onward, self._home = (
+            empty_parcel(self._like, self._dtype, loads, self._pool) for loads in (coming, home)
+        )
         return (
             [
                 Parcel(Message.GRADIENTS, onward, rank + 1),
@@ -307,10 +313,14 @@ def _chunks(q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice]]:
     """Query heads and key heads of each chunk; follows from shapes that all ranks share."""
     batch, length, kv_heads, width = k.shape
     head_bytes = batch * length * width * accumulator(k.dtype).itemsize
-    most = max(1, _CHUNK_BYTES.get(k.device.type, _DEVICE_CHUNK_BYTES) // head_bytes)
-    count = -(-kv_heads // most)
+    device = k.device.type
+    count = 1
+    if kv_heads * head_bytes > _WHOLE_BYTES.get(device, _DEVICE_CHUNK_BYTES):
+        most = max(1, _CHUNK_BYTES.get(device, _DEVICE_CHUNK_BYTES) // head_bytes)
+        count = min(kv_heads, max(2, -(-kv_heads // most)))
     ratio = q.shape[2] // kv_heads
-    bounds = [kv_heads * at // count for at in range(count + 1)]
+    # The largest first, in whose memory the others find room.
+    bounds = [-(-kv_heads * at // count) for at in range(count + 1)]
     return [
         (slice(start * ratio, stop * ratio), slice(start, stop))
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True)

@@ -12,6 +12,9 @@ import torch
 
 from ringworld_model.ring.travel import Spans, count_rows
 
+# Below the C library's largest threshold; a device's allocator needs no such help.
+_BLOCK_BYTES = {"cpu": 31 << 20}
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """K and V, or dK and dV: each [B, T, Hkv, D]."""
 
@@ -24,39 +27,53 @@ class Load(NamedTuple):
 
 
 class Pool:
-    """Memory for pairs and parcels of one dtype, used again by the steps and chunks of one call.
+    """Memory for pairs and parcels, used again by the steps and chunks of one call.
 
-    On CPU memory that was given back costs a page fault every 4 KiB when it is next taken, and a
-    call takes what it needs at its peak just once.
+    On CPU memory that goes back to the system costs a page fault every 4 KiB when it is next taken,
+    and the C library gives back what is free at the heap's end once that is more than twice the
+    largest block that it has seen freed (glibc; blocks up to 32 MiB count). So the first slots are
+    one block, a third longer than they: what a call takes in all, with its results, is then seldom
+    twice as much. Pages at the block's end that nobody writes to take no memory.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        """Begin with nothing."""
-        self._dtype = dtype
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, slots: int) -> None:
+        """Begin with nothing.
+
+        Args:
+            like: as large as any that ``take`` gets, and on the device of all the memory.
+            dtype: the widest that is taken.
+            slots: rooms for a pair that are surely taken at once, from 1.
+        """
+        self._device = like.device
+        self._size = 2 * like.numel() * dtype.itemsize
+        most = _BLOCK_BYTES.get(like.device.type, 0)
+        self._slots = max(1, min(slots, most // max(1, self._size)))
+        held = self._slots * self._size
+        self._bytes = max(held, min(held * 4 // 3, most))
         self._free: list[torch.Tensor] = []
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
+    def take(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Room for two tensors of the shape of ``like``, one after the other: [elements].
 
-        It holds anything. ``like`` is on the device of all the pool's memory.
+        It holds anything.
         """
-        size = 2 * like.numel()
-        while self._free:
-            flat = self._free.pop()
-            if flat.numel() >= size:
-                return flat[:size]
-        return torch.empty(size, dtype=self._dtype, device=like.device)
+        if not self._free:
+            block = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
+            self._free.extend(block[: self._slots * self._size].split(self._size))
+            self._slots, self._bytes = 1, self._size
+        return self._free.pop()[: 2 * like.numel() * dtype.itemsize].view(dtype)
 
     def give(self, *parts: torch.Tensor | None) -> None:
         """Take back what nobody reads or writes any more but work that the current stream awaits.
 
         Args:
-            parts: each a part of something else that ``take`` gave; or empty, or None.
+            parts: each a contiguous part of something else that ``take`` gave; or empty, or None.
         """
         for part in parts:
             if part is not None and part.numel():
-                size = part.untyped_storage().nbytes() // part.element_size()
-                self._free.append(part.as_strided((size,), (1,), 0))
+                raw = part.flatten().view(torch.uint8)
+                start = raw.storage_offset() // self._size * self._size
+                self._free.append(raw.as_strided((self._size,), (1,), start))
 
 
 def as_pair(flat: torch.Tensor, like: torch.Tensor) -> Pair:
@@ -66,14 +83,14 @@ def as_pair(flat: torch.Tensor, like: torch.Tensor) -> Pair:
 
 
 def empty_parcel(
-    like: torch.Tensor, loads: Sequence[Load], pool: Pool | None = None
+    like: torch.Tensor, dtype: torch.dtype, loads: Sequence[Load], pool: Pool | None = None
 ) -> torch.Tensor:
     """Room for a parcel of ``loads`` from tensors [B, T, Hkv, D] such as ``like``, in the pool."""
     rows = sum((load.rows.stop - load.rows.start) * count_rows(load.spans) for load in loads)
     elements = 2 * rows * like.shape[2] * like.shape[3]
     if pool is None or elements == 0:
-        return like.new_empty(elements)
-    return pool.take(like)[:elements]
+        return like.new_empty(elements, dtype=dtype)
+    return pool.take(like, dtype)[:elements]
 
 
 def pack(pair: Pair, loads: Sequence[Load], pool: Pool | None = None) -> torch.Tensor:
@@ -85,7 +102,7 @@ def pack(pair: Pair, loads: Sequence[Load], pool: Pool | None = None) -> torch.T
     whole = _whole(pair)
     if whole is not None and is_parcel(pair, loads):
         return whole
-    parcel = empty_parcel(pair[0], loads, pool)
+    parcel = empty_parcel(pair[0], pair[0].dtype, loads, pool)
     for part, inside in _parts(parcel, pair, loads):
         inside.copy_(part)
     return parcel

@@ -143,7 +143,7 @@ class _Forward:
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``ForwardPass``."""
-        return self._out.transpose(1, 2).to(self._q.dtype), self._lse
+        return self._out.transpose(1, 2), self._lse
 
 
 class _Backward:
@@ -197,7 +197,7 @@ class _Backward:
 
     def finish(self) -> torch.Tensor:
         """See ``BackwardPass``."""
-        return self._dq.transpose(1, 2).to(self._q.dtype)
+        return self._dq.transpose(1, 2)
 
 
 def _padding(plan: RingPlan, rank: int) -> Iterator[slice]:

@@ -77,12 +77,13 @@ def simulate(
         for step in range(size):
             forward.step(step, *given(rank, step))
         out, lse = forward.finish()
+        out = out.to(q.dtype)
         backward = kernel.backward(rank, rows, all_grad[rank], all_q[rank], out, lse, scale)
         for step in range(size):
             keys, values = given(rank, step)
             backward.step(step, keys, values, *shares[(rank - step) % size].unbind(0))
         outs.append(out)
-        dqs.append(backward.finish())
+        dqs.append(backward.finish().to(q.dtype))
     order = torch.cat(places).argsort()[: q.shape[1]]
     dks, dvs = zip(*shares, strict=True)
     out, dq, dk, dv = (torch.cat(list(parts), 1)[:, order] for parts in (outs, dqs, dks, dvs))

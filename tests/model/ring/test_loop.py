@@ -55,7 +55,7 @@ def forward_and_backward(plan, ring, heads, width):
 
 def test_a_chunk_of_heads_is_gone_when_the_next_begins():
     plan = plan_ring([1024], 1024, 1)
-    kernel = forward_and_backward(plan, Ring(0, 1, None), heads=3, width=1024)
+    kernel = forward_and_backward(plan, Ring(0, 1, None), heads=5, width=1024)
     assert kernel.alive == [0] * 6
 
 

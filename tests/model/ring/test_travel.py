@@ -221,7 +221,7 @@ def test_parcels_carry_the_rows_and_nothing_else():
     k, v = torch.arange(2 * 2 * 6 * 1 * 3.0).view(2, 2, 6, 1, 3).unbind(0)
     loads = [Load(slice(0, 1), ((1, 2), (4, 6))), Load(slice(1, 2), ())]
     parcel = pack((k, v), loads)
-    assert parcel.shape == empty_parcel(k, loads).shape == (2 * 3 * 3,)
+    assert parcel.shape == empty_parcel(k, k.dtype, loads).shape == (2 * 3 * 3,)
     room = torch.full_like(k, -1), torch.full_like(v, -1)
     for got, sent_ in zip(unpack(parcel, room, loads), (k, v), strict=True):
         expected = torch.full_like(sent_, -1)
@@ -240,15 +240,24 @@ def test_parcels_carry_the_rows_and_nothing_else():
 
 
 def test_a_pool_lends_what_was_given_back():
-    like, pool = torch.zeros(2, 3, 1, 4), Pool(torch.float64)
-    first, second = pool.take(like), pool.take(like)
+    like, dtype = torch.zeros(2, 3, 1, 4), torch.float64
+    pool = Pool(like, dtype, slots=2)
+    first, second, third = (pool.take(like, dtype) for _ in range(3))
     assert first.dtype == torch.float64 and first.numel() == second.numel() == 2 * like.numel()
-    assert first.data_ptr() != second.data_ptr()
+    # None overlaps another, though the first two are one block.
+    for fill, lent in enumerate((first, second, third)):
+        lent.fill_(fill)
+    assert [lent.unique().tolist() for lent in (first, second, third)] == [[0], [1], [2]]
     # A parcel is a part of what was lent, a pair the whole of it; either gives all of it back.
-    parcel = empty_parcel(like, [Load(slice(0, 2), ((1, 3),))], pool)
-    pool.give(parcel, None, like.new_empty(0), as_pair(second, like)[0])
-    again = {pool.take(like).data_ptr(), pool.take(like).data_ptr()}
-    assert again == {parcel.data_ptr(), second.data_ptr()}
-    # What is too small is let go.
-    pool.give(first)
-    assert pool.take(torch.zeros(9, 9, 9, 9)).numel() == 2 * 9**4
+    pool.give(third)
+    parcel = empty_parcel(like, dtype, [Load(slice(0, 2), ((1, 3),))], pool)
+    assert parcel.data_ptr() == third.data_ptr()
+    pool.give(parcel, None, like.new_empty(0), as_pair(second, like)[0], as_pair(first, like)[1])
+    again = {pool.take(like, dtype).data_ptr() for _ in range(3)}
+    assert again == {first.data_ptr(), second.data_ptr(), third.data_ptr()}
+    # What is smaller finds room, too, and what is narrower gives all of the room back.
+    pool.give(second)
+    small = pool.take(like[:, :2], torch.bfloat16)
+    assert small.data_ptr() == second.data_ptr() and small.numel() == 2 * like[:, :2].numel()
+    pool.give(as_pair(small, like[:, :2])[1])
+    assert pool.take(like, dtype).data_ptr() == second.data_ptr()
