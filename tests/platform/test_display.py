@@ -26,6 +26,7 @@ from ringworld_platform.errors import RunConflictError
 from ringworld_platform.follow import follow
 from ringworld_platform.progress import RunProgress
 from ringworld_platform.run_folder import Page
+from ringworld_platform.run_list import runs_table
 
 Recording = dict[str, Callable[..., Any]]
 
@@ -219,3 +220,25 @@ def test_progress_counts_a_redone_step_once(recording: Recording) -> None:
     assert len(progress.series("loss")) == 60
     assert progress.ended
     assert threading.active_count() >= 1
+
+
+def test_the_list_shows_the_line(recording: Recording) -> None:
+    done = recording["status"](Path("/runs/done-1")) | {"priority": 0, "place": None}
+    first = done | {
+        "run_id": "first-1",
+        "state": "WAITING",
+        "priority": 5,
+        "place": 1,
+        "start_seconds": 240.0,
+        "reason": "needs 2 CPU bundles of 1 CPU; 0 of 2 are free; waiting 4 min",
+    }
+    second = first | {"run_id": "second-1", "state": "QUEUED", "place": 2, "start_seconds": None}
+
+    rows = text_of(runs_table([done, first, second]), width=160).splitlines()
+    alone = text_of(runs_table([done]), width=160)
+
+    headings = ["run", "state", "stage", "step", "loss", "priority", "line", "starts", "why"]
+    assert rows[0].split() == headings
+    assert "  5     1  in 4m 00s  needs 2 CPU bundles" in rows[2] and "waiting 4 min" in rows[2]
+    assert "  5     2  ?  " in rows[3]
+    assert "priority" not in alone and "starts" not in alone, "nobody waits, all are equal"
