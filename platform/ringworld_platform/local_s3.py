@@ -45,8 +45,14 @@ _PORTS = (
 _SETTINGS_FILE = "s3.json"
 _LOG_FILE = "server.log"
 _LOCK_FILE = "server.lock"
+_TAKEN = ("Port allocation failed", "address already in use")
+_PORT_TRIES = 3
 # Go's collector lets the server grow to several times of what it holds.
 _MEMORY_LIMIT = "400MiB"
+
+
+class _PortTaken(PlatformError):
+    """One of the ports is another program's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +121,23 @@ class LocalS3:
                 folder, or it does not start.
         """
         program = _program()
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._start(program)
-        except OSError as error:
-            raise PlatformError(f"cannot write {self.folder}: {error.strerror or error}") from error
-        log = self.folder / _LOG_FILE
-        try:
-            self._await_ready(log, buckets)
-        except BaseException:
-            self.stop()
-            raise
+        # Of free ports each may be another program's by the time that the server takes it.
+        attempts = 1 if self._ports else _PORT_TRIES
+        while True:
+            attempts -= 1
+            try:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._start(program)
+            except OSError as error:
+                reason = error.strerror or error
+                raise PlatformError(f"cannot write {self.folder}: {reason}") from error
+            try:
+                return self._await_ready(self.folder / _LOG_FILE, buckets)
+            except BaseException as error:
+                self.stop()
+                if not (attempts and isinstance(error, _PortTaken)):
+                    raise
+                self._ports = {}
 
     def _start(self, program: str) -> None:
         with (self.folder / _LOCK_FILE).open("a+") as lock:
@@ -258,8 +270,10 @@ class LocalS3:
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self._process is None or self._process.poll() is not None:
-                said = log.read_text(errors="replace").strip().splitlines()[-3:]
-                raise PlatformError(f"the S3 server does not start: {' / '.join(said)} ({log})")
+                said = log.read_text(errors="replace").strip()
+                last = " / ".join(said.splitlines()[-3:])
+                kind = _PortTaken if any(sign in said for sign in _TAKEN) else PlatformError
+                raise kind(f"the S3 server does not start: {last} ({log})")
             try:
                 # Something else may answer on a port that was free a moment ago.
                 if self._listens():

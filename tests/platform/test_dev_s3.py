@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ringworld_platform import local_s3
 from ringworld_platform.cli import app
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.local_s3 import LocalS3
@@ -81,6 +83,23 @@ def test_a_command_gets_the_server_and_gives_its_exit_code(tmp_path: Path, start
         with pytest.raises(PlatformError, match=rf"\(process {server.pid}\); stop that one"):
             LocalS3(tmp_path / "s3").start()
         assert not list(Path("/tmp").glob(f"*-{server.port + 1}.sock"))
+
+
+def test_a_port_that_is_gone_by_then_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = local_s3._free_ports
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = {**found(None), "filer.port": other.getsockname()[1]}
+        answers = [taken]
+        monkeypatch.setattr(
+            local_s3, "_free_ports", lambda wanted: answers.pop() if answers else found(wanted)
+        )
+        with LocalS3(tmp_path / "s3") as server:
+            server.start("runs")
+            assert not answers and server._ports != taken
 
 
 def test_it_stays_until_ctrl_c_and_prints_what_a_shell_needs(tmp_path: Path, start: Start) -> None:
