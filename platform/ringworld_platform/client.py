@@ -97,6 +97,7 @@ class Client:
             The run's id. The same spec, while its run is unfinished, gives the same run.
 
         Raises:
+            JobTooLarge: the cluster can never hold it.
             StoreRefused: its checkpoints could not be written; nothing is left behind.
             PlatformError: the run that `model.init_from` means has no such checkpoint.
         """

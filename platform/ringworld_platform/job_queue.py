@@ -8,6 +8,7 @@ what others use, once it has stood for a while.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,10 @@ from ringworld_platform.capacity import Cluster
 from ringworld_platform.room import Bundle, Places, Room, count
 from ringworld_platform.scheduler import Demand, Holding, Plan, Wait, decide
 
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+"""The nodes are not asked for more often."""
 PLAN_SECONDS = 1.0
 """Age at which a plan is made again though nothing has changed here: nodes come and go."""
 FOREIGN_SECONDS = 3.0
@@ -63,11 +68,12 @@ class JobQueue:
         self._etas: dict[str, Callable[[], float | None]] = {}
         self._ways: dict[str, Demand] = {}
         self._plan = Plan()
-        self._planned = float("-inf")
+        self._planned = self._looked = float("-inf")
+        self._planning = False
         self._changed = False
         self._others = _Others()
         self._closed = False
-        self._found = Cluster({}, {})
+        self._found: Cluster | None = None
         self._rooms: dict[Bundle, int] = {}
 
     def ask(self, demand: Demand) -> None:
@@ -82,11 +88,11 @@ class JobQueue:
 
     def answer(self, run_id: str) -> Answer:
         """Whether a run in the line may start now."""
+        self._refresh()
         with self._lock:
             demand = self._demands.get(run_id)
             if demand is None or self._closed:
                 return Answer()
-            self._refresh()
             plan = self._plan
             return Answer(
                 plan.starts.get(run_id),
@@ -137,8 +143,8 @@ class JobQueue:
 
     def asked_to_leave(self, run_id: str) -> Demand | None:
         """The run that a holder must make way for."""
-        with self._lock:
-            return self._ways.get(run_id)
+        # Without the lock: those who train ask too, and are kept waiting by nobody.
+        return self._ways.get(run_id)
 
     def leaving(self, run_id: str) -> None:
         """A holder is saving, in order to stop or to make way."""
@@ -179,10 +185,34 @@ class JobQueue:
             self._changed = True
 
     def _refresh(self) -> None:
+        """Make the plan anew if anything may have changed."""
         now = self._clock()
-        if not self._changed and now - self._planned < PLAN_SECONDS:
+        with self._lock:
+            due = self._changed or now - self._planned >= PLAN_SECONDS
+            if self._closed or self._planning or not due:
+                return
+            self._planning = True
+        try:
+            if now - self._looked >= LOOK_SECONDS:
+                # Not under the lock: Ray's head may take its time.
+                self._look(now)
+            with self._lock:
+                self._make_plan(now)
+        finally:
+            self._planning = False
+
+    def _look(self, now: float) -> None:
+        try:
+            self._found = self._cluster()
+        except Exception as error:
+            # A head that is being started anew, say: the nodes are what they were.
+            log.warning("cannot ask Ray for its nodes: %s", error)
+        self._looked = now
+
+    def _make_plan(self, now: float) -> None:
+        found = self._found
+        if found is None:
             return
-        found = self._found = self._cluster()
         self._rooms.clear()
         nodes = self._others.without(found, list(self._holdings.values()), now)
         holdings = [
@@ -202,10 +232,10 @@ class JobQueue:
             self._ways[run_id] = self._demands[way]
 
     def _room(self, bundle: Bundle) -> int:
-        if bundle not in self._rooms:
+        if bundle not in self._rooms and self._found is not None:
             totals = [node.total for node in self._found.nodes.values()]
             self._rooms[bundle] = count(bundle, totals)
-        return self._rooms[bundle]
+        return self._rooms.get(bundle, 0)
 
 
 class _Others:
