@@ -94,7 +94,8 @@ class ResourcesSpec(Spec):
     cpus_per_worker: Size = 1
     """CPU cores reserved for each worker, and the threads that it computes with on CPU."""
     priority: int = 0
-    """Higher runs first."""
+    """Higher runs first, and takes the workers of lower ones where it must: those save a
+    checkpoint, wait in the line, and go on from there."""
 
 
 class CheckpointSpec(Spec):
