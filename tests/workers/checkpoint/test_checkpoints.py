@@ -218,16 +218,16 @@ def test_one_failed_rank_fails_the_commit_on_all(
 
 
 def test_saving_a_step_again_replaces_it(store: FileStore, mesh: Mesh) -> None:
-    store.put("00-s0/step-00000001/rank-00000-leftover.bin", [b"of an interrupted save"])
     engine = make_engine(mesh)
     save(store, mesh, engine, state_at(1))
     first = only(store, ".bin")
     train(engine)
     save(store, mesh, engine, state_at(1, final=True))
-    second = only(store, ".bin")
-    assert first != second
+    (ref,) = committed(store)
+    (second,) = read_manifest(store, ref).objects
+    assert first != second.key
     fresh = make_engine(mesh, seed=9)
-    state = load(store, committed(store)[0], fresh, mesh, with_optimizer=True)
+    state = load(store, ref, fresh, mesh, with_optimizer=True)
     assert state.final and same(weights(fresh), weights(engine))
 
 

@@ -121,6 +121,8 @@ def test_the_manifest_goes_first(tmp_path: Path) -> None:
     again = FileStore(tmp_path)
     Fence(again, run_uid="u", attempt=2, stage_index=0).take()
     os.utime(tmp_path / WRITER, (NOW + 5, NOW + 5))
+    assert prune(again, 1, True) == [], "a commit of the gang before may be on its way"
+    os.utime(tmp_path / "00-s0/step-00000003/manifest.json", (NOW + 700, NOW + 700))
     (left,) = prune(again, 1, True)
     assert (left.kind, left.key) == ("uncommitted", "00-s0/step-00000001")
     assert leftovers(again) == []
@@ -135,21 +137,21 @@ def fence_taken(store: FileStore, age: float) -> str:
 
 
 def test_leftovers_go_once_no_one_can_be_writing_them(store: FileStore) -> None:
-    token = fence_taken(store, age=100)
+    token = fence_taken(store, age=1000)
     ours = [SaveId(token, number) for number in (1, 2, 3)]
     for step in (2, 4, 6):
         commit(store, 1, step, age=50)
     dead = [
         # Of gangs before this one, and overtaken; of our own first save, which failed.
-        put(store, "00-s0/step-00000009/rank-00000-x.bin", age=200),
+        put(store, "00-s0/step-00000009/rank-00000-x.bin", age=2000),
         put(store, ours[0].key("01-s1/step-00000003", 1), age=60),
         # Beside the objects of a committed checkpoint.
-        put(store, "01-s1/step-00000004/rank-00000-other.bin", age=200),
+        put(store, "01-s1/step-00000004/rank-00000-other.bin", age=2000),
         put(store, ours[1].key("01-s1/step-00000006", 0), age=40),
     ]
     alive = [
         # Not overtaken; of a gang that was hung and is not; our own save in flight.
-        put(store, "01-s1/step-00000008/rank-00000-x.bin", age=200),
+        put(store, "01-s1/step-00000008/rank-00000-x.bin", age=2000),
         put(store, "01-s1/step-00000005/rank-00000-0123456789ab-0001.bin", age=10),
         put(store, ours[2].key("01-s1/step-00000006", 1), age=0),
         put(store, ours[2].key("01-s1/step-00000003", 0), age=0),
@@ -168,7 +170,7 @@ def test_leftovers_go_once_no_one_can_be_writing_them(store: FileStore) -> None:
 
 
 def test_what_the_command_line_sees_of_a_busy_gang_stays(store: FileStore) -> None:
-    token = fence_taken(store, age=100)
+    token = fence_taken(store, age=1000)
     commit(store, 1, 2, age=50)
     commit(store, 1, 4, age=50)
     busy = put(store, SaveId(token, 7).key("01-s1/step-00000003", 0), age=10)
@@ -178,34 +180,38 @@ def test_what_the_command_line_sees_of_a_busy_gang_stays(store: FileStore) -> No
 
 def test_unfinished_uploads_and_set_aside_manifests(store: FileStore) -> None:
     for step in (1, 2, 3):
-        commit(store, 0, step, age=300)
+        commit(store, 0, step, age=3000)
     folder = folder_of(0, "s0", 3)
     store.delete(f"{folder}/manifest.json")
-    put(store, f"{folder}/{SET_ASIDE}", age=250)
+    put(store, f"{folder}/{SET_ASIDE}", age=2500)
     hidden = store.root / folder_of(0, "s0", 4) / ".tmp-0123456789ab"
     hidden.parent.mkdir()
     hidden.write_bytes(b"half")
-    os.utime(hidden, (NOW - 200, NOW - 200))
+    os.utime(hidden, (NOW - 2000, NOW - 2000))
     kinds = [(left.kind, left.key, left.num_bytes) for left in leftovers(store)]
     assert kinds == [
         ("set aside", folder, 8),
         ("unfinished", "00-s0/step-00000004/.tmp-0123456789ab", 0),
     ]
     assert prune(store, 9, True) == [], "there is no telling who writes"
-    fence_taken(store, age=100)
+    fence_taken(store, age=1000)
+    commit(store, 0, 5, age=500)
+    assert prune(store, 9, True) == [], "a commit of the gang before may be on its way"
+    commit(store, 0, 6, age=10)
     assert [left.kind for left in prune(store, 9, True)] == ["unfinished"]
     assert not hidden.exists()
     # Someone may want to look at what was damaged.
     assert prune(store, 9, True) == []
-    assert [left.kind for left in prune(store, 9, True, unfinished_seconds=200)] == ["set aside"]
-    assert leftovers(store) == [] and places(store) == [(0, 1), (0, 2)]
+    assert [left.kind for left in prune(store, 9, True, unfinished_seconds=2200)] == ["set aside"]
+    assert leftovers(store) == [] and places(store) == [(0, 1), (0, 2), (0, 5), (0, 6)]
 
 
 def test_a_damaged_manifest_condemns_no_object(store: FileStore) -> None:
-    fence_taken(store, age=0)
     for step in (1, 2, 3):
-        commit(store, 0, step, age=300)
-    put(store, f"{folder_of(0, 's0', 2)}/manifest.json", json.dumps({}).encode(), age=300)
+        commit(store, 0, step, age=3000)
+    put(store, f"{folder_of(0, 's0', 2)}/manifest.json", json.dumps({}).encode(), age=3000)
+    fence_taken(store, age=1000)
+    commit(store, 0, 4)
     assert leftovers(store) == [] and prune(store, 9, True) == []
 
 

@@ -22,6 +22,9 @@ from ringworld_workers.checkpoint.save_id import SaveId
 from ringworld_workers.store.base import ObjectInfo, Store
 
 _ALWAYS_KEPT = 2
+_COMMIT_SECONDS = 600.0
+"""A manifest that a gang began to write while it was still the one that writes may arrive so much
+later: a store tries again for minutes."""
 
 Kind = Literal["checkpoint", "uncommitted", "set aside", "unreferenced", "unfinished"]
 
@@ -71,7 +74,8 @@ def prune(
     every stage. Of a checkpoint the manifest goes first: a clean-up that is cut short leaves none
     that lacks a part. Leftovers go once they are ``unfinished_seconds`` old; and at once, where
     no one can be writing them any more and they are older than the newest checkpoint: what was
-    last written before the present gang took ``writer.json``, and what saves up to ``last`` left.
+    last written before the present gang took ``writer.json``, minutes ago, and what saves up to
+    ``last`` left.
 
     Args:
         store: of the run; its root holds ``writer.json``.
@@ -91,18 +95,17 @@ def prune(
     folders, refs = _by_folder(infos), refs_in(store.url, infos)
     kept = _kept(refs, keep, keep_stage_ends)
     going = [_whole(folders[ref.key]) for ref in refs if ref.key not in kept]
-    # When the gang that writes took over, by the store's clock.
-    taken = next((info.modified for info in infos if info.key == WRITER), 0.0)
+    dead_before = _dead_before(infos)
     newest_place = (refs[-1].stage_index, refs[-1].step) if refs else (-1, -1)
     latest = time.time() - unfinished_seconds
     for left in _leftovers(store, folders):
         if left.kind == "unfinished":
             # No one will commit what was begun before the gang that now writes took over.
-            dead = left.modified < taken
+            dead = left.modified < dead_before
         elif left.kind == "set aside":
             dead = False
         else:
-            dead = _is_overtaken(left, newest_place) and _is_idle(left, folders, taken, last)
+            dead = _is_overtaken(left, newest_place) and _is_idle(left, folders, dead_before, last)
         if dead or left.modified < latest:
             going.append(left)
     if not dry_run:
@@ -110,8 +113,19 @@ def prune(
             for key in removable.keys:
                 store.delete(key)
         if any(removable.kind == "unfinished" for removable in going):
-            store.remove_unfinished("", time.time() - max(taken, latest))
+            store.remove_unfinished("", time.time() - max(dead_before, latest))
     return going
+
+
+def _dead_before(infos: list[ObjectInfo]) -> float:
+    """What was last written before then is of a gang that will commit nothing more.
+
+    That is when the gang that writes took over; 0 as long as a commit of the one before may still
+    be on its way. All by the store's clock.
+    """
+    taken = next((info.modified for info in infos if info.key == WRITER), 0.0)
+    now = max((info.modified for info in infos), default=0.0)
+    return taken if now - taken > _COMMIT_SECONDS else 0.0
 
 
 def _kept(refs: list[CheckpointRef], keep: int, keep_stage_ends: bool) -> set[str]:
@@ -185,12 +199,12 @@ def _is_overtaken(left: Removable, newest: tuple[int, int]) -> bool:
 
 
 def _is_idle(
-    left: Removable, folders: dict[str, list[ObjectInfo]], taken: float, last: SaveId | None
+    left: Removable, folders: dict[str, list[ObjectInfo]], dead_before: float, last: SaveId | None
 ) -> bool:
     """Whether no gang can be writing any of it."""
     folder = left.keys[0].rpartition("/")[0]
     infos = [info for info in folders[folder] if info.key in left.keys]
-    return all(info.modified < taken or _is_done(info.key, last) for info in infos)
+    return all(info.modified < dead_before or _is_done(info.key, last) for info in infos)
 
 
 def _is_done(key: str, last: SaveId | None) -> bool:
