@@ -22,6 +22,7 @@ from ringworld_jobs.problem import JobSpecError
 from ringworld_jobs.resolve import resolved_yaml, spec_digest
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.capacity import cluster
+from ringworld_platform.drain import DrainWatch
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.fit import refuse_unfit
 from ringworld_platform.job_queue import JobQueue
@@ -66,6 +67,7 @@ class Controller:
         self._lock = threading.RLock()
         self._cluster = partial(cluster, fixed=config.runner.one_shot)
         self._line = JobQueue(self._cluster)
+        self._drains = DrainWatch()
         self._runners: dict[Path, JobRunner] = {}
         self._troubles: dict[str, str] = {}
         self._closing = threading.Event()
@@ -227,7 +229,7 @@ class Controller:
         self, record: JobRecord, spec: JobSpec, states: RunStates, folder: RunFolder
     ) -> None:
         live = LiveRun(record, spec, states, folder)
-        runner = JobRunner(live, self._line, self._config.runner)
+        runner = JobRunner(live, self._line, self._drains, self._config.runner)
         self._runners[states.root / record.run_id] = runner
         runner.start()
 

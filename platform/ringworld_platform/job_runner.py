@@ -79,9 +79,11 @@ class JobFailed(Exception):
 class JobRunner:
     """Runs one job in a thread of its own; it is the listener of the job's gangs."""
 
-    def __init__(self, live: LiveRun, line: JobQueue, config: RunnerConfig) -> None:
+    def __init__(
+        self, live: LiveRun, line: JobQueue, drains: DrainWatch, config: RunnerConfig
+    ) -> None:
         """Take a claimed run; ``start`` begins."""
-        self.live, self._line, self._config = live, line, config
+        self.live, self._line, self._drains, self._config = live, line, drains, config
         self.spec: JobSpec = live.spec
         self._stop = threading.Event()
         self._release = threading.Event()
@@ -95,7 +97,6 @@ class JobRunner:
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
         self._choosing: Bundle | None = None
         """Of the workers for which a stage's gang waits."""
-        self._drains = DrainWatch()
         self._notice: Notice | None = None
         """That the gang will lose workers."""
 
@@ -164,6 +165,7 @@ class JobRunner:
         live = self.live
         self._line.leave(live.run_id)
         live.gang_ended()
+        live.set_fields(place=None, start_seconds=None, waiting_since=None)
         error = reason if state is RunState.FAILED else None
         # The tracker's last words may take longer than a silent owner's lease.
         self._try(live.save)
@@ -246,7 +248,9 @@ class JobRunner:
         if failure.details:
             name = f"attempt-{live.record.attempt}-{failure.kind.name.lower()}"
             live.folder.save_stacks(name, f"{failure.text}\n\n{failure.details}\n")
-        live.event("failure", failure.text, failure=failure.kind.value, rank=failure.rank)
+        # What was announced is no failure of the run's.
+        kind = "drain" if failure.kind is FailureKind.TAKEN_AWAY else "failure"
+        live.event(kind, failure.text, failure=failure.kind.value, rank=failure.rank)
         decision = decide(
             failure,
             restarts=live.record.restarts,
@@ -259,7 +263,7 @@ class JobRunner:
             decision.text,
             restarts=live.record.restarts + (0 if decision.free else 1),
             attempt=next_attempt(live.record),
-            error=failure.text,
+            error=None if decision.free else failure.text,
         )
         deadline = time.monotonic() + decision.delay_seconds
         while (left := deadline - time.monotonic()) > 0:

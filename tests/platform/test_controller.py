@@ -163,6 +163,24 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
     assert again[0]["time"] - killed < WAIT_SECONDS
 
 
+def test_a_worker_that_is_told_to_end_saves_first_and_it_costs_nothing(
+    client: Client, tmp_path: Path
+) -> None:
+    spec = job(tmp_path, name="told", stages=(("1k", 2, 40),), step_seconds=0.05, max_restarts=0)
+    run_id = client.submit(spec)
+    status = reached(client, run_id, 3)
+
+    os.kill(status["workers"][1]["pid"], signal.SIGTERM)
+    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
+
+    assert (final["state"], final["attempt"]) == ("SUCCEEDED", 2), final
+    told, saved = events_of(client, run_id, "drain")
+    assert told == f"rank 1 (pid {status['workers'][1]['pid']}) got SIGTERM"
+    assert saved.startswith(f"{told}; saved step ")
+    assert events_of(client, run_id, "failure") == []
+    assert [step for _, step, _ in steps_of(client, run_id)] == list(range(1, 41)), "none twice"
+
+
 def test_an_exception_on_one_rank_ends_the_gang_at_once(client: Client, tmp_path: Path) -> None:
     fault = {"kind": "raise", "rank": 1, "step": 4}
     (tmp_path / "fault.json").write_text(json.dumps(fault))
