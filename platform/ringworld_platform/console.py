@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit codes: the job (or the platform) failed; the user's mistake; Ctrl-C."""
+_PIPE_WIDTH = 200  # of a table that another program reads: none of its names should be folded
 
 
 def out() -> Console:
     """Console on standard output. Made anew, because tests replace the stream."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    piped = not sys.stdout.isatty()
+    width = _PIPE_WIDTH if piped and "COLUMNS" not in os.environ else None
+    return Console(highlight=False, soft_wrap=piped, width=width)
 
 
 def err() -> Console:
