@@ -50,7 +50,7 @@ from ringworld_workers.engine.build import build_engine
 from ringworld_workers.initial_weights import set_initial_weights
 from ringworld_workers.mesh import Mesh, build_mesh
 from ringworld_workers.restoring import Start, restore
-from ringworld_workers.store.base import Store, StoreError
+from ringworld_workers.store.base import NotFound, Store, StoreError
 from ringworld_workers.store.file_store import FileStore
 from ringworld_workers.store.opening import open_store
 
@@ -286,14 +286,21 @@ def test_what_a_second_reading_mends_is_no_damage(folder_store: FileStore, mesh:
         load(Faulty(folder_store.root, 2), ref, engine, mesh, with_optimizer=True)
 
 
-@pytest.mark.parametrize(("transient", "kind"), [(True, StoreError), (False, CheckpointError)])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StoreError("read", "k", "the server is on fire", transient=True), StoreError),
+        (StoreError("read", "k", "the server is on fire"), CheckpointError),
+        # As from a proxy that knows no such place, though the listing has it.
+        (NotFound("read", "k", "the server is on fire"), CheckpointError),
+    ],
+)
 def test_a_store_that_fails_is_no_damage(
-    folder_store: FileStore, mesh: Mesh, transient: bool, kind: type[Exception]
+    folder_store: FileStore, mesh: Mesh, error: StoreError, kind: type[Exception]
 ) -> None:
     """What may pass is told from what will not, and neither has a checkpoint set aside."""
     write(folder_store, 1)
     write(folder_store, 2)
-    error = StoreError("read", "k", "the server is on fire", transient=transient)
     store = Faulty(folder_store.root, 99, error)
     with pytest.raises(kind, match="the server is on fire") as caught:
         begin(job(take_older=True), store, make_engine(mesh), mesh)

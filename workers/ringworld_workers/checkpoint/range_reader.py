@@ -99,9 +99,14 @@ class RangeReader:
         others = len(read.segments) - 1
         held = f"bytes {read.offset} to {read.stop} ({source.kind} of {source.tensor}"
         held += f" and {others} more)" if others else ")"
-        if isinstance(error, NotFound):
+        expected = self._sizes[read.key]
+        try:
+            found = self._size(read.key)
+        except StoreError:
+            found = expected  # nothing is known against it
+        # What is in the listing is there, even if something on the way says otherwise.
+        if isinstance(error, NotFound) and found is None:
             return DamagedCheckpoint(f"object {read.key} is missing: {held}; {error}")
-        found, expected = self._size(read.key), self._sizes[read.key]
         if found is not None and found < expected:
             return DamagedCheckpoint(
                 f"object {read.key} is truncated: it has {found} of {expected} bytes; {held} were "
@@ -112,11 +117,8 @@ class RangeReader:
         return CheckpointError(f"object {read.key} cannot be read: {held}; {error}")
 
     def _size(self, key: str) -> int | None:
-        """Of the object as it lies in the store; None where that cannot be told."""
-        try:
-            found = {info.key: info.size for info in self._store.list(key.rpartition("/")[0])}
-        except StoreError:
-            return None
+        """Of the object as it lies in the store; None where it does not."""
+        found = {info.key: info.size for info in self._store.list(key.rpartition("/")[0])}
         return found.get(key)
 
 
