@@ -172,6 +172,8 @@ def test_prune_shows_asks_and_keeps(run: Path) -> None:
     asked = checkpoints("prune", str(run))
     assert asked.exit_code == 2 and "nobody is there to ask; add --yes" in asked.stderr
     assert checkpoints("prune", str(run), "--json").exit_code == 2
+    hasty = checkpoints("prune", str(run), "--leftovers-older-than", "9min", "--yes")
+    assert hasty.exit_code == 2 and "600s" in hasty.stderr
     assert steps() == before
     assert checkpoints("prune", str(run), "--keep", "3", "--yes").exit_code == 0
     assert steps() == [("4k", 12), ("4k", 16), ("8k", 4)]

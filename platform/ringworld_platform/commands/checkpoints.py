@@ -214,7 +214,7 @@ def prune(
     from ringworld_platform.checkpoint_places import kept_by_spec
     from ringworld_workers.checkpoint.retention import prune as remove
 
-    age = _seconds(older_than)
+    age = _age(older_than)
     if as_json and not (yes or dry_run):
         raise typer.BadParameter(
             "JSON is for programs: add --yes or --dry-run", param_hint="--json"
@@ -252,11 +252,20 @@ def _ask(question: str) -> None:
     typer.confirm(question, abort=True)
 
 
-def _seconds(text: str) -> float:
-    from ringworld_jobs.units import parse_seconds
+def _age(text: str) -> float:
+    """Seconds, as many as a spec's abort_unfinished_after must have."""
+    from ringworld_jobs.files import LEAST_UNFINISHED_SECONDS
+    from ringworld_jobs.units import format_seconds, parse_seconds
 
+    hint = "--leftovers-older-than"
     try:
-        return parse_seconds(text)
+        seconds = parse_seconds(text)
     except ValueError as error:
-        hint = "--leftovers-older-than"
         raise typer.BadParameter(f"{text!r}: {error}", param_hint=hint) from None
+    if seconds < LEAST_UNFINISHED_SECONDS:
+        least = format_seconds(LEAST_UNFINISHED_SECONDS)
+        raise typer.BadParameter(
+            f"{text!r}: so soon a save that is still under way would go; give {least} or more",
+            param_hint=hint,
+        )
+    return seconds
