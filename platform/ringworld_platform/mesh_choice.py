@@ -105,11 +105,12 @@ class MeshChoice:
         if mesh == self._wanted:
             return None
         stage = self._spec.stages[self._index]
-        at_once = mesh.data_parallel_size * stage.micro_batch_size
+        rows = stage.rows_per_step
+        turns = rows // (mesh.data_parallel_size * stage.micro_batch_size)
         return (
             f"stage {stage.name} runs on {mesh}, not {self._wanted}: the cluster holds "
             f"{self._there} of {self._wanted.world_size} workers; a step keeps its "
-            f"{stage.rows_per_step} rows, {stage.rows_per_step // at_once} micro-batches a ring"
+            f"{rows} row{'s' * (rows > 1)}, {turns} micro-batch{'es' * (turns > 1)} a ring"
         )
 
     def _given_up(self, there: int) -> bool:
