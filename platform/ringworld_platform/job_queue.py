@@ -101,6 +101,12 @@ class JobQueue:
                 self._room(demand.bundle),
             )
 
+    def room(self, bundle: Bundle) -> int:
+        """Workers that all nodes hold, whoever uses them now; 0 as long as Ray has not told."""
+        self._refresh()
+        with self._lock:
+            return self._room(bundle)
+
     def grants(self, run_id: str, places: Places) -> bool:
         """Whether a run may still start on these nodes."""
         return self.answer(run_id).places == places
@@ -225,7 +231,7 @@ class JobQueue:
         ]
         self._plan = decide(nodes, list(self._demands.values()), holdings, found.growth)
         self._planned, self._changed = now, False
-        for run_id, places in self._plan.starts.items():
+        for run_id, places in (self._plan.starts | self._plan.kept).items():
             # So that the next plan, too, gives it these nodes.
             self._demands[run_id] = replace(self._demands[run_id], places=places)
         for run_id, way in self._plan.yields.items():

@@ -41,7 +41,7 @@ class Demand:
         submitted: seconds since the epoch; earlier goes first among equals.
         size: workers, all at once.
         bundle: resources of each.
-        ready: it could start now. A run between two gangs is not: its room is kept for it.
+        ready: it could start now. A run between two gangs is not: the room that it had is kept.
         places: where it was to start, or has run before; taken again if possible.
     """
 
@@ -112,12 +112,14 @@ class Plan:
 
     Attributes:
         starts: nodes of each run that starts.
+        kept: nodes that will be free for a run that waits.
         asks: runs that wait for nodes which an autoscaler may add.
         yields: runs that make way, and for whom.
         waits: every other run in the line.
     """
 
     starts: dict[str, Places] = field(default_factory=dict)
+    kept: dict[str, Places] = field(default_factory=dict)
     asks: set[str] = field(default_factory=set)
     yields: dict[str, str] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
@@ -196,17 +198,21 @@ class _Decision:
         may_pass = self._looked_past <= LOOK_PAST
         now = {node: room.at_most(self._soon[node]) for node, room in self._free.items()}
         found = self._find(demand, now) if may_pass else None
+        if not demand.ready:
+            if found is None or found != demand.places:
+                return "its room is gone"
+            _take(self._free, demand.bundle, found)
+            self._reserve(demand, found)
+            return "its room is kept until it goes on"
         if found is not None:
             _take(self._free, demand.bundle, found)
             self._reserve(demand, found)
-            if not demand.ready:
-                return "its room is kept until it goes on"
             self.plan.starts[demand.run_id] = found
             return None
         missing = self._missing(demand)
         if not may_pass:
             return missing
-        if demand.ready and self._grow(demand, now):
+        if self._grow(demand, now):
             return missing + _ASKED
         if place(demand.size, demand.bundle, self._nodes) is None:
             return missing + (_ASKED if self._ask(demand) else _IMPOSSIBLE)
@@ -221,6 +227,7 @@ class _Decision:
             self._leaving.append(victim)
             _give(self._soon, victim.bundle, victim.places)
         self._reserve(demand, found)
+        self.plan.kept[demand.run_id] = found
         going = [h.run_id for h in self._leaving if any(node in found for node in h.places)]
         return f"{missing}; {', '.join(going[:3])} makes way" if going else missing
 
@@ -257,7 +264,7 @@ class _Decision:
 
     def _ask(self, demand: Demand) -> bool:
         """Let it wait for nodes that may be possible."""
-        if not (self._may_ask and demand.ready):
+        if not self._may_ask:
             return False
         self._may_ask = False
         self.plan.asks.add(demand.run_id)
@@ -266,7 +273,7 @@ class _Decision:
     def _make_room(self, demand: Demand) -> tuple[Places | None, list[Holding]]:
         """Places that come free when those that leave have left, and who else must leave."""
         found = self._find(demand, self._soon)
-        if found is not None or not demand.ready:
+        if found is not None:
             return found, []
         chosen: list[Holding] = []
         for holding in reversed(self._staying):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -229,27 +229,24 @@ def situations(draw: st.DrawFn) -> tuple[dict[str, Room], list[Demand], list[Hol
         f"n{index}": Room(draw(st.integers(1, 8)), draw(st.integers(0, 2)))
         for index in range(draw(st.integers(1, 4)))
     }
-    free, held = dict(rooms), []
+    free, held, line = dict(rooms), [], []
     bundles = st.sampled_from([Bundle(1), Bundle(2), Bundle(1, 1)])
-    for index in range(draw(st.integers(0, 5))):
+    for index in range(draw(st.integers(0, 6))):
         bundle, size = draw(bundles), draw(st.integers(1, 6))
         found = place(size, bundle, free)
-        if found is not None:
-            for node, number in found.items():
-                free[node] = free[node].plus(bundle, -number)
-            about = draw(st.integers(0, 3)), draw(st.integers(0, 9)), bundle, found
-            held.append(Holding(f"h{index}", *about, leaving=draw(st.booleans())))
-    line = [
-        Demand(
-            f"d{index}",
-            draw(st.integers(0, 3)),
-            draw(st.integers(0, 9)),
-            draw(st.integers(1, 8)),
-            draw(bundles),
-            ready=draw(st.integers(0, 4)) > 0,
-        )
-        for index in range(draw(st.integers(0, 8)))
-    ]
+        if found is None:
+            continue
+        for node, number in found.items():
+            free[node] = free[node].plus(bundle, -number)
+        rank = draw(st.integers(0, 3)), draw(st.integers(0, 9))
+        if draw(st.integers(0, 4)):
+            leaving = draw(st.booleans())
+            held.append(Holding(f"h{index}", *rank, bundle, found, leaving=leaving))
+        else:
+            line.append(Demand(f"b{index}", *rank, size, bundle, ready=False, places=found))
+    for index in range(draw(st.integers(0, 8))):
+        rank = draw(st.integers(0, 3)), draw(st.integers(0, 9))
+        line.append(Demand(f"d{index}", *rank, draw(st.integers(1, 8)), draw(bundles)))
     return rooms, line, held
 
 
@@ -282,17 +279,21 @@ def test_nothing_is_given_twice_and_nobody_makes_way_in_vain(
     for victim, by in plan.yields.items():
         assert holders[victim].priority < by_id[by].priority
         assert not holders[victim].leaving
-    for run_id in set(plan.yields.values()):
+    for run_id in set(plan.yields.values()) if all(d.ready for d in line) else ():
         # Once they have gone, it starts; without any one of them it would not.
         mine = {victim for victim, by in plan.yields.items() if by == run_id}
-        alone = [d for d in line if d.order <= by_id[run_id].order]
-        gone = [h for h in held if h.run_id not in plan.yields and not h.leaving]
-        assert run_id in decide(rooms, alone, gone).starts
+        alone = [
+            replace(d, places={**plan.starts, **plan.kept}.get(d.run_id, {}))
+            for d in line
+            if d.order <= by_id[run_id].order
+        ]
+        done = {v for v, by in plan.yields.items() if by_id[by].order <= by_id[run_id].order}
+        stay = [h for h in held if h.run_id not in done and not h.leaving]
+        assert run_id in decide(rooms, alone, stay).starts
         for spared in mine:
-            fewer = [*gone, holders[spared]]
-            assert run_id not in decide(rooms, alone, fewer).starts
-    first = min((d for d in line if d.ready), key=lambda d: d.order, default=None)
-    if first is not None and not any(d.order < first.order for d in line):
+            assert run_id not in decide(rooms, alone, [*stay, holders[spared]]).starts
+    first = min(line, key=lambda d: d.order, default=None)
+    if first is not None and first.ready:
         fits = place(first.size, first.bundle, used(rooms, [(h.bundle, h.places) for h in held]))
         assert (first.run_id in plan.starts) == (fits is not None), "the first never waits for less"
 
