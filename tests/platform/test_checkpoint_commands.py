@@ -225,6 +225,7 @@ def test_weights_go_from_a_bucket_to_a_bucket(
 
     done = ringworld("export", f"{s3_url}/quickstart/4k", "--to", weights, "--max-shard", "20Ki")
     assert done.exit_code == 0, done.output
+    assert "no tokenizer" in done.stdout and "--tokenizer" in done.stdout
     target = open_store(weights)
     folder = tmp_path / "weights"
     for info in target.list():

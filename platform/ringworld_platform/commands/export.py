@@ -79,6 +79,8 @@ def export(
     console.print(f"{place.run_id} {ref.key}: {size} in {to}", markup=False)
     for file in files:
         console.print(f"  {file}", markup=False, highlight=False)
+    if not any("tokenizer" in file for file in files):
+        console.print("no tokenizer: the run's data is not at hand; --tokenizer PATH adds one")
     if to.startswith("s3://"):
         console.print("download it for transformers, which reads folders")
         return
