@@ -11,8 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_workers.actor import Identity
 
 log = logging.getLogger(__name__)
@@ -85,3 +87,47 @@ class DrainWatch:
             # A head that does not answer for a moment fails louder elsewhere.
             log.debug("cannot ask for draining nodes: %s", error)
             return {}
+
+
+class Warnings:
+    """What the gang of one run was warned of."""
+
+    def __init__(self, watch: DrainWatch) -> None:
+        """Take the watch; there is no gang yet."""
+        self._watch = watch
+        self._notice: Notice | None = None
+
+    def forget(self) -> None:
+        """Another gang begins."""
+        self._notice = None
+
+    def look(self, workers: Collection[Identity]) -> Notice | None:
+        """What is new: a node of the gang's that is drained."""
+        if self._notice is not None and self._notice.sure:
+            return None
+        notice = self._watch.notice(workers)
+        self._notice = notice or self._notice
+        return notice
+
+    def signalled(self, text: str) -> Notice:
+        """A worker got SIGTERM."""
+        notice = Notice(text, time.monotonic(), sure=False)
+        self._notice = self._notice or notice
+        return notice
+
+    def explain(self, failure: Failure) -> Failure:
+        """A loss that was announced, as what it is; any other failure as it is."""
+        notice, kind = self._notice, failure.kind
+        if notice is None or kind in (FailureKind.USER_ERROR, FailureKind.TAKEN_AWAY):
+            return failure
+        if not notice.explains_loss(time.monotonic()):
+            return failure
+        text = f"{notice.text}; {failure.text}"
+        return replace(failure, kind=FailureKind.TAKEN_AWAY, text=text)
+
+    def ended(self, result: Mapping[str, Any]) -> Failure | None:
+        """Why a gang has stopped though nobody asked; None if it was not warned."""
+        if self._notice is None:
+            return None
+        saved = result.get("unsaved") or f"saved step {result.get('step')}"
+        return Failure(FailureKind.TAKEN_AWAY, f"{self._notice.text}; {saved}")

@@ -12,14 +12,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_platform.capacity import Bundle, capacity
-from ringworld_platform.drain import DrainWatch, Notice
+from ringworld_platform.capacity import Bundle
+from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
 from ringworld_platform.job_queue import Answer, JobQueue
@@ -83,7 +83,7 @@ class JobRunner:
         self, live: LiveRun, line: JobQueue, drains: DrainWatch, config: RunnerConfig
     ) -> None:
         """Take a claimed run; ``start`` begins."""
-        self.live, self._line, self._drains, self._config = live, line, drains, config
+        self.live, self._line, self._config = live, line, config
         self.spec: JobSpec = live.spec
         self._stop = threading.Event()
         self._release = threading.Event()
@@ -97,8 +97,7 @@ class JobRunner:
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
         self._choosing: Bundle | None = None
         """Of the workers for which a stage's gang waits."""
-        self._notice: Notice | None = None
-        """That the gang will lose workers."""
+        self._warnings = Warnings(drains)
 
     def start(self) -> None:
         """Start the thread."""
@@ -221,7 +220,7 @@ class JobRunner:
             except JobPreempted as preempted:
                 self._step_aside(str(preempted))
             except GangFailed as failed:
-                self._recover(self._explained(failed.failure))
+                self._recover(self._warnings.explain(failed.failure))
 
     def _step_aside(self, reason: str) -> None:
         """Back to the line, with nothing lost and no restart counted."""
@@ -231,16 +230,6 @@ class JobRunner:
         live.set_fields(state=RunState.QUEUED, reason=reason, attempt=next_attempt(live.record))
         live.save()
         self._preempted = f"{reason}; "
-
-    def _explained(self, failure: Failure) -> Failure:
-        """A loss that was announced, as what it is."""
-        notice = self._notice
-        if notice is None or failure.kind is FailureKind.USER_ERROR:
-            return failure
-        if not notice.explains_loss(time.monotonic()):
-            return failure
-        text = f"{notice.text}; {failure.text}"
-        return replace(failure, kind=FailureKind.TAKEN_AWAY, text=text)
 
     def _recover(self, failure: Failure) -> None:
         live = self.live
@@ -278,7 +267,7 @@ class JobRunner:
         device = device_of(self.spec)
         threads = self.spec.resources.cpus_per_worker
         bundle = Bundle(threads, 1 if device == "cuda" else 0)
-        mesh = self._meshes.begin(index, capacity(bundle).total)
+        mesh = self._meshes.begin(index, self._line.room(bundle))
         world_size = mesh.world_size
         live.set_fields(
             stage=stage.name,
@@ -319,9 +308,8 @@ class JobRunner:
             live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
             if self._way is not None and not self._stop.is_set():
                 raise JobPreempted(self._made_way(self._way, results[0]))
-            if self._notice is not None and not self._stop.is_set():
-                text = f"{self._notice.text}; saved step {results[0].get('step')}"
-                raise GangFailed(Failure(FailureKind.TAKEN_AWAY, text))
+            if (taken := self._warnings.ended(results[0])) and not self._stop.is_set():
+                raise GangFailed(taken)
             raise JobStopped(results[0].get("unsaved", ""))
         live.set_fields(stages_done=index + 1, restarts=0, error=None)
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
@@ -339,7 +327,8 @@ class JobRunner:
             prepare_function=self._config.prepare_function,
         )
         self._stop_sent = False
-        self._notice = self._way = None
+        self._way = None
+        self._warnings.forget()
         try:
             with Gang(spec, self) as gang:
                 yield gang
@@ -411,7 +400,7 @@ class JobRunner:
                 kind = str(data.pop("kind", "worker"))
                 data.pop("seq", None)
                 if kind == "drain":
-                    self._hear(Notice(text, time.monotonic(), sure=False))
+                    self._heed(self._warnings.signalled(text))
                 live.event(kind, text, **{"rank": rank, **data})
         # The loss and the step are the same on all ranks: one of them writes.
         metrics = [entry.data for entry in entries if entry.kind == "metrics" and rank == 0]
@@ -471,16 +460,13 @@ class JobRunner:
 
     def _look_for_drains(self) -> None:
         gang = self._training
-        if gang is None or (self._notice is not None and self._notice.sure):
-            return
-        notice = self._drains.notice(gang.identities)
+        notice = self._warnings.look(gang.identities) if gang is not None else None
         if notice is not None:
-            self._hear(notice)
-            self.live.event("drain", f"{notice.text}: saves a checkpoint and goes on elsewhere")
+            self.live.event("drain", notice.text)
+            self._heed(notice)
 
-    def _hear(self, notice: Notice) -> None:
+    def _heed(self, notice: Notice) -> None:
         """Use the time that is left: save, and end the gang."""
-        self._notice = notice
         if self._training is not None and not self._stop.is_set():
             self._training.request_stop()
             text = f"{notice.text}: saves a checkpoint before its next step, to go on elsewhere"

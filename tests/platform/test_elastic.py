@@ -248,7 +248,7 @@ def test_a_run_leaves_a_drained_node_and_outlives_a_dead_one(cluster: Any, tmp_p
 
     write_books(tmp_path / "books")
     spec = job(
-        tmp_path, workers={"max": 2}, mesh={"sequence_parallel": 1}, patience="1s", steps=STEPS
+        tmp_path, workers={"max": 2}, mesh={"sequence_parallel": 1}, patience="3s", steps=STEPS
     )
     client = Client.attach(tmp_path / "controller", runner=RunnerConfig())
     assert client.list() == []  # the controller is on the head
