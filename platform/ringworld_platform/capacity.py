@@ -13,20 +13,10 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 
 from ringworld_platform.drain import draining_nodes
-from ringworld_platform.room import Bundle, Room, count
-
-__all__ = ["Bundle", "Capacity", "Cluster", "NodeRoom", "capacity", "cluster", "has_gpus"]
+from ringworld_platform.room import Room
 
 MAX_GROWTH = 256
 """More nodes of a type than this are not reckoned with at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """Bundles that the cluster holds in all, and those free now."""
-
-    total: int
-    free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +39,6 @@ class Cluster:
 
     nodes: Mapping[str, NodeRoom]
     growth: Mapping[str, Room] | None
-
-
-def capacity(bundle: Bundle) -> Capacity:
-    """Count a bundle's places on the nodes that are alive and stay."""
-    nodes = _nodes().values()
-    return Capacity(
-        count(bundle, [node.total for node in nodes]), count(bundle, [node.free for node in nodes])
-    )
 
 
 def cluster(*, fixed: bool = False) -> Cluster:

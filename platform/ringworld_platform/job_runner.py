@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_platform.capacity import Bundle
 from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
@@ -26,6 +25,7 @@ from ringworld_platform.job_queue import Answer, JobQueue
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
 from ringworld_platform.recovery import Failure, FailureKind, decide
+from ringworld_platform.room import Bundle
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
 from ringworld_platform.scheduler import Demand
