@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringworld_jobs.spec import JobSpec
 from ringworld_platform.capacity import Cluster, NodeRoom
+from ringworld_platform.errors import JobTooLarge
+from ringworld_platform.fit import refuse_unfit
 from ringworld_platform.job_queue import FOREIGN_SECONDS, PLAN_SECONDS, JobQueue
 from ringworld_platform.room import Bundle, Places, Room, place
 from ringworld_platform.scheduler import LOOK_PAST, Demand, Holding, Plan, decide
@@ -368,6 +373,38 @@ def test_the_plan_for_many_is_made_in_no_time() -> None:
     began = time.process_time()
     decide(rooms, line, held)
     assert time.process_time() - began < 1.0
+
+
+# --- what can never start ---
+
+
+def test_a_job_is_refused_only_where_no_mesh_that_it_permits_finds_room(
+    recording: dict[str, Callable[..., Any]],
+) -> None:
+    spec = recording["spec"]()  # rings of one and two workers, or fewer
+
+    def demanding(fewest: int, cpus: int = 1) -> JobSpec:
+        workers = spec.resources.workers.model_copy(update={"min": fewest, "max": 2})
+        more = {"workers": workers, "cpus_per_worker": cpus}
+        return spec.model_copy(update={"resources": spec.resources.model_copy(update=more)})
+
+    def here(cpus: int, growth: dict[str, Room] | None) -> Cluster:
+        return Cluster({"n0": NodeRoom(Room(cpus), Room(0))}, growth)
+
+    refuse_unfit(demanding(1), here(1, {}), gpus=False)
+    with pytest.raises(JobTooLarge, match="needs 2 CPU bundles of 1 CPU, and all nodes together"):
+        refuse_unfit(spec_of_pairs(demanding(2)), here(1, {}), gpus=False)
+    with pytest.raises(JobTooLarge, match="cpus_per_worker = 4: the largest node has 2 CPUs"):
+        refuse_unfit(demanding(1, cpus=4), here(2, {}), gpus=False)
+    with pytest.raises(JobTooLarge, match="no node has a GPU"):
+        refuse_unfit(demanding(1), here(4, {}), gpus=True)
+    refuse_unfit(demanding(1, cpus=4), here(2, {"new 1": Room(4)}), gpus=False)
+    refuse_unfit(demanding(1, cpus=4), here(2, None), gpus=True)
+
+
+def spec_of_pairs(spec: JobSpec) -> JobSpec:
+    """The stages that want two workers."""
+    return spec.model_copy(update={"stages": spec.stages[1:]})
 
 
 # --- the line that runners talk to ---
