@@ -65,7 +65,7 @@ def find_place(text: str, runs: Path) -> Place:
         runs: folder of this machine's runs.
 
     Raises:
-        UnknownRunError: nothing of that name is there; says what is.
+        UnknownRunError: nothing of that name is there; says what is. Or a url that no store has.
         StoreError: the store does not answer, or refuses.
     """
     if "://" in text:
@@ -95,8 +95,12 @@ def target_of(text: str, run_id: str) -> Place:
     Args:
         text: url or path of the store, or of the run's folder in it.
         run_id: name of the run.
+
+    Raises:
+        UnknownRunError: a url that no store has.
     """
     url = text if "://" in text else f"file://{Path(text).expanduser()}"
+    _check_url(url)
     scheme, _, path = url.partition("://")
     path = (os.path.abspath(path) if scheme == "file" else path).rstrip("/")
     if path.rpartition("/")[2] != run_id:
@@ -149,8 +153,20 @@ def _store_of(folder: Path, run_id: str) -> str:
     return f"{store.rstrip('/')}/{run_id}" if store.startswith("s3://") else f"file://{folder}"
 
 
+def _check_url(url: str) -> None:
+    """Refuse what can be no place in a store, before a store is asked."""
+    from ringworld_jobs.store_url import UnsafeUrl, parse_store
+
+    try:
+        parse_store(url)
+    except ValueError as error:
+        shown = "" if isinstance(error, UnsafeUrl) else f"{url}: "
+        raise UnknownRunError(f"{shown}{error}") from None
+
+
 def _at_url(url: str) -> Place:
     """The run is found by asking the store: a url does not tell where its name ends."""
+    _check_url(url)
     scheme, _, path = url.partition("://")
     if scheme == "file":
         path = os.path.abspath(path)

@@ -200,7 +200,7 @@ def test_a_store_that_is_away_is_one_line(
         assert refused.exit_code == (2 if command == "verify" else 1), refused.output
         assert len(refused.stderr.strip().splitlines()) == 1 and "wrong" not in refused.stderr
     assert checkpoints("copy", str(run), s3_url).exit_code == 1
-    assert checkpoints("list", "ftp://host/runs").exit_code == 1
+    assert checkpoints("list", "ftp://host/runs").exit_code == 2  # no store of that kind exists
 
 
 def test_weights_go_from_a_bucket_to_a_bucket(

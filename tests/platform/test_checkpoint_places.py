@@ -161,3 +161,22 @@ def test_a_copy_goes_into_a_store_under_its_own_name(text: str) -> None:
 def test_a_copy_may_go_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert target_of("a/../backup", "r-1").run_url == f"file://{tmp_path}/backup/r-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gs://bucket/run-1", "no store of kind gs://"),
+        ("s3://bucket/runs/../run-1", "a part '..'"),
+        ("s3://bucket/run-1?versionId=3", "nothing else"),
+        ("s3://me:hidden@bucket/run-1", "nothing else"),
+    ],
+)
+def test_a_url_that_no_store_has_is_refused_before_one_is_asked(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    """It is the user's mistake, not the store's failure; what may be a password is not shown."""
+    for refused in (lambda: find_place(text, tmp_path), lambda: target_of(text, "run-1")):
+        with pytest.raises(UnknownRunError) as error:
+            refused()
+        assert said in str(error.value) and "hidden" not in str(error.value)
