@@ -10,7 +10,7 @@ from ringworld_model.ring.rectangle import Rectangle
 
 _LARGE = 1024
 """Queries and keys from which half precision is faster than fp32."""
-_DIAGONAL = 256
+DIAGONAL_ROWS = 256
 """Rows from which a diagonal is cut. The op skips no hidden keys but whole blocks of 512, so that
 causal attention of up to 512 tokens costs it as much as all pairs (measured)."""
 # The overloads themselves: looking one up takes as long as a small copy.
@@ -86,7 +86,7 @@ class CpuKernel:
 def _halved(rectangle: Rectangle) -> Iterator[Rectangle]:
     """Cut a diagonal into small diagonals and the full rectangles below them."""
     start, stop, k0, _, diagonal = rectangle
-    if not diagonal or stop - start < _DIAGONAL:
+    if not diagonal or stop - start < DIAGONAL_ROWS:
         yield rectangle
         return
     rows = (stop - start) // 2

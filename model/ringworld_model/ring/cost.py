@@ -11,23 +11,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ringworld_model.ring.block_cpu import DIAGONAL_ROWS
 from ringworld_model.ring.rectangle import count_layers
 from ringworld_model.ring.work import BlockWork, Pieces, StripedWork, Work, group_runs
 
-# A call of the CPU kernel (forward, backward, merging) takes about as long as a 64 x 128 tile, and
-# a row of keys from another rank as long as 64 pairs: it is packed, sent, unpacked, twice, and its
-# gradient, in fp32, goes back (both fitted to whole calls). On a GPU rows travel meanwhile;
-# launching a call and merging it takes some 10 us (derived), in which it computes a 512 x 512 tile
-# of 32 heads of 128.
-_PAIRS_PER_CALL = 8192
+# A call of the CPU kernel (forward, backward, merging) takes about as long as 6,300 pairs (fitted
+# to rows of 4Ki to 16Ki tokens in every layout: off by 7 % on average), and a row of keys from
+# another rank as long as 64 pairs: it is packed, sent, unpacked, twice, and its gradient, in fp32,
+# goes back (fitted to whole calls). On a GPU rows travel meanwhile; launching a call and merging it
+# takes some 10 us (derived), in which it computes a 512 x 512 tile of 32 heads of 128.
+_PAIRS_PER_CALL = 6144
 _PAIRS_PER_ROW = 64
 _PAIRS_PER_VARLEN_CALL = 512 * 512
 # A token of padding that the layout adds passes through all the other layers too.
 _PAIRS_PER_TOKEN = 4096
 _TILE_BITS = 7
 _TILE = 1 << _TILE_BITS
-# Rows that torch's CPU kernel takes at once (read): 256 from 768 rows on, else 64 or less.
-_SMALL_TILE, _LARGE_TILE, _MANY_ROWS = 64, 256, 768
 
 
 def count_cost(work: Work, backend: str) -> int:
@@ -89,14 +88,16 @@ def _padding(work: Work) -> int:
 
 
 def _count_calls(work: Work) -> torch.Tensor:
-    """Rectangles one by one: pairs, what the tiles of diagonals compute in vain, calls, and rows.
+    """Rectangles one by one: pairs, what diagonals compute in vain, calls, and rows.
 
     Only rows that the rank itself needs: those for ranks further on pass through untouched.
     """
     cost = work.pairs.clone()
     if isinstance(work, StripedWork):
         for rows in work.diagonals():
-            cost += (_wasted(rows) + _PAIRS_PER_CALL * (rows > 0)).sum(0)
+            # A table of every number of rows is shorter than that of all diagonals.
+            beside = _beside_pairs(torch.arange(int(rows.max()) + 1 if rows.numel() else 0))
+            cost += beside[rows].sum(0)
             came = rows.sum(0).mul_(_PAIRS_PER_ROW)
             cost += came.fill_diagonal_(0)
         return cost
@@ -109,7 +110,7 @@ def _count_calls(work: Work) -> torch.Tensor:
     came = torch.zeros_like(cost).index_add_(0, pieces.owner[last], seen[last])
     cost += came.mul_(_PAIRS_PER_ROW).fill_diagonal_(0)
     owner, rows = work.squares()
-    cost.diagonal().index_add_(0, owner, _wasted(rows) + _PAIRS_PER_CALL)
+    cost.diagonal().index_add_(0, owner, _beside_pairs(rows))
     return cost
 
 
@@ -225,10 +226,19 @@ def _strips(pieces: Pieces, seen: torch.Tensor) -> torch.Tensor:
     return begins.scatter_(1, pieces.owner[:, None], False)
 
 
-def _wasted(rows: torch.Tensor) -> torch.Tensor:
-    """Pairs above diagonals of ``rows`` rows that the CPU kernel's tiles compute."""
-    tile = torch.where(rows < _MANY_ROWS, _SMALL_TILE, _LARGE_TILE)
-    return rows * torch.minimum(rows, tile) // 2
+def _beside_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """What diagonals of ``rows`` rows cost the CPU kernel beside their pairs.
+
+    It halves them until they are short, and computes all of those, hidden pairs too.
+    """
+    halvings = torch.zeros_like(rows)
+    longest = int(rows.max()) if rows.numel() else 0
+    for bit in range(DIAGONAL_ROWS.bit_length() - 1, longest.bit_length()):
+        halvings += rows >> bit > 0
+    leaves = 1 << halvings
+    each = rows >> halvings
+    wasted = leaves * (each * (each - 1) // 2) + (rows & (leaves - 1)) * each
+    return wasted + _PAIRS_PER_CALL * (2 * leaves - 1) * (rows > 0)
 
 
 def _triangle(rows: torch.Tensor) -> torch.Tensor:
