@@ -326,13 +326,14 @@ def _exit(status: Record) -> None:
         console.print(f"stopped; go on with [cyan]ringworld resume {run_id}[/cyan]")
         raise typer.Exit(INTERRUPTED)
     err().print(f"{run_id} failed: {status.get('error')}", style="red", markup=False)
+    older = "--older" in str(status.get("error"))  # the refusal of a damaged checkpoint offers it
+    again = (
+        (f"ringworld resume {run_id} --older", "go on from the checkpoint before the damaged one")
+        if older
+        else (f"ringworld resume {run_id}", "try again from the last checkpoint")
+    )
     err().print(
-        next_commands(
-            [
-                (f"ringworld logs {run_id}", "what the workers printed"),
-                (f"ringworld resume {run_id}", "try again from the last checkpoint"),
-            ]
-        ),
+        next_commands([(f"ringworld logs {run_id}", "what the workers printed"), again]),
         markup=False,
     )
     raise typer.Exit(FAILED)
