@@ -379,7 +379,11 @@ class JobRunner:
         reason = self._preempted + reason
         first = wait.place == 1 or not wait.possible
         if live.record.waiting_since is None:
-            live.set_fields(waiting_since=time.time() - waited_seconds)
+            live.set_fields(
+                waiting_since=time.time() - waited_seconds,
+                place=wait.place,
+                start_seconds=wait.start_seconds,
+            )
             live.set_state(RunState.WAITING if first else RunState.QUEUED, reason)
         # What changes all the time is no event, and saved with the next beat only.
         live.show(

@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform import doctor, head
+from ringworld_platform.capacity import Cluster, NodeRoom
 from ringworld_platform.cli import app
 from ringworld_platform.controller import Controller, ControllerConfig
 from ringworld_platform.errors import PlatformError, StoreRefused
 from ringworld_platform.head import answers
 from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.local_s3 import LOOPBACK, LocalS3
+from ringworld_platform.room import Room
 from ringworld_platform.run_claims import CLAIM_FILE, RunClaims, checkpoints_url
 from ringworld_platform.run_state import JobRecord, RunStates
 from ringworld_workers.store.opening import open_store
@@ -84,6 +86,7 @@ def spec_of(store: str, name: str = "cloud") -> JobSpec:
             "name": name,
             "data": {"sources": {"x": {"shards": "x"}}},
             "checkpoint": {"store": store},
+            "resources": {"accelerator": "cpu"},
             "stages": [
                 {
                     "name": "a",
@@ -100,9 +103,12 @@ def spec_of(store: str, name: str = "cloud") -> JobSpec:
 
 
 def controller(folder: Path) -> Controller:
-    """One in this process: what it does before a run starts needs no Ray."""
+    """One in this process. Before a run starts, it needs of Ray only to know the nodes."""
     config = ControllerConfig("test", str(folder), RunnerConfig(one_shot=True))
-    return Controller(config)
+    made = Controller(config)
+    room = Room(2, 0)
+    made._cluster = lambda: Cluster({"here": NodeRoom(room, room)}, {})
+    return made
 
 
 def record_of(job: str, run_id: str, path: Path, uid: str) -> JobRecord:
