@@ -65,7 +65,7 @@ def test_stages_start_from_the_committed_end_of_the_one_before(
         manifest = json.loads((run / "checkpoints" / key / "manifest.json").read_text())
         assert manifest["state"]["final"] is True
         for stored in manifest["objects"]:
-            assert (run / "checkpoints" / stored["key"]).stat().st_size == stored["size"]
+            assert (run / "checkpoints" / key / stored["name"]).stat().st_size == stored["size"]
 
 
 def test_the_run_folder_holds_report_spec_and_metrics(undisturbed: tuple[Project, str]) -> None:
