@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Before torch is imported, here or in what tests start: ranks and pytest's own workers share the
 # cores, and more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers niceness 15. Beside tests that compute on the other core they would get a
+# thirtieth of one, and a ring waits for its slowest rank.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.hookimpl(optionalhook=True)
