@@ -37,7 +37,10 @@ def write(
     name = options.results / f"checkpoint-{date.today().isoformat()}"
     options.results.mkdir(parents=True, exist_ok=True)
     name.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    about = {key: str(value) for key, value in vars(options).items()}
+    # Not the places on this machine.
+    about = {
+        key: str(value) for key, value in vars(options).items() if key not in ("folder", "results")
+    }
     content = {"options": about, "ranks": ranks, "cores": os.cpu_count(), "stores": found}
     name.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(Path(f"{name}.md").read_text(encoding="utf-8"))
