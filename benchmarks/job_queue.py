@@ -21,13 +21,12 @@ from typing import Any
 
 import psutil
 
-from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
-from ringworld_platform.cluster import local_cluster
-from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.run_state import TERMINAL, RunStates
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "platform"))
+from mini_jobs import mini_client, mini_cluster, mini_job  # noqa: E402
+
 CPUS = 4
 SIZES = (1, 1, 1, 2, 2, 4)
 PRIORITIES = (0, 0, 0, 1, 2)
@@ -41,37 +40,6 @@ class Asked:
     workers: int
     priority: int
     submitted: float
-
-
-def job(store: Path, name: str, workers: int, priority: int, steps: int) -> JobSpec:
-    """A job of one stage; eps carries the seconds of a step to the tests' training loop."""
-    return JobSpec.model_validate(
-        {
-            "kind": "train",
-            "name": name,
-            "data": {"sources": {"books": {"shards": str(store / "books")}}},
-            "optimizer": {"eps": 0.05},
-            "resources": {
-                "accelerator": "cpu",
-                "workers": {"min": workers, "max": workers},
-                "priority": priority,
-            },
-            "checkpoint": {"store": f"file://{store}"},
-            "tracking": {"mlflow": "off"},
-            "stages": [
-                {
-                    "name": "1k",
-                    "context_length": 1024,
-                    "rope_theta": 1e4,
-                    "steps": steps,
-                    "global_batch_tokens": 1024,
-                    "mesh": {"sequence_parallel": workers, "data_parallel": 1},
-                    "mixture": {"books": 1.0},
-                    "learning_rate": {"peak": 1e-3},
-                }
-            ],
-        }
-    )
 
 
 def begun(client: Client, run_id: str) -> float:
@@ -114,7 +82,14 @@ def measure(client: Client, store: Path, jobs: int, seed: int) -> dict[str, Any]
         if len(asked) < jobs and (len(asked) < jobs // 2 or draw.random() < 0.5):
             workers, priority = draw.choice(SIZES), draw.choice(PRIORITIES)
             name = f"job-{len(asked):02d}"
-            spec = job(store, name, workers, priority, steps=draw.randint(2, 40))
+            spec = mini_job(
+                store,
+                name,
+                stages=(("1k", workers, draw.randint(2, 40)),),
+                step_seconds=0.05,
+                workers=(workers, workers),
+                priority=priority,
+            )
             asked.append(Asked(client.submit(spec), workers, priority, time.time()))
             if len(asked) >= jobs // 2:
                 time.sleep(1.0)
@@ -160,21 +135,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    roots = [REPOSITORY / name for name in ("jobs", "model", "platform", "workers")]
-    paths = os.pathsep.join(str(path) for path in [*roots, REPOSITORY / "tests" / "platform"])
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    with (
-        tempfile.TemporaryDirectory(prefix="ringworld-queue-") as folder,
-        local_cluster(num_cpus=CPUS, env_vars=environment),
-    ):
+    with tempfile.TemporaryDirectory(prefix="ringworld-queue-") as folder, mini_cluster(CPUS):
         store = Path(folder)
-        runner = RunnerConfig(stage_function="mini_stage:run_stage")
-        client = Client.attach(store, runner=runner)
         load = os.getloadavg()[0]
-        try:
+        with mini_client(store) as client:
             figures = measure(client, store, options.jobs, options.seed)
-        finally:
-            client.shutdown()
     print(f"# {options.jobs} jobs in the queue of {CPUS} CPUs\n")
     print(f"`python {' '.join(sys.argv)}`, {time.strftime('%Y-%m-%d')}, on {os.cpu_count()} cores")
     print(f"(load {load:.0f} when it began, {os.getloadavg()[0]:.0f} when it ended).\n")

@@ -6,96 +6,35 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
 
 from ringworld_jobs.resolve import spec_digest
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.capacity import cluster
 from ringworld_platform.client import Client, absolute_paths, runs_root_of
-from ringworld_platform.cluster import local_cluster
 from ringworld_platform.errors import JobTooLarge, PlatformError, RunConflictError, UnknownRunError
-from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 WAIT_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    roots = [REPOSITORY / name for name in ("jobs", "model", "platform", "workers")]
-    paths = os.pathsep.join(str(path) for path in [*roots, HERE])
-    with local_cluster(num_cpus=4, env_vars={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
+    with mini_cluster(num_cpus=4):
         yield
 
 
 @pytest.fixture(scope="module")
 def client(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    config = RunnerConfig(
-        stage_function="mini_stage:run_stage", prepare_function="mini_stage:build"
-    )
-    made = Client.attach(tmp_path_factory.mktemp("controller"), runner=config)
-    yield made
-    made.shutdown()
-
-
-def job(
-    store: Path,
-    *,
-    name: str = "mini",
-    stages: tuple[tuple[str, int, int], ...] = (("1k", 1, 6), ("4k", 2, 6)),
-    step_seconds: float = 0.01,
-    recipe: str | None = None,
-    fewest: int = 1,
-    **recovery: Any,
-) -> JobSpec:
-    """A job of (name, ring size, steps) stages; eps carries the time of a step to mini_stage."""
-    return JobSpec.model_validate(
-        {
-            "kind": "train",
-            "name": name,
-            "data": {
-                "recipe": recipe,
-                "cache": str(store / "cache"),
-                "sources": {} if recipe else {"books": {"shards": str(store / "books")}},
-            },
-            "optimizer": {"eps": step_seconds},
-            "resources": {"accelerator": "cpu", "workers": {"min": fewest, "max": 64}},
-            "checkpoint": {"store": f"file://{store}"},
-            "tracking": {"mlflow": "off"},
-            "recovery": recovery,
-            "stages": [
-                {
-                    "name": stage,
-                    "context_length": 1024,
-                    "rope_theta": 1e4,
-                    "steps": steps,
-                    "global_batch_tokens": 1024,
-                    "mesh": {"sequence_parallel": ring, "data_parallel": 1},
-                    "mixture": {"books": 1.0},
-                    "learning_rate": {"peak": 1e-3},
-                }
-                for stage, ring, steps in stages
-            ],
-        }
-    )
-
-
-def wait_until(check: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {WAIT_SECONDS:g} s: {what}")
+    with mini_client(tmp_path_factory.mktemp("controller")) as made:
+        yield made
 
 
 def steps_of(client: Client, run_id: str) -> list[tuple[str, int, int]]:
@@ -118,7 +57,7 @@ def reached(client: Client, run_id: str, step: int) -> dict[str, Any]:
 
 
 def test_stages_of_different_sizes_run_one_after_the_other(client: Client, tmp_path: Path) -> None:
-    spec = job(tmp_path, recipe="recipe.yaml")
+    spec = mini_job(tmp_path, recipe="recipe.yaml")
 
     run_id = client.submit(spec, base=tmp_path)
     assert client.submit(spec, base=tmp_path) == run_id
@@ -144,7 +83,7 @@ def test_stages_of_different_sizes_run_one_after_the_other(client: Client, tmp_p
 
 
 def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path) -> None:
-    spec = job(tmp_path, name="killed", stages=(("1k", 2, 60),), step_seconds=0.02)
+    spec = mini_job(tmp_path, name="killed", stages=(("1k", 2, 60),), step_seconds=0.02)
     run_id = client.submit(spec)
     status = reached(client, run_id, 12)
 
@@ -166,7 +105,9 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
 def test_a_worker_that_is_told_to_end_saves_first_and_it_costs_nothing(
     client: Client, tmp_path: Path
 ) -> None:
-    spec = job(tmp_path, name="told", stages=(("1k", 2, 40),), step_seconds=0.05, max_restarts=0)
+    spec = mini_job(
+        tmp_path, name="told", stages=(("1k", 2, 40),), step_seconds=0.05, max_restarts=0
+    )
     run_id = client.submit(spec)
     status = reached(client, run_id, 3)
 
@@ -185,7 +126,7 @@ def test_an_exception_on_one_rank_ends_the_gang_at_once(client: Client, tmp_path
     fault = {"kind": "raise", "rank": 1, "step": 4}
     (tmp_path / "fault.json").write_text(json.dumps(fault))
 
-    run_id = client.submit(job(tmp_path, name="raises", stages=(("1k", 2, 6),)))
+    run_id = client.submit(mini_job(tmp_path, name="raises", stages=(("1k", 2, 6),)))
     final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
 
     assert final["state"] == "SUCCEEDED", final
@@ -197,8 +138,10 @@ def test_an_exception_on_one_rank_ends_the_gang_at_once(client: Client, tmp_path
 def test_an_error_of_the_data_fails_without_restarts(client: Client, tmp_path: Path) -> None:
     fault = {"kind": "value", "rank": 0, "step": 2, "attempts": 99}
     (tmp_path / "fault.json").write_text(json.dumps(fault))
-    during = client.submit(job(tmp_path, name="bad-row", stages=(("1k", 1, 6),)))
-    before = client.submit(job(tmp_path, name="bad-recipe", recipe="broken.yaml"), base=tmp_path)
+    during = client.submit(mini_job(tmp_path, name="bad-row", stages=(("1k", 1, 6),)))
+    before = client.submit(
+        mini_job(tmp_path, name="bad-recipe", recipe="broken.yaml"), base=tmp_path
+    )
 
     first = client.wait(during, timeout_seconds=WAIT_SECONDS)
     second = client.wait(before, timeout_seconds=WAIT_SECONDS)
@@ -213,7 +156,7 @@ def test_a_frozen_worker_is_named(client: Client, tmp_path: Path) -> None:
     fault = {"kind": "freeze", "rank": 1, "step": 3}
     (tmp_path / "fault.json").write_text(json.dumps(fault))
 
-    spec = job(tmp_path, name="frozen", stages=(("1k", 2, 5),), stall_timeout="2s")
+    spec = mini_job(tmp_path, name="frozen", stages=(("1k", 2, 5),), stall_timeout="2s")
     run_id = client.submit(spec)
     final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
 
@@ -231,10 +174,12 @@ def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
 ) -> None:
     impatient = {"stall_timeout": "1s", "max_restarts": 0}
     frozen = client.submit(
-        job(tmp_path, name="frozen-data", recipe="frozen.yaml", **impatient), base=tmp_path
+        mini_job(tmp_path, name="frozen-data", recipe="frozen.yaml", **impatient), base=tmp_path
     )
     long = client.submit(
-        job(tmp_path, name="long-data", stages=(("1k", 1, 2),), recipe="long.yaml", **impatient),
+        mini_job(
+            tmp_path, name="long-data", stages=(("1k", 1, 2),), recipe="long.yaml", **impatient
+        ),
         base=tmp_path,
     )
 
@@ -247,7 +192,7 @@ def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
 
 
 def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
-    spec = job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.05)
+    spec = mini_job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.05)
     run_id = client.submit(spec)
     reached(client, run_id, 3)
 
@@ -269,21 +214,21 @@ def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
 
 
 def test_a_job_that_can_never_fit_is_refused(client: Client, tmp_path: Path) -> None:
-    huge = job(tmp_path, name="huge", stages=(("1k", 32, 1),), fewest=32)
-    wide = job(tmp_path, name="wide").resources.model_copy(update={"cpus_per_worker": 64})
+    huge = mini_job(tmp_path, name="huge", stages=(("1k", 32, 1),), workers=(32, 64))
+    wide = mini_job(tmp_path, name="wide").resources.model_copy(update={"cpus_per_worker": 64})
 
     # Ray's word that no autoscaler is there comes some seconds after its start.
     wait_until(lambda: cluster().growth == {}, "Ray knows that nobody adds nodes")
     with pytest.raises(JobTooLarge, match=r"stages\[0\] \(1k\) needs 32 CPU bundles of 1 CPU"):
         client.submit(huge)
     with pytest.raises(JobTooLarge, match="cpus_per_worker = 64: the largest node has 4 CPUs"):
-        client.submit(job(tmp_path, name="wide").model_copy(update={"resources": wide}))
+        client.submit(mini_job(tmp_path, name="wide").model_copy(update={"resources": wide}))
 
     assert RunStates(tmp_path).all() == [], "no run has come of it"
 
 
 def test_a_killed_controller_goes_on_with_its_jobs(client: Client, tmp_path: Path) -> None:
-    spec = job(tmp_path, name="survives", stages=(("1k", 2, 60),), step_seconds=0.05)
+    spec = mini_job(tmp_path, name="survives", stages=(("1k", 2, 60),), step_seconds=0.05)
     run_id = client.submit(spec)
     reached(client, run_id, 6)
     record = RunStates(tmp_path).get(run_id)
@@ -314,7 +259,7 @@ def left_behind(spec: JobSpec, store: Path, **fields: Any) -> str:
 
 
 def test_a_folder_that_cannot_be_written_leaves_no_half_run(client: Client, tmp_path: Path) -> None:
-    spec = job(tmp_path, name="nowhere", stages=(("1k", 1, 2),))
+    spec = mini_job(tmp_path, name="nowhere", stages=(("1k", 1, 2),))
     (tmp_path / "nowhere-1").mkdir()
     (tmp_path / "nowhere-1" / "logs").write_text("a file in the way of the logs")
 
@@ -327,19 +272,19 @@ def test_a_folder_that_cannot_be_written_leaves_no_half_run(client: Client, tmp_
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     with pytest.raises(PlatformError, match="a part of the path is a file"):
-        client.submit(job(blocked / "runs", name="nowhere"))
+        client.submit(mini_job(blocked / "runs", name="nowhere"))
 
 
 def test_a_submission_that_was_cut_short_is_made_good_or_ended(
     client: Client, tmp_path: Path
 ) -> None:
-    spec = job(tmp_path, name="cut", stages=(("1k", 1, 2),))
+    spec = mini_job(tmp_path, name="cut", stages=(("1k", 1, 2),))
     run_id = left_behind(spec, tmp_path)
 
     assert client.submit(spec, base=tmp_path) == run_id, "it is the same job"
     assert client.wait(run_id, timeout_seconds=WAIT_SECONDS)["state"] == "SUCCEEDED"
 
-    lost = left_behind(job(tmp_path, name="lost"), tmp_path)
+    lost = left_behind(mini_job(tmp_path, name="lost"), tmp_path)
     final = client.wait(lost, timeout_seconds=WAIT_SECONDS)
     assert final["state"] == "FAILED"
     assert "its spec cannot be read, submit it again" in final["error"]
@@ -348,7 +293,7 @@ def test_a_submission_that_was_cut_short_is_made_good_or_ended(
 def test_a_job_that_was_interrupted_twice_can_be_submitted_anew(
     client: Client, tmp_path: Path
 ) -> None:
-    spec = job(tmp_path, name="twice", stages=(("1k", 1, 2),))
+    spec = mini_job(tmp_path, name="twice", stages=(("1k", 1, 2),))
     first = left_behind(spec, tmp_path, state=RunState.STOPPING, stop_requested=True)
 
     second = client.submit(spec, base=tmp_path)

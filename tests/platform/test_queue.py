@@ -2,86 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
-from ringworld_platform.cluster import local_cluster
-from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.run_state import RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 WAIT_SECONDS = 150.0
 STEPS = 120
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    roots = [REPOSITORY / name for name in ("jobs", "model", "platform", "workers")]
-    paths = os.pathsep.join(str(path) for path in [*roots, HERE])
-    with local_cluster(num_cpus=2, env_vars={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
-        config = RunnerConfig(stage_function="mini_stage:run_stage")
-        made = Client.attach(tmp_path_factory.mktemp("queue"), runner=config)
+    with mini_cluster(num_cpus=2), mini_client(tmp_path_factory.mktemp("queue")) as made:
         yield made
-        made.shutdown()
 
 
-def job(
-    store: Path,
-    name: str,
-    *,
-    workers: int = 1,
-    priority: int = 0,
-    steps: int = 2,
-    step_seconds: float = 0.01,
-) -> JobSpec:
-    """A job of one stage; eps carries the time of a step to mini_stage."""
-    return JobSpec.model_validate(
-        {
-            "kind": "train",
-            "name": name,
-            "data": {"sources": {"books": {"shards": str(store / "books")}}},
-            "optimizer": {"eps": step_seconds},
-            "resources": {
-                "accelerator": "cpu",
-                "workers": {"min": workers, "max": workers},
-                "priority": priority,
-            },
-            "checkpoint": {"store": f"file://{store}"},
-            "tracking": {"mlflow": "off"},
-            "stages": [
-                {
-                    "name": "1k",
-                    "context_length": 1024,
-                    "rope_theta": 1e4,
-                    "steps": steps,
-                    "global_batch_tokens": 1024,
-                    "mesh": {"sequence_parallel": workers, "data_parallel": 1},
-                    "mixture": {"books": 1.0},
-                    "learning_rate": {"peak": 1e-3},
-                }
-            ],
-        }
-    )
-
-
-def wait_until(check: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {WAIT_SECONDS:g} s: {what}")
+def job(store: Path, name: str, *, workers: int = 1, steps: int = 2, **fields: Any) -> JobSpec:
+    """A job of one stage on so many workers."""
+    stages = (("1k", workers, steps),)
+    return mini_job(store, name, stages=stages, workers=(workers, workers), **fields)
 
 
 def ended_at(client: Client, run_id: str) -> float:
