@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
-from ringworld_platform.job_queue import Answer, JobQueue
+from ringworld_platform.job_ends import JobFailed, JobPreempted, JobReleased, JobStopped
+from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
 from ringworld_platform.recovery import Failure, FailureKind, decide
@@ -31,14 +31,13 @@ from ringworld_platform.run_state import RunState, next_attempt
 from ringworld_platform.scheduler import Demand
 from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
 from ringworld_platform.tracking import Tracker
+from ringworld_platform.turn import Turn
 from ringworld_workers.recorder import Entry, Progress
 from ringworld_workers.store.base import StoreError
 
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.2
-# A shorter wait is not worth telling: the last gang's resources are just coming back.
-TELL_SECONDS = 1.0
 # Shorter than LEASE_SECONDS: nobody takes a run over while its last metrics are sent.
 FINISH_SECONDS = 20.0
 # A collective may fail by itself only after the watch has had its chance to name the culprit.
@@ -60,22 +59,6 @@ class RunnerConfig:
     one_shot: bool = False
 
 
-class JobStopped(Exception):
-    """The user asked the job to stop, and it has; the text says if its state was not saved."""
-
-
-class JobPreempted(Exception):
-    """The run has made way for another; it goes on when there is room again."""
-
-
-class JobReleased(Exception):
-    """The controller is going away; another one will go on."""
-
-
-class JobFailed(Exception):
-    """The job cannot go on; the message is the one line for the user."""
-
-
 class JobRunner:
     """Runs one job in a thread of its own; it is the listener of the job's gangs."""
 
@@ -93,10 +76,8 @@ class JobRunner:
         self._stop_sent = False
         self._way: Demand | None = None
         """The run that the gang makes way for."""
-        self._preempted = ""
+        self._turn = Turn(live, line, one_shot=config.one_shot)
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
-        self._choosing: Bundle | None = None
-        """Of the workers for which a stage's gang waits."""
         self._warnings = Warnings(drains)
 
     def start(self) -> None:
@@ -127,7 +108,8 @@ class JobRunner:
         try:
             if live.record.stop_requested:
                 self._stop.set()
-            self._start_tracker()
+            self._tracker = Tracker(live.folder.path, self.spec, live.run_id)
+            self._tracker.start()
             self._prepare()
             while live.record.stages_done < len(self.spec.stages):
                 self._until_done(self._stage)
@@ -154,10 +136,6 @@ class JobRunner:
                 # A run that goes on elsewhere has a tracker there.
                 self._tracker.abandon()
             self._try(live.folder.close)
-
-    def _start_tracker(self) -> None:
-        self._tracker = Tracker(self.live.folder.path, self.spec, self.live.run_id)
-        self._tracker.start()
 
     def _end(self, state: RunState, reason: str) -> None:
         """Reach a terminal state, even if the disk refuses to hear of it."""
@@ -195,7 +173,7 @@ class JobRunner:
     def _prepare_once(self, recipe: str) -> None:
         bundle = Bundle(self.spec.resources.cpus_per_worker)
         with self._gang("data", 1, bundle) as gang:
-            self._acquire(gang)
+            self._turn.wait(gang, self._pause)
             self.live.set_state(RunState.RUNNING, f"preparing data of {Path(recipe).name}")
             prepared = gang.prepare_data(
                 recipe, self.spec.data.cache, self.spec.recovery.stall_timeout
@@ -211,7 +189,8 @@ class JobRunner:
     def _until_done(self, action: Callable[[], None]) -> None:
         """Do it, again after failures as the policy says."""
         while True:
-            self._refuse_stop()
+            if self._stop.is_set():
+                raise JobStopped
             try:
                 action()
                 return
@@ -229,7 +208,7 @@ class JobRunner:
         live.event("preempted", reason)
         live.set_fields(state=RunState.QUEUED, reason=reason, attempt=next_attempt(live.record))
         live.save()
-        self._preempted = f"{reason}; "
+        self._turn.lost(reason)
 
     def _recover(self, failure: Failure) -> None:
         live = self.live
@@ -283,9 +262,7 @@ class JobRunner:
         job = stage_job(live, index, mesh, device)
         stall = self.spec.recovery.stall_timeout
         with self._gang(stage.name, world_size, bundle) as gang:
-            self._choosing = bundle
-            self._acquire(gang)
-            self._choosing = None
+            self._turn.wait(gang, self._pause, self._meshes)
             if smaller := self._meshes.explain(mesh):
                 live.event("mesh", smaller)
             workers = "1 worker" if world_size == 1 else f"{world_size} workers"
@@ -333,65 +310,14 @@ class JobRunner:
             with Gang(spec, self) as gang:
                 yield gang
         finally:
-            self._training = self._choosing = None
+            self._training = None
             # Its room is kept until it asks again, or leaves.
             self._line.pause(self.live.run_id)
 
-    def _acquire(self, gang: Gang) -> None:
-        """Wait in the line until it is our turn and there is room for the whole gang."""
-        live, line, run_id = self.live, self._line, self.live.run_id
-        record, spec = live.record, gang.spec
-        line.ask(Demand(run_id, record.priority, record.submitted, spec.size, spec.bundle))
-        asked = time.monotonic()
-        while True:
-            answer = line.answer(run_id)
-            if (places := answer.places) is not None:
-                granted = partial(line.grants, run_id, places)
-                if gang.acquire(places, granted) and line.hold(
-                    run_id, places, lambda: live.record.eta_seconds
-                ):
-                    break
-                gang.give_back()
-            else:
-                gang.ask_for_nodes(answer.asks)
-                self._waiting(answer, time.monotonic() - asked)
-            self._stop.wait(TURN_SECONDS)
-            self.tick()
-        self._preempted = ""
-        live.set_fields(place=None, start_seconds=None, waiting_since=None)
-
-    def _waiting(self, answer: Answer, waited_seconds: float) -> None:
-        """Say why the gang does not start, or give up where nothing can change.
-
-        Raises:
-            MeshChanged: the stage has waited long enough, and can do with fewer workers.
-        """
-        wait, live = answer.wait, self.live
-        if wait is None:
-            return
-        reason = wait.reason
-        if self._choosing is not None:
-            reason = self._meshes.waiting(answer.room, reason)
-        if not wait.possible and self._config.one_shot:
-            raise JobFailed(reason)
-        if waited_seconds < TELL_SECONDS:
-            return
-        reason = self._preempted + reason
-        first = wait.place == 1 or not wait.possible
-        if live.record.waiting_since is None:
-            live.set_fields(
-                waiting_since=time.time() - waited_seconds,
-                place=wait.place,
-                start_seconds=wait.start_seconds,
-            )
-            live.set_state(RunState.WAITING if first else RunState.QUEUED, reason)
-        # What changes all the time is no event, and saved with the next beat only.
-        live.show(
-            state=RunState.WAITING if first else RunState.QUEUED,
-            reason=reason,
-            place=wait.place,
-            start_seconds=wait.start_seconds,
-        )
+    def _pause(self) -> None:
+        """Between two looks of a wait."""
+        self._stop.wait(TURN_SECONDS)
+        self.tick()
 
     def entries(self, rank: int, entries: Sequence[Entry]) -> None:
         """Log what a rank has said."""
@@ -475,10 +401,6 @@ class JobRunner:
             self._training.request_stop()
             text = f"{notice.text}: saves a checkpoint before its next step, to go on elsewhere"
             self.live.set_state(RunState.RUNNING, text)
-
-    def _refuse_stop(self) -> None:
-        if self._stop.is_set():
-            raise JobStopped
 
     def _try(self, action: Callable[[], Any]) -> None:
         """The last words of a run: what fails here has nobody left to tell."""

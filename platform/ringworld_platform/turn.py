@@ -1,0 +1,90 @@
+"""How a run waits in the line for its workers, and what it says meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from ringworld_platform.gang import Gang
+from ringworld_platform.job_ends import JobFailed
+from ringworld_platform.job_queue import Answer, JobQueue
+from ringworld_platform.live_run import LiveRun
+from ringworld_platform.mesh_choice import MeshChoice
+from ringworld_platform.run_state import RunState
+from ringworld_platform.scheduler import Demand
+
+# A shorter wait is not worth telling: the last gang's resources are just coming back.
+TELL_SECONDS = 1.0
+
+
+class Turn:
+    """One run's place in the line."""
+
+    def __init__(self, live: LiveRun, line: JobQueue, *, one_shot: bool) -> None:
+        """Ask for nothing yet.
+
+        Args:
+            live: the run.
+            line: of all runs.
+            one_shot: what the cluster can never hold fails, instead of waiting for nodes.
+        """
+        self._live, self._line, self._one_shot = live, line, one_shot
+        self._preempted = ""
+
+    def lost(self, reason: str) -> None:
+        """The run has made way; the next wait says why it stands in line again."""
+        self._preempted = f"{reason}; "
+
+    def wait(self, gang: Gang, pause: Callable[[], None], meshes: MeshChoice | None = None) -> None:
+        """Wait until it is the run's turn and there is room for the whole gang, and take it.
+
+        Args:
+            gang: that wants workers.
+            pause: called between two looks; may raise to give up.
+            meshes: of a stage, which may do with fewer workers.
+
+        Raises:
+            MeshChanged: the stage has waited long enough for the mesh that it wants.
+            JobFailed: the workers will never come.
+        """
+        live, line, run_id = self._live, self._line, self._live.run_id
+        record, spec = live.record, gang.spec
+        line.ask(Demand(run_id, record.priority, record.submitted, spec.size, spec.bundle))
+        asked = time.monotonic()
+        while True:
+            answer = line.answer(run_id)
+            if (places := answer.places) is not None:
+                granted = partial(line.grants, run_id, places)
+                if gang.acquire(places, granted) and line.hold(
+                    run_id, places, lambda: live.record.eta_seconds
+                ):
+                    break
+                gang.give_back()
+            else:
+                gang.ask_for_nodes(answer.asks)
+                self._tell(answer, time.monotonic() - asked, meshes)
+            pause()
+        self._preempted = ""
+        live.set_fields(place=None, start_seconds=None, waiting_since=None)
+
+    def _tell(self, answer: Answer, waited_seconds: float, meshes: MeshChoice | None) -> None:
+        """Say why the gang does not start, or give up where nothing can change."""
+        wait, live = answer.wait, self._live
+        if wait is None:
+            return
+        reason = wait.reason
+        if meshes is not None:
+            reason = meshes.waiting(answer.room, reason)
+        if not wait.possible and self._one_shot:
+            raise JobFailed(reason)
+        if waited_seconds < TELL_SECONDS:
+            return
+        reason = self._preempted + reason
+        state = RunState.WAITING if wait.place == 1 or not wait.possible else RunState.QUEUED
+        where = {"place": wait.place, "start_seconds": wait.start_seconds}
+        if live.record.waiting_since is None:
+            live.set_fields(waiting_since=time.time() - waited_seconds, **where)
+            live.set_state(state, reason)
+        # What changes all the time is no event, and saved with the next beat only.
+        live.show(state=state, reason=reason, **where)
