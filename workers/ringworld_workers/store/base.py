@@ -144,14 +144,11 @@ class Store(Protocol):
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
         """The whole object and its etag. Raises NotFound."""
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly these bytes. Raises NotFound, and StoreError if the object is shorter."""
-
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill writable byte buffers, one after the other, from consecutive bytes of an object.
 
-        One request, straight into place. Raises as ``read_range``; what the buffers hold then is
-        undefined.
+        One request, straight into place. Raises NotFound, and StoreError if the object is shorter;
+        what the buffers hold then is undefined.
         """
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:

@@ -122,12 +122,6 @@ class FileStore:
         data = self.get(key)
         return data, _etag(data)
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly these bytes."""
-        data = bytearray(length)
-        self.read_into(key, offset, [memoryview(data)])
-        return bytes(data)
-
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers from the file."""
         operation = "read"

@@ -119,12 +119,6 @@ class S3Store:
         operation = "get_with_etag"
         return get_object(self._requests, self._effort(operation, key), self._place(operation, key))
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly these bytes."""
-        data = bytearray(length)
-        self.read_into(key, offset, [memoryview(data)])
-        return bytes(data)
-
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One ranged request, and another from where it broke off."""
         operation = "read"
