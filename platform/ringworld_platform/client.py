@@ -56,7 +56,7 @@ class Client:
 
         from ringworld_platform.controller import CONTROLLER_NAME, Controller, ControllerConfig
         from ringworld_platform.gang import NAMESPACE
-        from ringworld_platform.job_runner import RunnerConfig
+        from ringworld_platform.runner_config import RunnerConfig
 
         if not ray.is_initialized():
             raise ClusterError("not connected to a Ray cluster; connect to one first")

@@ -26,12 +26,13 @@ from ringworld_platform.drain import DrainWatch
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.fit import refuse_unfit
 from ringworld_platform.job_queue import JobQueue
-from ringworld_platform.job_runner import JobRunner, RunnerConfig
+from ringworld_platform.job_runner import JobRunner
 from ringworld_platform.live_run import LiveRun, claim, this_owner
 from ringworld_platform.run_claims import RunClaims, check_store
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE
 from ringworld_platform.run_state import JobRecord, RunState, RunStates, next_attempt
+from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.stage_setup import device_of
 
 log = logging.getLogger(__name__)

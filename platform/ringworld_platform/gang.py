@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -28,7 +28,8 @@ from ringworld_platform.outboxes import Hearer, Outboxes
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.room import Bundle, Places
 from ringworld_platform.stall import diagnose
-from ringworld_workers.actor import Identity, RingWorkerActor, WorkerFailure
+from ringworld_platform.worker_actors import RingWorkers, Workers
+from ringworld_workers.actor import Identity, WorkerFailure
 from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class GangSpec:
         bundle: resources of each worker.
         stage_function: ``module:function`` that trains a stage.
         prepare_function: ``module:function`` that builds a data recipe.
+        workers: makes and ends the workers.
     """
 
     name: str
@@ -76,6 +78,7 @@ class GangSpec:
     bundle: Bundle
     stage_function: str
     prepare_function: str
+    workers: Workers = field(default_factory=RingWorkers)
 
 
 class Gang:
@@ -219,7 +222,7 @@ class Gang:
         """Kill every worker, give the resources back, and see that both has happened."""
         actors, self._made, self._actors = self._made, [], []
         for actor in actors:
-            _quietly(ray.kill, actor)
+            _quietly(self.spec.workers.end, actor)
         group, self._group = self._group, None
         if group is not None:
             _quietly(remove_placement_group, group)
@@ -246,7 +249,9 @@ class Gang:
         order = sorted(nodes, key=lambda index: (addresses.get(nodes[index], ""), nodes[index]))
         for rank, index in enumerate(order):
             _clear_name(self._name(rank))
-            actor = RingWorkerActor.options(
+            worker = self.spec.workers.make(
+                self.spec.stage_function,
+                self.spec.prepare_function,
                 name=self._name(rank),
                 namespace=NAMESPACE,
                 num_cpus=self.spec.bundle.cpus,
@@ -254,8 +259,8 @@ class Gang:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=group, placement_group_bundle_index=int(index)
                 ),
-            ).remote(self.spec.stage_function, self.spec.prepare_function)
-            self._made.append(actor)
+            )
+            self._made.append(worker)
         self._actors = list(self._made)
 
     def _arrange(self) -> list[int]:

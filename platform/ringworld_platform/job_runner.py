@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ringworld_platform.recovery import Failure, FailureKind, decide
 from ringworld_platform.room import Bundle
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
+from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.scheduler import Demand
 from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
 from ringworld_platform.tracking import Tracker
@@ -42,21 +42,6 @@ TURN_SECONDS = 0.2
 FINISH_SECONDS = 20.0
 # A collective may fail by itself only after the watch has had its chance to name the culprit.
 COLLECTIVE_TIMEOUT_FACTOR = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerConfig:
-    """How a controller's runs behave.
-
-    Attributes:
-        stage_function: ``module:function`` that trains a stage on a rank.
-        prepare_function: ``module:function`` that builds a data recipe.
-        one_shot: a job that the cluster can never hold fails, instead of waiting for nodes.
-    """
-
-    stage_function: str = "ringworld_workers.train_loop:run_stage"
-    prepare_function: str = "ringworld_workers.data.prepare:build"
-    one_shot: bool = False
 
 
 class JobRunner:
@@ -302,6 +287,7 @@ class JobRunner:
             bundle=bundle,
             stage_function=self._config.stage_function,
             prepare_function=self._config.prepare_function,
+            workers=self._config.workers,
         )
         self._stop_sent = False
         self._way = None

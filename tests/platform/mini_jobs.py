@@ -12,7 +12,7 @@ from typing import Any
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
 from ringworld_platform.cluster import local_cluster
-from ringworld_platform.job_runner import RunnerConfig
+from ringworld_platform.runner_config import RunnerConfig
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]

@@ -17,9 +17,9 @@ from ringworld_jobs.mesh import MeshSize
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
 from ringworld_platform.drain import DrainWatch, Notice
-from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
 from ringworld_platform.run_state import RunStates
+from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.actor import Identity
 
 HERE = Path(__file__).parent

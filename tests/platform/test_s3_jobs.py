@@ -20,11 +20,11 @@ from ringworld_platform.cli import app
 from ringworld_platform.controller import Controller, ControllerConfig
 from ringworld_platform.errors import PlatformError, StoreRefused
 from ringworld_platform.head import answers
-from ringworld_platform.job_runner import RunnerConfig
 from ringworld_platform.local_s3 import LOOPBACK, LocalS3
 from ringworld_platform.room import Room
 from ringworld_platform.run_claims import CLAIM_FILE, RunClaims, checkpoints_url
 from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.store.opening import open_store
 
 pytestmark = pytest.mark.timeout(120)
