@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from checkpoint_jobs import make_engine, state_at
 
-from ringworld_jobs.spec import CheckpointSpec, OptimizerSpec, StageSpec
+from ringworld_jobs.spec import CheckpointSpec
 from ringworld_workers.checkpoint.catalog import committed, newest
 from ringworld_workers.checkpoint.layout import (
     CheckpointError,
@@ -25,48 +25,15 @@ from ringworld_workers.checkpoint.layout import (
 from ringworld_workers.checkpoint.publish import publish
 from ringworld_workers.checkpoint.reader import load, read_manifest
 from ringworld_workers.checkpoint.writer import CheckpointWriter
-from ringworld_workers.engine.build import build_engine
 from ringworld_workers.mesh import Mesh, build_mesh
 from ringworld_workers.store.base import StoreError
 from ringworld_workers.store.file_store import FileStore
 from ringworld_workers.store.opening import open_store
 
 
-def make_engine(mesh: Mesh, *, seed: int = 0, width: int = 5, optimizer: str = "adamw") -> Any:
-    torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.Linear(width, 1))
-    stage = StageSpec.model_validate(
-        {
-            "name": "a",
-            "context_length": "128",
-            "rope_theta": 1e4,
-            "steps": 1,
-            "global_batch_tokens": 128 * mesh.data_parallel_size,
-            "mixture": {"a": 1},
-            "learning_rate": {"peak": 0.1},
-        }
-    )
-    return build_engine("torch", module, OptimizerSpec(name=optimizer), stage, mesh)
-
-
 def train(engine: Any) -> None:
     engine.backward((engine(torch.ones(2, 3)) ** 2).sum() * engine.loss_factor)
     engine.step()
-
-
-def state_at(step: int, *, stage_index: int = 0, final: bool = False) -> TrainState:
-    return TrainState(
-        stage=f"s{stage_index}",
-        stage_index=stage_index,
-        step=step,
-        tokens=step,
-        cursor=step,
-        rng=None,
-        learning_rate=0.1,
-        spec_digest="d",
-        metrics={},
-        final=final,
-    )
 
 
 def job(attempt: int = 1, keep: int = 2) -> Any:
@@ -85,13 +52,6 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield build_mesh(1, 1)
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -26,11 +26,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from checkpoint_jobs import STEPS, stage_job
 from torch import nn
 
-from ringworld_jobs.spec import JobSpec
-from ringworld_model.config import ModelConfig
 from ringworld_platform.local_s3 import LocalS3
 from ringworld_workers import testing
 from ringworld_workers.boundary import agree
@@ -49,7 +47,6 @@ log = logging.getLogger(__name__)
 
 WIDTH = 160
 """Of the model: a rank's part of a checkpoint has 150 KiB or so."""
-STEPS = 1000
 
 
 class Listener:
@@ -77,48 +74,6 @@ class Listener:
 
     def stored(self, position: int) -> bool:
         return True
-
-
-def stage_job(url: str, *, attempt: int = 1, world_size: int = 1, **checkpoint: Any) -> StageJob:
-    stage = {
-        "name": "a",
-        "context_length": "128",
-        "rope_theta": 1e4,
-        "steps": STEPS,
-        "global_batch_tokens": 256,
-        "mixture": {"a": 1},
-        "learning_rate": {"peak": 0.01},
-    }
-    spec = {
-        "kind": "train",
-        "name": "job",
-        "data": {},
-        "checkpoint": {"store": url, "every": "1 steps", **checkpoint},
-        "stages": [stage],
-    }
-    return StageJob(
-        run_id="job-1",
-        run_uid="uid-1",
-        spec=JobSpec.model_validate(spec),
-        stage_index=0,
-        attempt=attempt,
-        world_size=world_size,
-        sequence_parallel_size=1,
-        data_parallel_size=world_size,
-        device="cpu",
-        data_dir="",
-        sources={},
-        model_config=ModelConfig(
-            hidden_size=8,
-            ffn_size=8,
-            num_layers=1,
-            num_heads=1,
-            num_kv_heads=1,
-            text_vocab_size=8,
-        ),
-        checkpoint_url=f"{url}/job-1/checkpoints",
-        spec_digest="d",
-    )
 
 
 def make_engine(job: StageJob, mesh: Mesh, width: int = WIDTH) -> Any:
@@ -268,13 +223,6 @@ class Gang:
         return testing._collect(self.folder, "save_on_and_on", self.ranks, False, 0)
 
 
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield build_mesh(1, 1)
-    dist.destroy_process_group()
-
-
 def check(job: StageJob, mesh: Mesh, diary: Diary, width: int = WIDTH) -> int:
     """All that is committed loads, bit for bit; returns the newest step."""
     store = open_store(job.checkpoint_url)
@@ -342,7 +290,7 @@ def test_a_rank_is_killed_again_and_again(
     counts, others = Counter[str](), 0
     for attempt in range(1, kills + 1):
         victim = chance.randrange(2)
-        job = stage_job(url, attempt=attempt, world_size=2)
+        job = stage_job(f"{url}/job-1/checkpoints", attempt=attempt, world_size=2)
         folder = tmp_path / f"gang-{attempt}"
         gang = Gang(folder, job, str(tmp_path), environment, STEPS, width, timeout=limit)
         if proxy is not None and attempt % 4:
@@ -375,7 +323,7 @@ def test_a_rank_is_killed_again_and_again(
         counts[what] += 1
         assert "AssertionError" not in gang.said(), gang.said()
         check(job, mesh, diary, width)
-    job = stage_job(url, attempt=kills + 1, world_size=2)
+    job = stage_job(f"{url}/job-1/checkpoints", attempt=kills + 1, world_size=2)
     before = check(job, mesh, diary, width)
     folder = tmp_path / "gang-last"
     gang = Gang(folder, job, str(tmp_path), environment, 3, width, timeout=limit)
@@ -391,7 +339,10 @@ def test_of_two_gangs_one_wins_and_the_other_says_so(
     run_gang: object, s3_url: str, tmp_path: Path, mesh: Mesh
 ) -> None:
     diary, environment = Diary(tmp_path), aws_environment()
-    jobs = [stage_job(s3_url, attempt=attempt, world_size=2) for attempt in (1, 2)]
+    jobs = [
+        stage_job(f"{s3_url}/job-1/checkpoints", attempt=attempt, world_size=2)
+        for attempt in (1, 2)
+    ]
     old = Gang(tmp_path / "gang-1", jobs[0], str(tmp_path), environment, STEPS, WIDTH)
     while not diary.last_committed():
         assert not old.ended(0.005), old.results()
@@ -414,7 +365,7 @@ class Run:
     """A gang of one rank in this process."""
 
     def __init__(self, url: str, mesh: Mesh, folder: Path, attempt: int = 1, **spec: Any) -> None:
-        self.job, self.mesh = stage_job(url, attempt=attempt, **spec), mesh
+        self.job, self.mesh = stage_job(f"{url}/job-1/checkpoints", attempt=attempt, **spec), mesh
         self.diary = Diary(folder)
         self.listener = Listener(self.diary.committed)
         self.engine = make_engine(self.job, mesh)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import boto3
+import checkpoint_jobs
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ringworld_jobs.spec import JobSpec
-from ringworld_model.config import ModelConfig
 from ringworld_workers.boundary import Boundary, agree
 from ringworld_workers.checkpoint.background import NICENESS, Background
 from ringworld_workers.checkpoint.catalog import committed
@@ -31,6 +30,7 @@ from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.file_store import FileStore
 from ringworld_workers.store.opening import open_store
 
+stage_job = partial(checkpoint_jobs.stage_job, keep=50)
 STATE_BYTES = 3 * 4 * (3 * 50 + 50 + 50)
 
 
@@ -61,44 +61,6 @@ class Notes:
 
     def saved(self) -> list[dict[str, Any]]:
         return [r for r in self.records if r["kind"] == "checkpoint" and "event" not in r]
-
-
-def stage_job(url: str, *, attempt: int = 1, world_size: int = 1, **checkpoint: Any) -> StageJob:
-    stage = {
-        "name": "a",
-        "context_length": "128",
-        "rope_theta": 1e4,
-        "steps": 100,
-        "global_batch_tokens": 256,
-        "mixture": {"a": 1},
-        "learning_rate": {"peak": 0.1},
-    }
-    spec = {
-        "kind": "train",
-        "name": "job",
-        "data": {},
-        "checkpoint": {"every": "1 steps", "keep": 50, **checkpoint},
-        "stages": [stage],
-    }
-    return StageJob(
-        run_id="job-1",
-        run_uid="uid",
-        spec=JobSpec.model_validate(spec),
-        stage_index=0,
-        attempt=attempt,
-        world_size=world_size,
-        sequence_parallel_size=1,
-        data_parallel_size=world_size,
-        device="cpu",
-        data_dir="",
-        sources={},
-        model_config=ModelConfig(
-            hidden_size=32, ffn_size=48, num_layers=1, num_heads=2, num_kv_heads=1,
-            text_vocab_size=50, vision_codebook_size=0,
-        ),
-        checkpoint_url=url,
-        spec_digest="d",
-    )  # fmt: skip
 
 
 class Stage:
@@ -137,13 +99,6 @@ class Stage:
 
     def weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.engine.module.parameters()]
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield build_mesh(1, 1)
-    dist.destroy_process_group()
 
 
 class HeldStore(FileStore):
@@ -204,7 +159,7 @@ def test_a_busy_store_is_waited_for(tmp_path: Path, mesh: Mesh) -> None:
     assert again["step"] == last["step"] == 2, "a stage's end is saved with its scores"
     assert last["bytes"] == STATE_BYTES and last["stall_seconds"] < first["waited_seconds"]
     assert last["bytes_per_second"] == STATE_BYTES / last["upload_seconds"]
-    assert read_manifest(store, committed(store)[-1]).run_uid == "uid"
+    assert read_manifest(store, committed(store)[-1]).run_uid == "uid-1"
 
 
 def test_saves_fail_while_the_bucket_is_gone(s3_url: str, mesh: Mesh) -> None:
