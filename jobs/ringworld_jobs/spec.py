@@ -141,8 +141,11 @@ class RecoverySpec(Spec):
 
     max_restarts: Annotated[int, Field(ge=0)] = 5
     """Restarts without progress (no new committed checkpoint in between) before the job fails."""
-    stall_timeout: Seconds = Field(default=300.0, validate_default=False)
-    """A worker that completes no step or save for so long is taken for dead: `300s`, `10min`."""
+    stall_timeout: Seconds | Auto = "auto"
+    """Workers that make no progress for so long are taken for dead: `300s`, `10min`. auto: inside a
+    step, 10 x the longest of the last 20 steps, at least 30 s and at most 30 min; until a gang has
+    done two steps, and while it saves, loads, validates or waits for data, that or 5 min, whichever
+    is longer. `ringworld status` shows the present limit."""
     shrink_after: Seconds = Field(default=60.0, validate_default=False)
     """A stage that the cluster is too small for waits so long for nodes before it goes on with
     fewer workers, down to resources.workers.min: `60s`, `10min`."""

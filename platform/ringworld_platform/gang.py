@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
 from ringworld_platform.outboxes import Hearer, Outboxes
+from ringworld_platform.pace import Pace
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.room import Bundle, Places
 from ringworld_platform.stall import diagnose
@@ -58,6 +59,9 @@ class Listener(Hearer, Protocol):
 
     def tick(self) -> None:
         """Called several times a second."""
+
+    def limit(self, seconds: float) -> None:
+        """From now on, so long without progress is a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +174,11 @@ class Gang:
             START_TIMEOUT_SECONDS,
         )
 
-    def run(self, stall_timeout_seconds: float) -> list[dict[str, Any]]:
+    def run(self, pace: Pace) -> list[dict[str, Any]]:
         """Run the stage on every rank to its end.
 
         Args:
-            stall_timeout_seconds: no heartbeat of any rank for so long is a failure.
+            pace: says how long no heartbeat of any rank is a failure; it learns from the steps.
 
         Returns:
             The ranks' results.
@@ -183,20 +187,18 @@ class Gang:
             GangFailed: the first failure of any rank.
         """
         self._outboxes.reset_clock()
-        results = self._watch(
-            [actor.run_stage.remote() for actor in self._actors],
-            stall_timeout_seconds=stall_timeout_seconds,
-        )
+        self._outboxes.pace = pace
+        results = self._watch([actor.run_stage.remote() for actor in self._actors], pace=pace)
         self._outboxes.drain(range(self.spec.size), DRAIN_SECONDS)
         return results
 
-    def prepare_data(self, recipe: str, cache: str, stall_timeout_seconds: float) -> dict[str, Any]:
+    def prepare_data(self, recipe: str, cache: str, pace: Pace) -> dict[str, Any]:
         """Build a data recipe on this gang's one worker.
 
         Args:
             recipe: path of the recipe.
             cache: folder of prepared data.
-            stall_timeout_seconds: a worker that has told nothing for so long, and does not answer
+            pace: a worker that has told nothing for as long as it says, and does not answer
                 either, is given up. One that answers may work on: some parts of a build are long.
 
         Raises:
@@ -206,9 +208,7 @@ class Gang:
         self._arrange()
         self._outboxes.reset_clock()
         (prepared,) = self._watch(
-            [self._actors[0].prepare_data.remote(recipe, cache)],
-            stall_timeout_seconds=stall_timeout_seconds,
-            may_be_busy=True,
+            [self._actors[0].prepare_data.remote(recipe, cache)], pace=pace, may_be_busy=True
         )
         self._outboxes.drain([0], DRAIN_SECONDS)
         return dict(prepared)
@@ -284,7 +284,7 @@ class Gang:
         self,
         calls: Sequence[Any],
         timeout_seconds: float | None = None,
-        stall_timeout_seconds: float | None = None,
+        pace: Pace | None = None,
         may_be_busy: bool = False,
     ) -> list[Any]:
         """Wait for one reply of each rank, fetching records meanwhile.
@@ -292,7 +292,7 @@ class Gang:
         Args:
             calls: one a rank.
             timeout_seconds: longest wait for all of them.
-            stall_timeout_seconds: longest time without a heartbeat of any rank.
+            pace: longest time without a heartbeat of any rank.
             may_be_busy: a rank that answers at all has not stalled.
 
         Returns:
@@ -318,8 +318,8 @@ class Gang:
                 ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
                 text = f"rank {ranks} of {self.spec.name} not ready after {timeout_seconds:g} s"
                 raise GangFailed(Failure(FailureKind.STALL, text, min(waiting.values())))
-            if stall_timeout_seconds is not None:
-                self._refuse_stall(stall_timeout_seconds, waiting.values(), may_be_busy)
+            if pace is not None:
+                self._refuse_stall(pace, waiting.values(), may_be_busy)
         return replies
 
     def _reply(self, rank: int, ref: Any) -> Any:
@@ -358,13 +358,13 @@ class Gang:
         self._outboxes.drain([r for r in range(self.spec.size) if r not in lost], GRACE_SECONDS)
         raise GangFailed(first_cause(suspects))
 
-    def _refuse_stall(
-        self, timeout_seconds: float, waiting: Collection[int], may_be_busy: bool
-    ) -> None:
-        if not waiting or time.monotonic() - self._outboxes.progressed < timeout_seconds:
+    def _refuse_stall(self, pace: Pace, waiting: Collection[int], may_be_busy: bool) -> None:
+        limit = pace.limit({self._outboxes.phase(rank) for rank in waiting})
+        self._listener.limit(limit.seconds)
+        if not waiting or time.monotonic() - self._outboxes.progressed < limit.seconds:
             return
         places = [self._where(rank) for rank in range(self.spec.size)]
-        failure = diagnose(self._actors, places, waiting, timeout_seconds, may_be_busy=may_be_busy)
+        failure = diagnose(self._actors, places, waiting, limit, may_be_busy=may_be_busy)
         if failure is not None:
             raise GangFailed(failure)
         self._outboxes.reset_clock()

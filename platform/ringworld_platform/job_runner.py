@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.gang import Gang, GangFailed, GangSpec
+from ringworld_platform.hearing import Hearing
 from ringworld_platform.job_ends import JobFailed, JobPreempted, JobReleased, JobStopped
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
+from ringworld_platform.pace import Pace
 from ringworld_platform.recovery import Failure, FailureKind, decide
 from ringworld_platform.room import Bundle
 from ringworld_platform.run_records import METRICS_FILE
@@ -32,7 +34,6 @@ from ringworld_platform.scheduler import Demand
 from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
 from ringworld_platform.tracking import Tracker
 from ringworld_platform.turn import Turn
-from ringworld_workers.recorder import Entry, Progress
 from ringworld_workers.store.base import StoreError
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ COLLECTIVE_TIMEOUT_FACTOR = 2.0
 
 
 class JobRunner:
-    """Runs one job in a thread of its own; it is the listener of the job's gangs."""
+    """Runs one job in a thread of its own."""
 
     def __init__(
         self, live: LiveRun, line: JobQueue, drains: DrainWatch, config: RunnerConfig
@@ -64,6 +65,9 @@ class JobRunner:
         self._turn = Turn(live, line, one_shot=config.one_shot)
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
         self._warnings = Warnings(drains)
+        self._hearing = Hearing(
+            live, self._warnings, tick=self.tick, heed=self._heed, logged=self._logged
+        )
 
     def start(self) -> None:
         """Start the thread."""
@@ -160,9 +164,7 @@ class JobRunner:
         with self._gang("data", 1, bundle) as gang:
             self._turn.wait(gang, self._pause)
             self.live.set_state(RunState.RUNNING, f"preparing data of {Path(recipe).name}")
-            prepared = gang.prepare_data(
-                recipe, self.spec.data.cache, self.spec.recovery.stall_timeout
-            )
+            prepared = gang.prepare_data(recipe, self.spec.data.cache, self._pace())
         names = ", ".join(sorted(prepared["datasets"]))
         how = "found in the cache" if prepared.get("cached") else "built"
         text = f"datasets {names} {how} in {prepared['dir']}"
@@ -245,7 +247,7 @@ class JobRunner:
             data_parallel_size=mesh.data_parallel_size,
         )
         job = stage_job(live, index, mesh, device)
-        stall = self.spec.recovery.stall_timeout
+        pace = self._pace()
         with self._gang(stage.name, world_size, bundle) as gang:
             self._turn.wait(gang, self._pause, self._meshes)
             if smaller := self._meshes.explain(mesh):
@@ -256,7 +258,7 @@ class JobRunner:
             gang.start(
                 job,
                 num_threads=threads,
-                collective_timeout_seconds=COLLECTIVE_TIMEOUT_FACTOR * stall,
+                collective_timeout_seconds=COLLECTIVE_TIMEOUT_FACTOR * pace.most_seconds,
             )
             live.gang_started(gang.identities, device)
             if apart := heads_apart(mesh, [found.node for found in gang.identities]):
@@ -264,7 +266,7 @@ class JobRunner:
             if not self._stop.is_set():
                 live.set_state(RunState.RUNNING, running)
             self._training = gang
-            results = gang.run(stall)
+            results = gang.run(pace)
         live.gang_ended()
         if results[0].get("status") == "stopped":
             live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
@@ -293,43 +295,26 @@ class JobRunner:
         self._way = None
         self._warnings.forget()
         try:
-            with Gang(spec, self) as gang:
+            with Gang(spec, self._hearing) as gang:
                 yield gang
         finally:
             self._training = None
             # Its room is kept until it asks again, or leaves.
             self._line.pause(self.live.run_id)
 
+    def _pace(self) -> Pace:
+        limit = self.spec.recovery.stall_timeout
+        return Pace(None if limit == "auto" else limit)
+
+    def _logged(self) -> None:
+        """The metric log has new lines."""
+        if self._tracker is not None:
+            self._tracker.poke()
+
     def _pause(self) -> None:
         """Between two looks of a wait."""
         self._stop.wait(TURN_SECONDS)
         self.tick()
-
-    def entries(self, rank: int, entries: Sequence[Entry]) -> None:
-        """Log what a rank has said."""
-        live = self.live
-        live.folder.append_log(rank, [entry.data for entry in entries if entry.kind == "log"])
-        for entry in entries:
-            if entry.kind == "event":
-                data = dict(entry.data)
-                text = str(data.pop("text", ""))
-                kind = str(data.pop("kind", "worker"))
-                data.pop("seq", None)
-                if kind == "drain":
-                    self._heed(self._warnings.signalled(text))
-                live.event(kind, text, **{"rank": rank, **data})
-        # The loss and the step are the same on all ranks: one of them writes.
-        metrics = [entry.data for entry in entries if entry.kind == "metrics" and rank == 0]
-        if metrics:
-            live.metrics(metrics)
-            if self._tracker is not None:
-                self._tracker.poke()
-
-    def progress(self, rank: int, progress: Progress) -> None:
-        """Show a heartbeat."""
-        self.live.progress(rank, progress)
-        if not self.live.record.workers and self.live.record.prepared is None:
-            self.live.set_fields(reason=f"preparing data: {progress.phase}")
 
     def tick(self) -> None:
         """Save now and then, and hear what the controller wants."""

@@ -152,7 +152,9 @@ class LiveRun:
 
     def gang_ended(self) -> None:
         """The gang is gone."""
-        self.set_fields(workers=[], tokens_per_second=None, eta_seconds=None)
+        self.set_fields(
+            workers=[], tokens_per_second=None, eta_seconds=None, stall_limit_seconds=None
+        )
 
     def progress(self, rank: int, progress: Progress) -> None:
         """A rank's heartbeat."""

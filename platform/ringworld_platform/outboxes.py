@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
+from ringworld_platform.pace import Pace
 from ringworld_workers.actor import Drained
 from ringworld_workers.recorder import Entry, Progress
 
@@ -31,6 +32,7 @@ class Outboxes:
 
     Attributes:
         progressed: when any rank last made progress (monotonic seconds).
+        pace: learns from the steps that are told of, where one is given.
     """
 
     def __init__(self, hearer: Hearer) -> None:
@@ -42,6 +44,7 @@ class Outboxes:
         self._progress: list[Progress] = []
         self._questions: dict[Any, int] = {}
         self.progressed = time.monotonic()
+        self.pace: Pace | None = None
 
     def open(self, actors: Sequence[Any]) -> None:
         """Take the workers, by rank."""
@@ -53,6 +56,10 @@ class Outboxes:
     def reset_clock(self) -> None:
         """Count a lack of progress from now on."""
         self.progressed = time.monotonic()
+
+    def phase(self, rank: int) -> str:
+        """What a rank was last heard to do."""
+        return self._progress[rank].phase
 
     def ask(self) -> list[Any]:
         """Ask the ranks that are due; returns the open questions, for ``ray.wait``."""
@@ -75,6 +82,7 @@ class Outboxes:
             return
         entries = [entry for entry in drained.entries if entry.seq > self._seqs[rank]]
         if entries:
+            self._learn(entries)
             self._hearer.entries(rank, entries)
             self._seqs[rank] = entries[-1].seq
             # Asked again at once: a rank may wait to hear that its records are in the log.
@@ -83,6 +91,13 @@ class Outboxes:
             self.progressed = time.monotonic()
             self._progress[rank] = drained.progress
             self._hearer.progress(rank, drained.progress)
+
+    def _learn(self, entries: Sequence[Entry]) -> None:
+        for entry in entries if self.pace is not None else ():
+            if entry.kind == "metrics" and entry.data.get("kind") == "step":
+                seconds = entry.data.get("step_seconds")
+                if seconds is not None and self.pace is not None:
+                    self.pace.step(seconds - entry.data.get("checkpoint_stall_seconds", 0.0))
 
     def drain(self, ranks: Collection[int], timeout_seconds: float) -> None:
         """Fetch what these ranks have said since the last question."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _MAX_RACES = 50
 _HIDDEN = frozenset(
     {
         *("spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner"),
-        *("uid", "take_older"),
+        *("uid", "take_older", "epoch", "request", "moved_to"),
     }
 )
 
@@ -68,12 +69,21 @@ class Owner(BaseModel):
     pid: int
     beat: float
     """When it last said so, seconds since the epoch."""
+    lease_seconds: float = LEASE_SECONDS
+    """For how long after a beat the run is its own."""
+    machine: str = ""
+    """Where ``pid`` means something; hosts of a cloud or of a house may share a name."""
 
     def alive(self, now: float) -> bool:
         """Whether it may still be at work: a fresh beat, and not known to be gone."""
-        if now - self.beat > LEASE_SECONDS:
+        if now - self.beat > self.lease_seconds:
             return False
-        return self.host != socket.gethostname() or _process_exists(self.pid)
+        here = (self.host, self.machine) == (socket.gethostname(), this_machine())
+        return not here or _process_exists(self.pid)
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"process {self.pid} on {self.host}"
 
 
 class JobRecord(BaseModel):
@@ -102,6 +112,8 @@ class JobRecord(BaseModel):
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    stall_limit_seconds: float | None = None
+    """So long without progress of any rank ends the gang; None while there is no gang."""
     error: str | None = None
     run_folder: str
     workers: list[WorkerRow] = []
@@ -128,6 +140,14 @@ class JobRecord(BaseModel):
     prepared: dict[str, Any] | None = None
     """What the data recipe's build returned."""
     owner: Owner | None = None
+    store: str | None = None
+    """Where this record and the run's logs are kept besides its folder; None: in that alone."""
+    epoch: int = 0
+    """How often a controller has taken the run, counted in its store."""
+    moved_to: str | None = None
+    """Who has taken it over elsewhere; its folder here is as old as that."""
+    request: str = ""
+    """The call that submitted or resumed it: made again, it changes nothing."""
 
     @property
     def terminal(self) -> bool:
@@ -137,7 +157,8 @@ class JobRecord(BaseModel):
     def abandoned(self, now: float | None = None) -> bool:
         """Whether the run is unfinished and no controller has it in hand."""
         moment = time.time() if now is None else now
-        return not self.terminal and (self.owner is None or not self.owner.alive(moment))
+        held = self.owner is not None and self.owner.alive(moment)
+        return not (self.terminal or held or self.moved_to)
 
     def to_status(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
@@ -147,8 +168,14 @@ class JobRecord(BaseModel):
             if minutes:
                 status["reason"] += f"; waiting {minutes} min"
         if self.abandoned():
+            name = self.store or self.run_id
             status["reason"] = (
-                f"no controller runs it any more; `ringworld resume {self.run_id}` continues it"
+                f"no controller runs it any more; `ringworld resume {name}` continues it"
+            )
+        elif self.moved_to and not self.terminal:
+            status["reason"] = (
+                f"goes on elsewhere: {self.moved_to} has taken it over; "
+                f"`ringworld status {self.store}` asks its store"
             )
         return status
 
@@ -298,6 +325,16 @@ def _plain_errors() -> Iterator[None]:
 
 def _encode(record: JobRecord) -> bytes:
     return record.model_dump_json(indent=1).encode()
+
+
+@cache
+def this_machine() -> str:
+    """Unlike for any two systems, and any two spaces of process numbers on one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def _process_exists(pid: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from ringworld_platform.pace import Limit
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_workers.recorder import Progress
 
@@ -24,7 +25,7 @@ def diagnose(
     actors: Sequence[Any],
     places: Sequence[str],
     waiting: Collection[int],
-    silence_seconds: float,
+    limit: Limit,
     *,
     may_be_busy: bool = False,
 ) -> Failure | None:
@@ -34,7 +35,7 @@ def diagnose(
         actors: the workers, by rank.
         places: where they live, in words, by rank.
         waiting: ranks whose work is not done.
-        silence_seconds: for how long no rank has made progress.
+        limit: for how long no rank has made progress, and why that is too long.
         may_be_busy: a rank that answers is taken to be at work, however long its phase lasts.
 
     Returns:
@@ -59,7 +60,9 @@ def diagnose(
     )
     stacks: dict[int, str] = _ask(actors, lambda a: a.dump_stacks.remote(), STACKS_SECONDS)
     details = "\n".join(f"===== rank {rank}\n{text}" for rank, text in sorted(stacks.items()))
-    text = f"no progress for {silence_seconds:g} s: {told}" + (f" ({others})" if others else "")
+    text = f"no progress for {round(limit.seconds, 1):g} s ({limit.why}): {told}"
+    if others:
+        text += f" ({others})"
     return Failure(FailureKind.STALL, text, odd, details)
 
 

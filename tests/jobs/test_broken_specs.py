@@ -154,7 +154,7 @@ CASES = [
     Case("every: 20 steps", "every: 20", 8, "checkpoint.every", ("15min", "20 steps")),
     Case("every: 20 steps", "every: 0 steps", 8, "checkpoint.every", ("never due",)),
     Case("mlflow: off", "mlflow: false", 9, "tracking.mlflow", ("expected text", "quotes")),
-    Case("300s", "300", 10, "recovery.stall_timeout", ("90s, 15min",)),
+    Case("300s", "300", 10, "recovery.stall_timeout", ("90s or 15min, or auto",)),
     Case(
         "zero_stage: 1", "parity: {layer: 1}", 13, "defaults.parity.layer", ("unknown",), "layers"
     ),

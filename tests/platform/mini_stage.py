@@ -44,6 +44,7 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
     origin = saved[-1].name if saved else None
     record("stage_start", start, resumed_from=origin, uid=job.run_uid, older=job.take_older)
     for step in range(start + 1, stage.num_steps + 1):
+        began = time.monotonic()
         reporter.phase("forward", step)
         _maybe_fail(job, mesh.rank, step)
         vector = torch.tensor([1.0, float(reporter.should_stop())])
@@ -56,6 +57,7 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
             "step",
             step,
             loss=1.0 / step,
+            step_seconds=time.monotonic() - began,
             tokens_per_second=1000.0,
             sample_ids=[f"{stage.name}:{step}"],
         )

@@ -162,7 +162,7 @@ def test_a_frozen_worker_is_named(client: Client, tmp_path: Path) -> None:
 
     assert final["state"] == "SUCCEEDED", final
     (failure,) = events_of(client, run_id, "failure")
-    assert failure.startswith("no progress for 2 s: rank 1 (pid")
+    assert failure.startswith("no progress for 2 s (recovery.stall_timeout): rank 1 (pid")
     assert "does not answer" in failure
     stacks = Path(final["run_folder"], "stacks", "attempt-1-stall.txt").read_text()
     assert "===== rank 0" in stacks
@@ -187,7 +187,7 @@ def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
     second = client.wait(long, timeout_seconds=WAIT_SECONDS)
 
     assert first["state"] == "FAILED"
-    assert "no progress for 1 s: rank 0 (pid" in first["error"]
+    assert "no progress for 1 s (recovery.stall_timeout): rank 0 (pid" in first["error"]
     assert second["state"] == "SUCCEEDED", second
 
 

@@ -154,6 +154,8 @@ class StageRun:
             with self.timer.phase("data"):
                 # Waiting for what the background thread makes, where it is not ahead.
                 batches = [batch.to(self.mesh.device) for batch in ahead.take(step)]
+            # Apart from the wait for data, which may be long: here one waits for the other ranks.
+            self.reporter.phase("boundary", step + 1)
             boundary = agree(
                 batches,
                 self.mesh.control_group,
@@ -195,6 +197,11 @@ class StageRun:
     def prepare(self, rows: TrainBatch) -> MicroBatch:
         """Plan the ring for whole rows [B, S] and cut out this rank's tokens [B, T]."""
         return prepare_micro_batch(rows, self.stage, self.mesh, self.backend)
+
+    def _held_out(self, rows: TrainBatch) -> MicroBatch:
+        # Many rows take longer than a step, and are no stall.
+        self.reporter.phase("validation", self.stage.num_steps)
+        return self.prepare(rows)
 
     def attention(self, step: int) -> dict[str, str]:
         """What computes attention, and how the first rows from ``step`` on are laid out; why."""
@@ -290,7 +297,7 @@ class StageRun:
     def _end_of_stage(self, step: int, tokens: int) -> dict[str, Any]:
         """Score the held-out rows, save the stage's last checkpoint, and wait for its commit."""
         self.reporter.phase("validation", step)
-        scores = score_held_out(self.engine, self.loader, self.stage, self.mesh, self.prepare)
+        scores = score_held_out(self.engine, self.loader, self.stage, self.mesh, self._held_out)
         refuse_nonsense(scores, self.stage.name, step)
         if scores and self.mesh.rank == 0:
             self.reporter.metrics(self.record("validation", step, **scores))

@@ -58,6 +58,8 @@ def status(
         lines += [f"checkpoint  {found.get('checkpoint') or 'none yet'}"]
         if found.get("eta_seconds") and not progress.ended:
             lines.append(f"time left   {duration(found['eta_seconds'])}")
+        if found.get("stall_limit_seconds") and not progress.ended:
+            lines.append(f"stall       after {duration(found['stall_limit_seconds'])} of silence")
         if found.get("error"):
             name = "error" if found.get("state") == "FAILED" else "last error"
             lines.append(f"{name:<10}  {found['error']}")

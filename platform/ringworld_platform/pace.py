@@ -1,0 +1,83 @@
+"""How long a gang may go without a sign of progress, learnt from the pace of its steps. No clock.
+
+While a rank is inside a step, the limit follows the steps: ten times the longest of the last 20,
+and never below 30 s nor above 30 min. Before the second step is done there is no pace yet, and
+what goes on between steps (saving, loading, validation, waiting for data) keeps none: there it is
+the larger of 300 s and the steps' limit. ``recovery.stall_timeout`` replaces all of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+FACTOR = 10
+STEPS_SEEN = 20
+FLOOR_SECONDS = 30.0
+START_SECONDS = 300.0
+CEILING_SECONDS = 1800.0
+STEP_PHASES = frozenset({"boundary", "forward", "backward", "optimizer"})
+"""What lasts no longer than a step does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Longest time without progress of any rank.
+
+    Attributes:
+        seconds: the limit.
+        why: where it comes from, for the user.
+    """
+
+    seconds: float
+    why: str
+
+
+class Pace:
+    """What is known of one gang's steps."""
+
+    def __init__(self, stall_timeout: float | None = None) -> None:
+        """Know nothing yet.
+
+        Args:
+            stall_timeout: the spec's limit in seconds; None derives it from the steps.
+        """
+        self._fixed = stall_timeout
+        self._seconds: deque[float] = deque(maxlen=STEPS_SEEN)
+        self._begun = False
+
+    @property
+    def most_seconds(self) -> float:
+        """What no limit will ever be above."""
+        return CEILING_SECONDS if self._fixed is None else self._fixed
+
+    def step(self, seconds: float) -> None:
+        """A step is done that has taken so long, the wait for a checkpoint left out."""
+        if self._begun:
+            self._seconds.append(seconds)
+        # The first step of a gang warms up: it says little of the others.
+        self._begun = True
+
+    def limit(self, phases: Collection[str]) -> Limit:
+        """The limit while the ranks are in these phases; the most patient of them counts."""
+        if self._fixed is not None:
+            return Limit(self._fixed, "recovery.stall_timeout")
+        if not self._seconds:
+            return Limit(START_SECONDS, "the limit until two steps are done")
+        steps = self._step_limit()
+        if all(phase in STEP_PHASES for phase in phases) or steps.seconds >= START_SECONDS:
+            return steps
+        slow = sorted(phase for phase in phases if phase not in STEP_PHASES)
+        return Limit(START_SECONDS, f"the limit in {slow[0]}")
+
+    def _step_limit(self) -> Limit:
+        seconds = FACTOR * max(self._seconds)
+        number = len(self._seconds)
+        last = f"longest of the last {number} steps" if number > 1 else "last step"
+        why = f"{FACTOR} x the {last}"
+        if seconds < FLOOR_SECONDS:
+            return Limit(FLOOR_SECONDS, f"{why}, at least {FLOOR_SECONDS:g} s")
+        if seconds > CEILING_SECONDS:
+            return Limit(CEILING_SECONDS, f"{why}, at most {CEILING_SECONDS:g} s")
+        return Limit(seconds, why)
