@@ -18,7 +18,7 @@ from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import spelled_default
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.reference import codebook_page, job_page, recipe_page
-from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec
+from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec, Spec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +49,9 @@ def job_schema() -> dict[str, Any]:
     }
     for model in (CheckpointSpec, RecoverySpec):
         for name, info in model.model_fields.items():
-            schema["$defs"][model.__name__]["properties"][name]["default"] = spelled_default(info)
+            if not isinstance(info.default, Spec):
+                field = schema["$defs"][model.__name__]["properties"][name]
+                field["default"] = spelled_default(info)
     schema["properties"]["defaults"] = {"$ref": "#/$defs/StageDefaults"}
     return _finish(schema, "Ringworld job spec")
 

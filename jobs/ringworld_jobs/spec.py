@@ -25,6 +25,7 @@ __all__ = [
     "JobSpec",
     "LearningRateSpec",
     "LossSpec",
+    "LossSpikeSpec",
     "MemorySpec",
     "MeshSpec",
     "ModelSpec",
@@ -136,8 +137,24 @@ class TrackingSpec(Spec):
     """MLflow experiment."""
 
 
+class LossSpikeSpec(Spec):
+    """A jump of the loss of a modality, or of the gradient norm, above what it was lately."""
+
+    action: Literal["off", "warn", "rollback", "stop"] = "warn"
+    """warn: an event when it begins and when it is over; rollback: go back to the newest
+    checkpoint and leave out the rows of the spike; stop: fail, with what was found in the run's
+    folder; off: do not look."""
+    factor: Positive = 6.0
+    """A jump is a value so many deviations above the median of the window. A deviation is 1.4826
+    times the median absolute one, and at least 2 % of the median (25 % for the gradient norm)."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Steps that it is compared with. The first quarter of them after each start is not judged."""
+    skip_steps: Size = 1
+    """Steps whose rows a rollback leaves out, the last of them that of the spike."""
+
+
 class RecoverySpec(Spec):
-    """What happens when a worker fails."""
+    """What happens when a worker fails, or training diverges."""
 
     max_restarts: Annotated[int, Field(ge=0)] = 5
     """Restarts without progress (no new committed checkpoint in between) before the job fails."""
@@ -146,6 +163,18 @@ class RecoverySpec(Spec):
     step, 10 x the longest of the last 20 steps, at least 30 s and at most 30 min; until a gang has
     done two steps, and while it saves, loads, validates or waits for data, that or 5 min, whichever
     is longer. `ringworld status` shows the present limit."""
+    on_nan: Literal["rollback", "stop"] = "rollback"
+    """What happens when a loss, the gradient norm or the state is no finite number. rollback: go
+    back to the newest checkpoint and leave out the rows of that step, in this run for good; if the
+    next step is none either, fail. stop: fail. What was found is in the run's folder."""
+    loss_spike: LossSpikeSpec = LossSpikeSpec()
+    """What counts as a jump of the loss, and what happens then."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
+    """Rollbacks of a stage, for any reason, before the job fails."""
+    store_timeout: Seconds = Field(default=3600.0, validate_default=False)
+    """How long a run waits for a checkpoint store that does not answer before it fails. At the end
+    of a stage, and after checkpoint.max_failures, its workers wait with their state; at a start the
+    gang is built again."""
     shrink_after: Seconds = Field(default=60.0, validate_default=False)
     """A stage that the cluster is too small for waits so long for nodes before it goes on with
     fewer workers, down to resources.workers.min: `60s`, `10min`."""
