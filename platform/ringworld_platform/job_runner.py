@@ -113,6 +113,7 @@ class JobRunner:
             self._try(live.release)
         except OwnershipLost as lost:
             log.warning("%s", lost)
+            self._try(live.let_go)
         except (PlatformError, StoreError) as error:
             self._end(RunState.FAILED, str(error))
         except Exception as error:
@@ -124,7 +125,7 @@ class JobRunner:
             if self._tracker is not None:
                 # A run that goes on elsewhere has a tracker there.
                 self._tracker.abandon()
-            self._try(live.folder.close)
+            self._try(live.close)
 
     def _end(self, state: RunState, reason: str) -> None:
         """Reach a terminal state, even if the disk refuses to hear of it."""
@@ -136,8 +137,14 @@ class JobRunner:
         # The tracker's last words may take longer than a silent owner's lease.
         self._try(live.save)
         self._finish_tracking(state)
-        self._try(lambda: live.set_state(state, reason, error=error, stop_requested=False))
-        # The line above fails with the disk; the state in memory must be terminal even so.
+        try:
+            live.conclude(state, reason, error)
+        except OwnershipLost:
+            self._try(live.let_go)
+            return
+        except PlatformError as problem:
+            log.warning("%s: %s", live.run_id, problem)
+        # The disk may have refused; the state in memory must be terminal even so.
         live.set_fields(state=state, reason=reason, error=error)
         self._try(live.save)
 
@@ -200,6 +207,7 @@ class JobRunner:
     def _recover(self, failure: Failure) -> None:
         live = self.live
         live.gang_ended()
+        live.confirm()
         if failure.details:
             name = f"attempt-{live.record.attempt}-{failure.kind.name.lower()}"
             live.folder.save_stacks(name, f"{failure.text}\n\n{failure.details}\n")

@@ -7,18 +7,32 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_platform.errors import RunConflictError
+from ringworld_platform.errors import RunConflictError, RunFolderError
+from ringworld_platform.run_copy import RunCopy
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import Record
-from ringworld_platform.run_state import JobRecord, Owner, RunState, RunStates, WorkerRow
+from ringworld_platform.run_state import (
+    LEASE_SECONDS,
+    JobRecord,
+    Owner,
+    RunState,
+    RunStates,
+    WorkerRow,
+    this_machine,
+)
 from ringworld_workers.actor import Identity
 from ringworld_workers.recorder import Progress
 
 SAVE_SECONDS = 1.0
 BEAT_SECONDS = 5.0
+# A store that answers at all does so within this, also where it has to be asked again.
+CONFIRM_SECONDS = 12.0
+# Shorter than any lease: nobody takes a run over while its end is sent.
+CLOSE_SECONDS = 20.0
 _SMOOTHING = 0.3
 
 
@@ -26,15 +40,20 @@ class OwnershipLost(RunConflictError):
     """Another controller has taken the run over: this one must let go of it."""
 
 
-def this_owner(controller: str) -> Owner:
+def this_owner(controller: str, lease_seconds: float = LEASE_SECONDS) -> Owner:
     """This process as a run's owner."""
     return Owner(
-        controller=controller, host=socket.gethostname(), pid=os.getpid(), beat=time.time()
+        controller=controller,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        beat=time.time(),
+        lease_seconds=lease_seconds,
+        machine=this_machine(),
     )
 
 
 def claim(states: RunStates, run_id: str, controller: str) -> JobRecord:
-    """Make this controller the run's owner.
+    """Make this controller the run's owner, as far as its folder knows.
 
     Raises:
         RunConflictError: another controller that may be alive owns it.
@@ -44,8 +63,7 @@ def claim(states: RunStates, run_id: str, controller: str) -> JobRecord:
         owner = record.owner
         if owner is not None and owner.controller != controller and owner.alive(time.time()):
             raise RunConflictError(
-                f"{run_id} is run by another controller (process {owner.pid} on {owner.host}); "
-                "stop it there first"
+                f"{run_id} is run by another controller ({owner}); stop it there first"
             )
         record.owner = this_owner(controller)
         return record
@@ -60,10 +78,24 @@ class LiveRun:
     """
 
     def __init__(
-        self, record: JobRecord, spec: JobSpec, states: RunStates, folder: RunFolder
+        self,
+        record: JobRecord,
+        spec: JobSpec,
+        states: RunStates,
+        folder: RunFolder,
+        copy: RunCopy | None = None,
     ) -> None:
-        """Take a claimed run."""
+        """Take a claimed run.
+
+        Args:
+            record: as it was claimed.
+            spec: of the job.
+            states: of its folder.
+            folder: its logs.
+            copy: of state and logs in the run's store, where that is on S3.
+        """
         self.record, self.spec, self.states, self.folder = record, spec, states, folder
+        self._copy = copy
         self._lock = threading.RLock()
         self._saved_at = 0.0
         self._changed = False
@@ -103,7 +135,13 @@ class LiveRun:
                 setattr(self.record, name, value)
 
     def touch(self) -> None:
-        """Save what has changed, at most once a second, and say now and then that we live."""
+        """Save what has changed, at most once a second, and say now and then that we live.
+
+        Raises:
+            OwnershipLost: another controller has taken the run over.
+        """
+        if self._copy is not None:
+            self._heed(self._copy)
         age = time.monotonic() - self._saved_at
         if age >= BEAT_SECONDS or (self._changed and age >= SAVE_SECONDS):
             self.save()
@@ -126,8 +164,44 @@ class LiveRun:
                 self._changed = False
                 return self.record.model_copy(deep=True)
 
-        self.record.updated = self.states.update(self.run_id, put).updated
+        saved = self.states.update(self.run_id, put)
+        self.record.updated = saved.updated
         self._saved_at = time.monotonic()
+        if self._copy is not None:
+            self._copy.tell(saved)
+
+    def confirm(self) -> None:
+        """After a gang's failure: make sure that the run is still ours to judge.
+
+        Raises:
+            OwnershipLost: another controller has taken the run over; that has ended the gang.
+        """
+        if self._copy is not None:
+            self._copy.confirm(CONFIRM_SECONDS)
+            self._heed(self._copy)
+
+    def conclude(self, state: RunState, reason: str, error: str | None) -> None:
+        """Reach a terminal state: in the run's store first, then in its folder.
+
+        Whoever is told of the end may end this process.
+        """
+        text = f"{state}: {reason}" if reason else str(state)
+        with suppress(RunFolderError):  # the store may have room where the disk has none
+            self.event("state", text, state=str(state))
+        end = {"state": state, "reason": reason, "error": error, "stop_requested": False}
+        if self._copy is not None:
+            with self._lock:
+                last = self.record.model_copy(update=end, deep=True)
+            if not self._copy.finish(last, CLOSE_SECONDS):
+                self._heed(self._copy)
+                self.event(
+                    "store",
+                    f"{last.store} lacks the end of this run: "
+                    f"{self._copy.problem or f'it took more than {CLOSE_SECONDS:g} s'}; it is sent "
+                    "when the store answers, or by `ringworld resume` from this machine",
+                )
+        self.set_fields(**end)
+        self.save()
 
     def release(self) -> None:
         """Let go of the run, so that any controller may go on with it."""
@@ -138,7 +212,41 @@ class LiveRun:
                 stored.owner = None
             return stored
 
-        self.states.update(self.run_id, free)
+        freed = self.states.update(self.run_id, free)
+        if self._copy is not None:
+            self._copy.finish(freed, CLOSE_SECONDS)
+
+    def let_go(self) -> None:
+        """Note in the folder that another controller has the run, if it has another folder."""
+        taken_by = self._copy.taken_by if self._copy is not None else None
+        if taken_by is None:
+            return
+
+        def moved(stored: JobRecord) -> JobRecord:
+            mine = self.record.owner
+            if mine is not None and stored.owner and stored.owner.controller == mine.controller:
+                stored.owner, stored.workers, stored.moved_to = None, [], str(taken_by)
+            return stored
+
+        self.record = self.states.update(self.run_id, moved)
+        self.event("moved", f"another controller has taken the run over: {taken_by}")
+
+    def close(self) -> None:
+        """Close the folder; what the store lacks of a run that has ended is still sent."""
+        if self._copy is not None and not self.record.terminal:
+            self._copy.abandon()
+        self.folder.close()
+
+    def _heed(self, copy: RunCopy) -> None:
+        """Hear what the store says of the run.
+
+        Raises:
+            OwnershipLost: another controller has taken it over.
+        """
+        if copy.taken_by is not None:
+            raise OwnershipLost(f"{self.run_id} was taken over by {copy.taken_by}")
+        if copy.stop_requested and not self.record.stop_requested:
+            self.set_fields(stop_requested=True)
 
     # --- what the gang says ---
 
@@ -207,6 +315,8 @@ class LiveRun:
         about = f", {size / 2**20:.1f} MiB" if isinstance(size, int | float) else ""
         self.event("checkpoint", f"committed {key}{about}")
         self.save()
+        if self._copy is not None:
+            self._copy.tell(self.record.model_copy(deep=True), hurry=True)
 
     def _tokens_left(self, step: int) -> int:
         index = self.record.stage_index

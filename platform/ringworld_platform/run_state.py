@@ -72,13 +72,13 @@ class Owner(BaseModel):
     lease_seconds: float = LEASE_SECONDS
     """For how long after a beat the run is its own."""
     machine: str = ""
-    """Where ``pid`` means something; hosts of a cloud or of a house may share a name."""
+    """Where ``pid`` means something: hosts may share a name. Empty: only the name is known."""
 
     def alive(self, now: float) -> bool:
         """Whether it may still be at work: a fresh beat, and not known to be gone."""
         if now - self.beat > self.lease_seconds:
             return False
-        here = (self.host, self.machine) == (socket.gethostname(), this_machine())
+        here = self.host == socket.gethostname() and self.machine in ("", this_machine())
         return not here or _process_exists(self.pid)
 
     def __str__(self) -> str:

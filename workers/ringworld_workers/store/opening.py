@@ -6,15 +6,17 @@ from pathlib import Path
 
 from ringworld_workers.store.base import Store, StoreError
 from ringworld_workers.store.file_store import FileStore
+from ringworld_workers.store.retry import Patience
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, patience: Patience | None = None) -> Store:
     """The store behind a url; nothing is read or written yet.
 
     Args:
         url: ``file:///absolute/folder``, or relative to the working directory; or
             ``s3://BUCKET/PREFIX``, whose endpoint, region and credentials come from where AWS's
             tools take them.
+        patience: how long a call may take; default: the store's own.
 
     Raises:
         StoreError: unknown scheme, or no path.
@@ -28,7 +30,7 @@ def open_store(url: str) -> Store:
         # Here, because boto3 takes a third of a second to import.
         from ringworld_workers.store.s3_store import S3Store
 
-        return S3Store(url)
+        return S3Store(url, patience=patience)
     if not path:
         raise StoreError("open", url, "no folder is named; write file:///path/to/folder")
-    return FileStore(Path(path))
+    return FileStore(Path(path), patience=patience)
