@@ -13,10 +13,8 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 
 from ringworld_platform.drain import draining_nodes
+from ringworld_platform.node_types import limits, room_of
 from ringworld_platform.room import Room
-
-MAX_GROWTH = 256
-"""More nodes of a type than this are not reckoned with at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +59,18 @@ def _nodes() -> dict[str, NodeRoom]:
     free = ray_state.available_resources_per_node()
     draining = draining_nodes()
     return {
-        node["NodeID"]: NodeRoom(_room(node["Resources"]), _room(free.get(node["NodeID"], {})))
+        node["NodeID"]: NodeRoom(room_of(node["Resources"]), room_of(free.get(node["NodeID"], {})))
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in draining
     }
 
 
 def _growth(nodes: Mapping[str, NodeRoom]) -> dict[str, Room] | None:
-    """The nodes that an autoscaler may still add; none where there is no autoscaler.
-
-    Ray does not tell of which type a node is: each one of a type's size is taken for one of it.
-    """
-    config = ray_state.state.get_cluster_config()
-    if config is None:
+    """The nodes that an autoscaler may still add; none where there is no autoscaler."""
+    known = limits()
+    if known is None:
         return None if _autoscales() else {}
-    there = [node.total for node in nodes.values()]
-    found: dict[str, Room] = {}
-    for group in config.node_group_configs:
-        room = _room(dict(group.resources))
-        # Ray's word for "no limit" is -1.
-        most = MAX_GROWTH if group.max_count < 0 else min(MAX_GROWTH, group.max_count)
-        more = max(0, most - there.count(room))
-        found |= {f"{group.name} {number}": room for number in range(1, more + 1)}
-    return found
+    return known.growth([node.total for node in nodes.values()])
 
 
 def _autoscales() -> bool:
@@ -98,7 +85,3 @@ def _autoscales() -> bool:
         return True
     types = json.loads(report).get("autoscaler_report", {}).get("active_nodes") or {}
     return not all(name.startswith("node_") for name in types)
-
-
-def _room(resources: Mapping[str, float]) -> Room:
-    return Room(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
