@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from ringworld_platform.room import Bundle, Places, Room, Rooms, count, place
 
 _NO_GROWTH: Rooms = {}
-_ASKED = "; more nodes are asked for"
 _IMPOSSIBLE = (
     ", so that it will never start on these: add nodes, or shrink the stage's mesh or "
     "resources.cpus_per_worker"
@@ -97,6 +96,8 @@ class Wait:
         possible: False if no nodes that are there, or could come, can hold it.
         room: workers of its kind that all nodes together hold.
         start_seconds: estimate of the wait, where the runs that it waits for know their time left.
+        new_nodes: how many nodes an autoscaler is to add for it; 0 where that is not known, None
+            where it is not asked for any.
     """
 
     place: int
@@ -104,6 +105,7 @@ class Wait:
     possible: bool = True
     room: int = 0
     start_seconds: float | None = None
+    new_nodes: int | None = None
 
 
 @dataclass(slots=True)
@@ -113,14 +115,14 @@ class Plan:
     Attributes:
         starts: nodes of each run that starts.
         kept: nodes that will be free for a run that waits.
-        asks: runs that wait for nodes which an autoscaler may add.
+        asks: runs that wait for nodes which an autoscaler may add, and for how many; 0: unknown.
         yields: runs that make way, and for whom.
         waits: every other run in the line.
     """
 
     starts: dict[str, Places] = field(default_factory=dict)
     kept: dict[str, Places] = field(default_factory=dict)
-    asks: set[str] = field(default_factory=set)
+    asks: dict[str, int] = field(default_factory=dict)
     yields: dict[str, str] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
 
@@ -187,8 +189,11 @@ class _Decision:
             reason = self._serve(demand)
             if reason is not None:
                 room = count(demand.bundle, nodes.values())
-                possible = room >= demand.size or demand.run_id in self.plan.asks
-                self.plan.waits[demand.run_id] = Wait(place_in_line, reason, possible, room)
+                asks = self.plan.asks.get(demand.run_id)
+                possible = room >= demand.size or asks is not None
+                self.plan.waits[demand.run_id] = Wait(
+                    place_in_line, reason, possible, room, new_nodes=asks
+                )
         self._estimate([d for d in line if d.run_id in self.plan.waits])
 
     def _serve(self, demand: Demand) -> str | None:
@@ -213,14 +218,15 @@ class _Decision:
         if not may_pass:
             return missing
         if self._grow(demand, now):
-            return missing + _ASKED
+            return missing
         if place(demand.size, demand.bundle, self._nodes) is None:
-            return missing + (_ASKED if self._ask(demand) else _IMPOSSIBLE)
+            return missing if self._ask(demand) else missing + _IMPOSSIBLE
         self._ahead.append(demand.run_id)
         found, victims = self._make_room(demand)
         if found is None:
             self._block(demand)
-            return missing + _ASKED if self._ask(demand) else missing
+            self._ask(demand)
+            return missing
         for victim in victims:
             self.plan.yields[victim.run_id] = demand.run_id
             self._staying.remove(victim)
@@ -256,10 +262,10 @@ class _Decision:
         found = self._find(demand, {**now, **self._growth})
         if found is None:
             return False
+        self.plan.asks[demand.run_id] = sum(node in self._growth for node in found)
         _take(self._growth, demand.bundle, found)
         _take(self._free, demand.bundle, found)
         self._reserve(demand, found)
-        self.plan.asks.add(demand.run_id)
         return True
 
     def _ask(self, demand: Demand) -> bool:
@@ -267,7 +273,7 @@ class _Decision:
         if not self._may_ask:
             return False
         self._may_ask = False
-        self.plan.asks.add(demand.run_id)
+        self.plan.asks[demand.run_id] = 0
         return True
 
     def _make_room(self, demand: Demand) -> tuple[Places | None, list[Holding]]:

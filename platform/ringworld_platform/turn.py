@@ -12,7 +12,7 @@ from ringworld_platform.job_queue import Answer, JobQueue
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.mesh_choice import MeshChoice
 from ringworld_platform.run_state import RunState
-from ringworld_platform.scheduler import Demand
+from ringworld_platform.scheduler import Demand, Wait
 
 # A shorter wait is not worth telling: the last gang's resources are just coming back.
 TELL_SECONDS = 1.0
@@ -31,6 +31,8 @@ class Turn:
         """
         self._live, self._line, self._one_shot = live, line, one_shot
         self._preempted = ""
+        self._asked: float | None = None
+        """Since when Ray's autoscaler knows of the gang that waits, in monotonic seconds."""
 
     def lost(self, reason: str) -> None:
         """The run has made way; the next wait says why it stands in line again."""
@@ -51,7 +53,8 @@ class Turn:
         live, line, run_id = self._live, self._line, self._live.run_id
         record, spec = live.record, gang.spec
         line.ask(Demand(run_id, record.priority, record.submitted, spec.size, spec.bundle))
-        asked = time.monotonic()
+        began = time.monotonic()
+        self._asked = None
         while True:
             answer = line.answer(run_id)
             if (places := answer.places) is not None:
@@ -63,7 +66,11 @@ class Turn:
                 gang.give_back()
             else:
                 gang.ask_for_nodes(answer.asks)
-                self._tell(answer, time.monotonic() - asked, meshes)
+                if not answer.asks:
+                    self._asked = None
+                elif self._asked is None:
+                    self._asked = time.monotonic()
+                self._tell(answer, time.monotonic() - began, meshes)
             pause()
         self._preempted = ""
         live.set_fields(place=None, start_seconds=None, waiting_since=None)
@@ -80,7 +87,7 @@ class Turn:
             raise JobFailed(reason)
         if waited_seconds < TELL_SECONDS:
             return
-        reason = self._preempted + reason
+        reason = self._preempted + reason + self._told_autoscaler(wait)
         state = RunState.WAITING if wait.place == 1 or not wait.possible else RunState.QUEUED
         where = {"place": wait.place, "start_seconds": wait.start_seconds}
         if live.record.waiting_since is None:
@@ -88,3 +95,15 @@ class Turn:
             live.set_state(state, reason)
         # What changes all the time is no event, and saved with the next beat only.
         live.show(state=state, reason=reason, **where)
+
+    def _told_autoscaler(self, wait: Wait) -> str:
+        """``; asked the autoscaler for 2 nodes 12 s ago``."""
+        if self._asked is None:
+            return ""
+        number = wait.new_nodes or "more"
+        nodes = f"{number} node{'' if number == 1 else 's'}"
+        return f"; asked the autoscaler for {nodes} {_ago(time.monotonic() - self._asked)}"
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"

@@ -199,17 +199,17 @@ def test_nodes_that_may_come_are_asked_for_rather_than_anyone_preempted() -> Non
     held = [holds("low", on={"n0": 4})]
     line = [wants("high", 4, 5), wants("also", 4, 4), wants("third", 1, 3)]
     plan = decide(nodes(4), line, held, {"new 1": Room(4), "new 2": Room(4)})
-    assert plan.asks == {"high", "also"} and plan.yields == {"low": "third"}
-    assert "more nodes are asked for" in plan.waits["high"].reason
+    assert plan.asks == {"high": 1, "also": 1} and plan.yields == {"low": "third"}
+    assert plan.waits["high"].new_nodes == 1
 
 
 def test_where_it_is_not_known_which_one_at_a_time_asks() -> None:
     line = [wants("huge", 8, 1), wants("huger", 9)]
     plan = decide(nodes(4), line, [], None)
-    assert plan.asks == {"huge"}
+    assert plan.asks == {"huge": 0}
     assert (plan.waits["huge"].possible, plan.waits["huger"].possible) == (True, False)
     high = decide(nodes(4), [wants("high", 4, 5)], [holds("low", on={"n0": 4})], None)
-    assert (high.yields, high.asks) == ({"low": "high"}, set()), "a lower one first"
+    assert (high.yields, high.asks) == ({"low": "high"}, {}), "a lower one first"
 
 
 # --- estimates ---
