@@ -16,6 +16,7 @@ from ringworld_platform.commands import (
     look,
     machines,
     parity,
+    plan,
     train,
     train_codebook,
 )
@@ -98,6 +99,14 @@ _add(
 _add(
     app,
     TRAIN,
+    plan.plan,
+    "ringworld plan jobs/quickstart.yaml                  # on this machine",
+    "ringworld plan jobs/lwm-text-7b.yaml --gpus 64xH100-80GB --price 2.5",
+    "ringworld plan job.yaml --cluster --json",
+)
+_add(
+    app,
+    TRAIN,
     parity.parity,
     "ringworld parity jobs/quickstart.yaml",
     "ringworld parity jobs/quickstart.yaml --stage 4k --ring-sizes 2,3 --precision fp64",
@@ -141,7 +150,15 @@ _add(
     "ringworld status                        # the newest run",
     "ringworld status quickstart-3 --json",
 )
-_add(app, LOOK, look.list_runs, "ringworld list", "ringworld list --json", name="list")
+_add(
+    app,
+    LOOK,
+    look.list_runs,
+    "ringworld list",
+    "ringworld list --state QUEUED,WAITING",
+    "ringworld list --json",
+    name="list",
+)
 _add(app, LOOK, look.watch, "ringworld watch", "ringworld watch quickstart")
 _add(
     app,

@@ -146,6 +146,12 @@ def test_list_shows_every_run(in_runs: Path) -> None:
     assert "SUCCEEDED" in result.stdout
     (only,) = json.loads(ringworld("list", "--json").stdout)
     assert only["job"] == "quickstart"
+    assert json.loads(ringworld("list", "--json", "--state", "running,failed").stdout) == []
+    assert "quickstart-1" in ringworld("list", "--state", "succeeded").stdout
+    assert "none of 1 runs is FAILED" in ringworld("list", "--state", "FAILED").stderr
+    unknown = ringworld("list", "--state", "runing")
+    assert unknown.exit_code == 2
+    assert "did you mean RUNNING?" in " ".join(unknown.stderr.replace("│", " ").split())
 
 
 def test_logs_of_a_rank(in_runs: Path) -> None:

@@ -26,7 +26,7 @@ from ringworld_platform.errors import RunConflictError
 from ringworld_platform.follow import follow
 from ringworld_platform.progress import RunProgress
 from ringworld_platform.run_folder import Page
-from ringworld_platform.run_list import runs_table
+from ringworld_platform.run_list import ENDED_SHOWN, chosen_runs, runs_table
 
 Recording = dict[str, Callable[..., Any]]
 
@@ -234,11 +234,50 @@ def test_the_list_shows_the_line(recording: Recording) -> None:
     }
     second = first | {"run_id": "second-1", "state": "QUEUED", "place": 2, "start_seconds": None}
 
-    rows = text_of(runs_table([done, first, second]), width=160).splitlines()
-    alone = text_of(runs_table([done]), width=160)
+    rows = text_of(runs_table([done, first, second], 160), width=160).splitlines()
+    alone = text_of(runs_table([done], 160), width=160)
 
     headings = ["run", "state", "stage", "step", "loss", "priority", "line", "starts", "why"]
     assert rows[0].split() == headings
     assert "  5     1  in 4m 00s  needs 2 CPU bundles" in rows[2] and "waiting 4 min" in rows[2]
     assert "  5     2  ?  " in rows[3]
     assert "priority" not in alone and "starts" not in alone, "nobody waits, all are equal"
+
+
+def test_a_narrow_list_cuts_neither_ids_nor_reasons() -> None:
+    reason = "needs 16 GPU bundles of 8 CPUs; the largest node has 8 GPUs; 3 of 16 are free; " * 2
+    long = "a-rather-long-name-of-a-job-that-somebody-has-chosen-with-care-12"
+    line = {"state": "QUEUED", "reason": reason, "num_stages": 3, "loss": 2.5, "num_steps": 10**5}
+    runs = [
+        {**line, "run_id": "short-1", "state": "SUCCEEDED", "reason": "all 3 stages are done"},
+        {**line, "run_id": "failed-1", "state": "FAILED", "error": "rank 1\nwas lost"},
+        {**line, "run_id": long, "place": 1, "priority": -10, "start_seconds": 4000.0},
+    ]
+
+    shown = text_of(runs_table(runs, 80), width=80)
+    piped = runs_table(runs).plain.splitlines()
+
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"\n{long}\n" in shown and " in 1h 06m\n" in shown
+    assert " ".join(shown.split()).endswith(reason.strip())
+    assert "done" not in shown, "that a run has succeeded says all"
+    assert len(piped) == 1 + len(runs) and piped[2].endswith("rank 1 was lost")
+    assert piped[3].endswith(reason.rstrip())
+
+
+def test_the_list_has_the_newest_that_ended_and_the_line_last() -> None:
+    ended = [{"run_id": f"old-{n}", "state": "STOPPED"} for n in range(ENDED_SHOWN + 3)]
+    going = [
+        {"run_id": "second", "state": "QUEUED", "place": 2},
+        {"run_id": "at-work", "state": "RUNNING"},
+        {"run_id": "first", "state": "WAITING", "place": 1},
+    ]
+
+    shown, left_out = chosen_runs([*ended, *going])
+
+    names = [run["run_id"] for run in shown]
+    assert names[-4:] == [f"old-{ENDED_SHOWN + 2}", "at-work", "first", "second"]
+    assert (names[0], left_out) == ("old-3", 3)
+    assert chosen_runs([*ended, *going], everything=True)[1] == 0
+    assert chosen_runs([*ended, *going], {"STOPPED"}) == (ended, 0)
+    assert chosen_runs([*ended, *going], {"RUNNING"}) == ([going[1]], 0)

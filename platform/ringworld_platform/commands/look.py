@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,25 +73,47 @@ def status(
         out().print(Group(*parts, Text("\n".join(lines))))
 
 
-def list_runs(runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json = False) -> None:
-    """List every run, oldest first, and the line of those that wait for workers.
+def list_runs(
+    states: Annotated[
+        list[str] | None,
+        typer.Option("--state", metavar="STATE", help="Only runs in this state; repeat for more."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also the runs that ended long ago.")
+    ] = False,
+    runs: Runs = DEFAULT_RUNS,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs: the newest that have ended, those at work, and the line for workers.
 
     A run that waits has its place in the line, what it is short of, and when it is likely to start,
-    where those ahead of it know how long they will take.
+    where those ahead of it know how long they will take. JSON has every run, oldest first.
     """
-    from ringworld_platform.run_list import runs_table
+    from ringworld_platform.run_list import chosen_runs, runs_table
     from ringworld_platform.run_view import open_view
 
+    wanted = _states(states or ())
     with open_view(runs, address) as opened:
         found = opened.view.list()
-        if as_json:
-            typer.echo(json.dumps(found, indent=1))
-            return
-        _say_where(opened)
-        if not found:
-            out().print("no runs yet; start one with [cyan]ringworld run JOB.yaml[/cyan]")
-            return
-        out().print(runs_table(found))
+    if as_json:
+        typer.echo(json.dumps([r for r in found if not wanted or r["state"] in wanted], indent=1))
+        return
+    _say_where(opened)
+    if not found:
+        out().print("no runs yet; start one with [cyan]ringworld run JOB.yaml[/cyan]")
+        return
+    shown, left_out = chosen_runs(found, wanted, everything=everything)
+    if left_out:
+        note = f"{left_out} runs that ended before these are left out; --all shows them"
+        err().print(note, style="dim")
+    if not shown:
+        err().print(f"none of {len(found)} runs is {' or '.join(sorted(wanted))}", style="dim")
+        return
+    console = out()
+    # What another program reads has a line a run.
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else None
+    console.print(runs_table(shown, width), soft_wrap=True)
 
 
 def watch(job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = None) -> None:
@@ -169,6 +194,21 @@ def report(
     console = out()
     console.print(render_terminal(build_report(folder)))
     console.print(f"\nreport: {write_report(folder)}", markup=False)
+
+
+def _states(names: Iterable[str]) -> frozenset[str]:
+    """The states that are meant, in any case, commas between them or not."""
+    from ringworld_platform.run_state import RunState
+
+    asked = [part.strip().upper() for name in names for part in name.split(",") if part.strip()]
+    known = list(RunState.__members__)
+    for state in asked:
+        if state not in known:
+            near = difflib.get_close_matches(state, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problem = f"there is no state {state}; there are {', '.join(known)}{hint}"
+            raise typer.BadParameter(problem, param_hint="--state")
+    return frozenset(asked)
 
 
 def _say_where(opened: OpenView) -> None:
