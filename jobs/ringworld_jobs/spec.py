@@ -97,6 +97,11 @@ class ResourcesSpec(Spec):
     priority: int = 0
     """Higher runs first, and takes the workers of lower ones where it must: those save a
     checkpoint, wait in the line, and go on from there."""
+    prewarm: Seconds | Literal["auto", "off"] = "auto"
+    """When Ray's autoscaler is asked for the nodes of a stage that wants more workers than the one
+    before it: so long before that one ends (`90s`, `5min`); off: only when it has ended. auto: as
+    long before as nodes take to come, which is the longest of the last 5 waits for them in the
+    controller's life; 2 min as long as there was none."""
 
 
 class CheckpointSpec(Spec):

@@ -97,3 +97,10 @@ def place(size: int, bundle: Bundle, rooms: Rooms, kept: Places | None = None) -
 def count(bundle: Bundle, rooms: Iterable[Room]) -> int:
     """How many bundles fit into several rooms."""
     return sum(bundle.count_in(room) for room in rooms)
+
+
+def take(rooms: dict[str, Room], bundle: Bundle, places: Places) -> None:
+    """Take a gang's room away from the nodes that are among ``rooms``."""
+    for node, number in places.items():
+        if node in rooms:
+            rooms[node] = rooms[node].plus(bundle, -number)

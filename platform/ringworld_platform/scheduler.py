@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ringworld_platform.room import Bundle, Places, Room, Rooms, count, place
+from ringworld_platform.room import Bundle, Places, Room, Rooms, count, place, take
 
 _NO_GROWTH: Rooms = {}
 _IMPOSSIBLE = (
@@ -176,7 +176,7 @@ class _Decision:
         self._leaving = [h for h in holdings if h.leaving]
         self._free = dict(nodes)
         for holding in holdings:
-            _take(self._free, holding.bundle, holding.places)
+            take(self._free, holding.bundle, holding.places)
         # What is free once the leaving have left, without what they leave for somebody.
         self._soon = dict(self._free)
         for holding in self._leaving:
@@ -206,11 +206,11 @@ class _Decision:
         if not demand.ready:
             if found is None or found != demand.places:
                 return "its room is gone"
-            _take(self._free, demand.bundle, found)
+            take(self._free, demand.bundle, found)
             self._reserve(demand, found)
             return "its room is kept until it goes on"
         if found is not None:
-            _take(self._free, demand.bundle, found)
+            take(self._free, demand.bundle, found)
             self._reserve(demand, found)
             self.plan.starts[demand.run_id] = found
             return None
@@ -244,16 +244,16 @@ class _Decision:
             return None
         for blocked in self._blocked:
             left = dict(blocked.left)
-            _take(left, demand.bundle, found)
+            take(left, demand.bundle, found)
             if place(blocked.demand.size, blocked.demand.bundle, left) is None:
                 return None
         return found
 
     def _reserve(self, demand: Demand, found: Places) -> None:
         """Nobody behind this run may have its places, and it stays in the way of none ahead."""
-        _take(self._soon, demand.bundle, found)
+        take(self._soon, demand.bundle, found)
         for blocked in self._blocked:
-            _take(blocked.left, demand.bundle, found)
+            take(blocked.left, demand.bundle, found)
 
     def _grow(self, demand: Demand, now: Rooms) -> bool:
         """Let it wait for nodes that are known to be possible."""
@@ -263,8 +263,8 @@ class _Decision:
         if found is None:
             return False
         self.plan.asks[demand.run_id] = sum(node in self._growth for node in found)
-        _take(self._growth, demand.bundle, found)
-        _take(self._free, demand.bundle, found)
+        take(self._growth, demand.bundle, found)
+        take(self._free, demand.bundle, found)
         self._reserve(demand, found)
         return True
 
@@ -307,7 +307,7 @@ class _Decision:
         left = dict(self._nodes)
         for holding in self._staying:
             if holding.order > demand.order:
-                _take(left, holding.bundle, holding.places)
+                take(left, holding.bundle, holding.places)
         self._blocked.append(_Blocked(demand, left))
 
     def _missing(self, demand: Demand) -> str:
@@ -347,14 +347,8 @@ class _Decision:
                 first = ends.pop(0)
                 moment = first.eta_seconds or 0.0
                 _give(rooms, first.bundle, first.places)
-            _take(rooms, demand.bundle, found)
+            take(rooms, demand.bundle, found)
             self.plan.waits[demand.run_id] = replace(wait, start_seconds=moment)
-
-
-def _take(rooms: dict[str, Room], bundle: Bundle, places: Places) -> None:
-    for node, number in places.items():
-        if node in rooms:
-            rooms[node] = rooms[node].plus(bundle, -number)
 
 
 def _give(rooms: dict[str, Room], bundle: Bundle, places: Places) -> None:
