@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -23,14 +22,11 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
-from ringworld_platform.outboxes import Hearer, Outboxes
+from ringworld_platform.gang_watch import GangWatch, Listener
 from ringworld_platform.pace import Pace
-from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.room import Bundle, Places
-from ringworld_platform.stall import diagnose
 from ringworld_platform.worker_actors import RingWorkers, Workers
-from ringworld_workers.actor import Identity, WorkerFailure
+from ringworld_workers.actor import Identity
 from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
@@ -38,30 +34,8 @@ log = logging.getLogger(__name__)
 NAMESPACE = "ringworld"
 NODE_LABEL = "ray.io/node-id"
 ROOM_SECONDS = 0.2
-WATCH_SECONDS = 0.1
-GRACE_SECONDS = 0.3
 START_TIMEOUT_SECONDS = 300.0
-DRAIN_SECONDS = 2.0
 CLOSE_SECONDS = 15.0
-
-
-class GangFailed(Exception):
-    """The gang has ended before its work was done."""
-
-    def __init__(self, failure: Failure) -> None:
-        """Carry the first cause."""
-        super().__init__(failure.text)
-        self.failure = failure
-
-
-class Listener(Hearer, Protocol):
-    """Hears a gang while it works. Exceptions that it raises end the gang's work."""
-
-    def tick(self) -> None:
-        """Called several times a second."""
-
-    def limit(self, seconds: float) -> None:
-        """From now on, so long without progress is a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +68,7 @@ class Gang:
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._made: list[Any] = []
-        self.identities: list[Identity] = []
-        self._outboxes = Outboxes(listener)
+        self._watch = GangWatch(spec.name, spec.size, listener)
 
     def __enter__(self) -> Gang:
         """Nothing is held yet."""
@@ -164,9 +137,9 @@ class Gang:
         rendezvous = self._actors[0].open_rendezvous.remote(
             self.spec.size, collective_timeout_seconds
         )
-        self._watch([loads[i] for i in order], START_TIMEOUT_SECONDS)
-        (address,) = self._watch([rendezvous], START_TIMEOUT_SECONDS)
-        self._watch(
+        self._watch.wait([loads[i] for i in order], START_TIMEOUT_SECONDS)
+        (address,) = self._watch.wait([rendezvous], START_TIMEOUT_SECONDS)
+        self._watch.wait(
             [
                 actor.setup.remote(rank, *address, job, num_threads, collective_timeout_seconds)
                 for rank, actor in enumerate(self._actors)
@@ -186,11 +159,7 @@ class Gang:
         Raises:
             GangFailed: the first failure of any rank.
         """
-        self._outboxes.reset_clock()
-        self._outboxes.pace = pace
-        results = self._watch([actor.run_stage.remote() for actor in self._actors], pace=pace)
-        self._outboxes.drain(range(self.spec.size), DRAIN_SECONDS)
-        return results
+        return self._watch.work([actor.run_stage.remote() for actor in self._actors], pace)
 
     def prepare_data(self, recipe: str, cache: str, pace: Pace) -> dict[str, Any]:
         """Build a data recipe on this gang's one worker.
@@ -206,12 +175,14 @@ class Gang:
         """
         self._spawn()
         self._arrange()
-        self._outboxes.reset_clock()
-        (prepared,) = self._watch(
-            [self._actors[0].prepare_data.remote(recipe, cache)], pace=pace, may_be_busy=True
-        )
-        self._outboxes.drain([0], DRAIN_SECONDS)
+        call = self._actors[0].prepare_data.remote(recipe, cache)
+        (prepared,) = self._watch.work([call], pace, may_be_busy=True)
         return dict(prepared)
+
+    @property
+    def identities(self) -> Sequence[Identity]:
+        """Where the workers live, by rank, once they are arranged."""
+        return self._watch.identities
 
     def request_stop(self) -> None:
         """Ask every rank to save and stop at its next step."""
@@ -269,105 +240,13 @@ class Gang:
         A node's GPUs are handed out in the order in which actors start, so that a rank may
         differ from the number in its actor's name there; on CPU they are the same.
         """
-        found: list[Identity] = self._watch(
+        found: list[Identity] = self._watch.wait(
             [actor.identity.remote() for actor in self._actors], START_TIMEOUT_SECONDS
         )
         order = sorted(range(len(found)), key=lambda i: (found[i].ip, found[i].node, found[i].gpus))
         self._actors = [self._actors[i] for i in order]
-        self.identities = [found[i] for i in order]
-        self._outboxes.open(self._actors)
+        self._watch.open(self._actors, [found[i] for i in order])
         return order
-
-    # --- watching ---
-
-    def _watch(
-        self,
-        calls: Sequence[Any],
-        timeout_seconds: float | None = None,
-        pace: Pace | None = None,
-        may_be_busy: bool = False,
-    ) -> list[Any]:
-        """Wait for one reply of each rank, fetching records meanwhile.
-
-        Args:
-            calls: one a rank.
-            timeout_seconds: longest wait for all of them.
-            pace: longest time without a heartbeat of any rank.
-            may_be_busy: a rank that answers at all has not stalled.
-
-        Returns:
-            The replies, in the order of ``calls``.
-        """
-        waiting = {call: rank for rank, call in enumerate(calls)}
-        replies: list[Any] = [None] * len(calls)
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while waiting:
-            self._listener.tick()
-            questions = self._outboxes.ask()
-            ready, _ = ray.wait([*waiting, *questions], num_returns=1, timeout=WATCH_SECONDS)
-            for ref in ready:
-                rank = waiting.pop(ref, None)
-                if rank is None:
-                    self._outboxes.take(ref)
-                    continue
-                reply = self._reply(rank, ref)
-                if isinstance(reply, Suspect):
-                    self._fail(reply, waiting)
-                replies[rank] = reply
-            if waiting and deadline is not None and time.monotonic() > deadline:
-                ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
-                text = f"rank {ranks} of {self.spec.name} not ready after {timeout_seconds:g} s"
-                raise GangFailed(Failure(FailureKind.STALL, text, min(waiting.values())))
-            if pace is not None:
-                self._refuse_stall(pace, waiting.values(), may_be_busy)
-        return replies
-
-    def _reply(self, rank: int, ref: Any) -> Any:
-        """A rank's reply, or what it is suspected of."""
-        try:
-            reply = ray.get(ref)
-        except RayActorError as error:
-            return lost_worker(rank, self._where(rank), error)
-        except RayError as error:
-            return raised(rank, WorkerFailure.of(error))
-        return raised(rank, reply) if isinstance(reply, WorkerFailure) else reply
-
-    def _where(self, rank: int) -> str:
-        if rank >= len(self.identities):
-            return "not yet placed"
-        identity = self.identities[rank]
-        return f"pid {identity.pid} on {identity.ip}"
-
-    def _fail(self, first: Suspect, waiting: dict[Any, int]) -> None:
-        """End the watch. The first error seen may be an echo: wait a moment for others.
-
-        Raises:
-            GangFailed: always.
-        """
-        suspects = [first]
-        lost = {first.rank} if first.lost else set()
-        deadline = time.monotonic() + GRACE_SECONDS
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            for ref in ray.wait(list(waiting), num_returns=1, timeout=left)[0]:
-                rank = waiting.pop(ref)
-                reply = self._reply(rank, ref)
-                if isinstance(reply, Suspect):
-                    suspects.append(reply)
-                    if reply.lost:
-                        lost.add(rank)
-        self._outboxes.drain([r for r in range(self.spec.size) if r not in lost], GRACE_SECONDS)
-        raise GangFailed(first_cause(suspects))
-
-    def _refuse_stall(self, pace: Pace, waiting: Collection[int], may_be_busy: bool) -> None:
-        limit = pace.limit({self._outboxes.phase(rank) for rank in waiting})
-        self._listener.limit(limit.seconds)
-        if not waiting or time.monotonic() - self._outboxes.progressed < limit.seconds:
-            return
-        places = [self._where(rank) for rank in range(self.spec.size)]
-        failure = diagnose(self._actors, places, waiting, limit, may_be_busy=may_be_busy)
-        if failure is not None:
-            raise GangFailed(failure)
-        self._outboxes.reset_clock()
 
 
 def _exists(name: str) -> bool:

@@ -18,7 +18,9 @@ from typing import Any
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
-from ringworld_platform.gang import Gang, GangFailed, GangSpec
+from ringworld_platform.evidence import Evidence, save
+from ringworld_platform.gang import Gang, GangSpec
+from ringworld_platform.gang_watch import GangFailed
 from ringworld_platform.hearing import Hearing
 from ringworld_platform.job_ends import JobFailed, JobPreempted, JobReleased, JobStopped
 from ringworld_platform.job_queue import JobQueue
@@ -193,7 +195,7 @@ class JobRunner:
             except JobPreempted as preempted:
                 self._step_aside(str(preempted))
             except GangFailed as failed:
-                self._recover(self._warnings.explain(failed.failure))
+                self._recover(self._warnings.explain(failed.failure), failed.evidence)
 
     def _step_aside(self, reason: str) -> None:
         """Back to the line, with nothing lost and no restart counted."""
@@ -204,16 +206,15 @@ class JobRunner:
         live.save()
         self._turn.lost(reason)
 
-    def _recover(self, failure: Failure) -> None:
+    def _recover(self, failure: Failure, evidence: Evidence | None) -> None:
         live = self.live
         live.gang_ended()
         live.confirm()
-        if failure.details:
-            name = f"attempt-{live.record.attempt}-{failure.kind.name.lower()}"
-            live.folder.save_stacks(name, f"{failure.text}\n\n{failure.details}\n")
+        kept = save(live.folder.path, live.record, failure, evidence)
         # What was announced is no failure of the run's.
         kind = "drain" if failure.kind is FailureKind.TAKEN_AWAY else "failure"
-        live.event(kind, failure.text, failure=failure.kind.value, rank=failure.rank)
+        told = {"failure": failure.kind.value, "rank": failure.rank, "evidence": kept}
+        live.event(kind, failure.text, **told)
         decision = decide(
             failure,
             restarts=live.record.restarts,

@@ -61,6 +61,10 @@ class Outboxes:
         """What a rank was last heard to do."""
         return self._progress[rank].phase
 
+    def heartbeats(self) -> list[Progress]:
+        """The last that was heard of each rank."""
+        return list(self._progress)
+
     def ask(self) -> list[Any]:
         """Ask the ranks that are due; returns the open questions, for ``ray.wait``."""
         now = time.monotonic()

@@ -131,16 +131,6 @@ class RunFolder:
         with self._lock:
             self._append(_log_name(rank), text.encode("utf-8", "replace"))
 
-    def save_stacks(self, name: str, stacks: str) -> Path:
-        """Keep the ranks' stacks of a stall; returns the file."""
-        path = self.path / STACKS_FOLDER / f"{name}.txt"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(stacks, encoding="utf-8")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        return path
-
     def events(self, after: int = 0) -> list[Record]:
         """Events whose number is above ``after``."""
         events = read_lines(self.path / EVENTS_FILE).records

@@ -1,81 +1,99 @@
-"""Which rank holds up a gang that makes no progress, and what every rank was doing.
+"""Which rank holds up a gang that makes no progress. Pure: what the ranks said is given.
 
-A rank that is blocked in a collective still answers on its other threads; one whose process is
-stopped, or whose node is unreachable, does not. How long ago a rank took its last step tells
-nothing: all of them wait for the odd one.
+How long ago a rank took its last step tells nothing: all of them wait for the odd one. So the odd
+one is the rank that does not answer; else the one that waits for nobody, while others wait in a
+collective; else the one that is behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
-
-import ray
-from ray.exceptions import RayError
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 from ringworld_platform.pace import Limit
 from ringworld_platform.recovery import Failure, FailureKind
-from ringworld_workers.recorder import Progress
+from ringworld_workers.actor import Examined
+from ringworld_workers.stacks import ProcessLook
 
-PROBE_SECONDS = 0.5
-STACKS_SECONDS = 2.0
+MOST_GROUPS = 4
 
 
 def diagnose(
-    actors: Sequence[Any],
+    answers: Mapping[int, Examined],
+    looks: Mapping[int, ProcessLook],
     places: Sequence[str],
     waiting: Collection[int],
     limit: Limit,
-    *,
-    may_be_busy: bool = False,
-) -> Failure | None:
-    """Ask every rank what it does, and name the odd one.
+) -> Failure:
+    """Name the odd rank.
 
     Args:
-        actors: the workers, by rank.
-        places: where they live, in words, by rank.
+        answers: of the ranks that answer.
+        looks: at the processes of those that do not.
+        places: where the ranks live, in words, by rank.
         waiting: ranks whose work is not done.
         limit: for how long no rank has made progress, and why that is too long.
-        may_be_busy: a rank that answers is taken to be at work, however long its phase lasts.
-
-    Returns:
-        The failure, with all stacks in its details; None if all are merely busy.
     """
-    answers: dict[int, Progress] = _ask(actors, lambda a: a.progress.remote(), PROBE_SECONDS)
     silent = [rank for rank in sorted(waiting) if rank not in answers]
-    if not silent and may_be_busy:
-        return None
+    heard = [rank for rank in sorted(waiting) if rank in answers]
+    blocked = [rank for rank in heard if answers[rank].stacks.waits_in]
+    free = [rank for rank in heard if not answers[rank].stacks.waits_in]
+    ended = [rank for rank in range(len(places)) if rank not in waiting]
     if silent:
         odd = silent[0]
-        names = ", ".join(f"rank {rank} ({places[rank]})" for rank in silent)
-        told = f"{names} does not answer"
+        told = "; ".join(_silent(rank, places[rank], looks.get(rank)) for rank in silent[:4])
+        told += f"; {len(silent) - 4} more do not answer" if len(silent) > 4 else ""
+    elif blocked and free:
+        odd = _behind(free, answers)
+        told = f"rank {odd} ({places[odd]}) does not come: it is {_doing(answers[odd])}"
+    elif blocked and ended:
+        odd = ended[0]
+        told = f"rank {odd} ({places[odd]}) has ended its stage, and others wait for it"
     else:
-        odd = min(waiting, key=lambda r: (answers[r].step, answers[r].count, answers[r].since))
-        progress = answers[odd]
-        told = f"rank {odd} ({places[odd]}) is behind, in {progress.phase} of step {progress.step}"
-    others = "; ".join(
-        f"rank {rank} is in {found.phase} of step {found.step}"
-        for rank, found in sorted(answers.items())
-        if rank != odd
-    )
-    stacks: dict[int, str] = _ask(actors, lambda a: a.dump_stacks.remote(), STACKS_SECONDS)
-    details = "\n".join(f"===== rank {rank}\n{text}" for rank, text in sorted(stacks.items()))
+        odd = _behind(heard, answers)
+        told = f"rank {odd} ({places[odd]}) is behind: it is {_doing(answers[odd])}"
     text = f"no progress for {round(limit.seconds, 1):g} s ({limit.why}): {told}"
-    if others:
-        text += f" ({others})"
-    return Failure(FailureKind.STALL, text, odd, details)
+    others = _groups({rank: found for rank, found in answers.items() if rank != odd})
+    return Failure(FailureKind.STALL, text + (f" ({others})" if others else ""), odd)
 
 
-def _ask(
-    actors: Sequence[Any], question: Callable[[Any], Any], timeout_seconds: float
-) -> dict[int, Any]:
-    """Answers by rank of those who answer in time."""
-    refs = {question(actor): rank for rank, actor in enumerate(actors)}
-    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_seconds)
-    answers: dict[int, Any] = {}
-    for ref in ready:
-        try:
-            answers[refs[ref]] = ray.get(ref)
-        except RayError:
-            continue
-    return answers
+def _behind(ranks: Collection[int], answers: Mapping[int, Examined]) -> int:
+    def order(rank: int) -> tuple[int, int, float]:
+        progress = answers[rank].progress
+        return progress.step, progress.count, progress.since
+
+    return min(ranks, key=order)
+
+
+def _silent(rank: int, place: str, look: ProcessLook | None) -> str:
+    why = f": its process {look.state}" if look is not None else ""
+    return f"rank {rank} ({place}) does not answer{why}"
+
+
+def _doing(found: Examined) -> str:
+    what = f"in {found.progress.phase} of step {found.progress.step}"
+    return what + (f", at {found.stacks.at}" if found.stacks.at else "")
+
+
+def _groups(answers: Mapping[int, Examined]) -> str:
+    """What the others do, those that do the same together."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for rank, found in sorted(answers.items()):
+        waits = f", waiting in {found.stacks.waits_in}" if found.stacks.waits_in else ""
+        groups[f"in {found.progress.phase} of step {found.progress.step}{waits}"].append(rank)
+    parts = []
+    for doing, ranks in sorted(groups.items(), key=lambda group: -len(group[1]))[:MOST_GROUPS]:
+        who = f"rank {ranks[0]} is" if len(ranks) == 1 else f"{_ranges(ranks)} are"
+        parts.append(f"{who} {doing}")
+    return "; ".join(parts)
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Ranks in order as ``ranks 0-3, 5``."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return "ranks " + ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in spans)

@@ -5,6 +5,7 @@ Importable on Ray workers through PYTHONPATH. ``fault.json`` in the store asks f
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -46,7 +47,8 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
     for step in range(start + 1, stage.num_steps + 1):
         began = time.monotonic()
         reporter.phase("forward", step)
-        _maybe_fail(job, mesh.rank, step)
+        if _maybe_fail(job, mesh.rank, step) == "skip_collective":
+            continue
         vector = torch.tensor([1.0, float(reporter.should_stop())])
         dist.all_reduce(vector, group=mesh.control_group)
         assert int(vector[0]) == job.world_size
@@ -67,22 +69,35 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
     return {"status": "finished", "step": stage.num_steps, "checkpoint": key}
 
 
-def _maybe_fail(job: Any, rank: int, step: int) -> None:
+def _maybe_fail(job: Any, rank: int, step: int) -> str | None:
     store = Path(job.spec.checkpoint.store.removeprefix("file://"))
     try:
         fault = json.loads((store / "fault.json").read_text())
     except FileNotFoundError:
-        return
+        return None
     if (rank, step) != (fault["rank"], fault["step"]):
-        return
+        return None
     if job.attempt > fault.get("attempts", 1):
-        return
+        return None
     if fault["kind"] == "raise":
         raise RuntimeError(f"injected at step {step}")
     if fault["kind"] == "value":
         raise ValueError(f"row {step} has no tokens; rebuild the dataset")
     if fault["kind"] == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if fault["kind"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault["kind"] == "loop":
+        _wait_for_nothing()
+    if fault["kind"] == "hold":
+        # C code that never lets go of Python's lock: no other thread of this process can answer.
+        ctypes.PyDLL(None).sleep(120)
+    return str(fault["kind"])
+
+
+def _wait_for_nothing() -> None:
+    while True:
+        time.sleep(0.05)
 
 
 def build(recipe: Path, cache: Path, on_progress: Any) -> Any:

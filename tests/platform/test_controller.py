@@ -97,6 +97,8 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
     assert failure["rank"] == 1
     assert "rank 1" in failure["text"]
     assert failure["time"] - killed < 1.0
+    stacks = (Path(final["run_folder"]) / failure["evidence"] / "stacks.txt").read_text()
+    assert "===== rank 0" in stacks and "all_reduce" in stacks
     again = [r for r in client.metrics(run_id).items if r["kind"] == "step" and r["attempt"] == 2]
     assert again[0]["step"] > 1, "it starts at the checkpoint, not over"
     assert again[0]["time"] - killed < WAIT_SECONDS
@@ -122,19 +124,6 @@ def test_a_worker_that_is_told_to_end_saves_first_and_it_costs_nothing(
     assert [step for _, step, _ in steps_of(client, run_id)] == list(range(1, 41)), "none twice"
 
 
-def test_an_exception_on_one_rank_ends_the_gang_at_once(client: Client, tmp_path: Path) -> None:
-    fault = {"kind": "raise", "rank": 1, "step": 4}
-    (tmp_path / "fault.json").write_text(json.dumps(fault))
-
-    run_id = client.submit(mini_job(tmp_path, name="raises", stages=(("1k", 2, 6),)))
-    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
-
-    assert final["state"] == "SUCCEEDED", final
-    (failure,) = events_of(client, run_id, "failure")
-    assert failure == "rank 1: RuntimeError: injected at step 4"
-    assert "Traceback" in "\n".join(client.logs(run_id, rank=1).items)
-
-
 def test_an_error_of_the_data_fails_without_restarts(client: Client, tmp_path: Path) -> None:
     fault = {"kind": "value", "rank": 0, "step": 2, "attempts": 99}
     (tmp_path / "fault.json").write_text(json.dumps(fault))
@@ -150,23 +139,6 @@ def test_an_error_of_the_data_fails_without_restarts(client: Client, tmp_path: P
     assert first["error"] == "rank 0: ValueError: row 2 has no tokens; rebuild the dataset"
     assert (second["state"], second["attempt"]) == ("FAILED", 0)
     assert "video 7 has no frames" in second["error"]
-
-
-def test_a_frozen_worker_is_named(client: Client, tmp_path: Path) -> None:
-    fault = {"kind": "freeze", "rank": 1, "step": 3}
-    (tmp_path / "fault.json").write_text(json.dumps(fault))
-
-    spec = mini_job(tmp_path, name="frozen", stages=(("1k", 2, 5),), stall_timeout="2s")
-    run_id = client.submit(spec)
-    final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
-
-    assert final["state"] == "SUCCEEDED", final
-    (failure,) = events_of(client, run_id, "failure")
-    assert failure.startswith("no progress for 2 s (recovery.stall_timeout): rank 1 (pid")
-    assert "does not answer" in failure
-    stacks = Path(final["run_folder"], "stacks", "attempt-1-stall.txt").read_text()
-    assert "===== rank 0" in stacks
-    assert "all_reduce" in stacks
 
 
 def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(

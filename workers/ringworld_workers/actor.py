@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from ringworld_workers.recorder import Entry, Progress, Recorder, RecorderHandler
+from ringworld_workers.stacks import Stacks, own_stacks, write_stacks_on_signal
 from ringworld_workers.stage_job import StageJob
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Identity:
     ip: str
     pid: int
     gpus: tuple[int, ...]
+    errors_file: str = ""
+    """Where it writes its stacks on SIGUSR1, see ``stacks``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,14 @@ class Drained:
     progress: Progress
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """Reply to ``examine``: the heartbeat, and what the rank's threads are doing."""
+
+    progress: Progress
+    stacks: Stacks
+
+
 class RingWorker:
     """One rank: made in a placement group, told its rank, given one stage to run."""
 
@@ -92,6 +103,8 @@ class RingWorker:
         self._mesh: Any = None
         self._job: StageJob | None = None
         self._rank = 0
+        self._training_thread: int | None = None
+        self._errors_file = write_stacks_on_signal()
         _log_to(self._recorder)
         # Ray makes actors in the main thread, the only one that may do this.
         self._end: Any = signal.signal(signal.SIGTERM, self._warned)
@@ -118,11 +131,13 @@ class RingWorker:
             ip=ray.util.get_node_ip_address(),
             pid=os.getpid(),
             gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
+            errors_file=self._errors_file,
         )
 
     @ray.method(concurrency_group="train")
     def load(self) -> None:
         """Import what the stage needs, on all ranks at once, while the gang is being arranged."""
+        self._training_thread = threading.get_ident()
         self._recorder.phase("import", 0)
         _spare_imports()
         importlib.import_module("torch.distributed")
@@ -244,6 +259,7 @@ class RingWorker:
         Returns:
             ``{"dir", "datasets", "tokenizer_size", "codebook_size", "cached"}``.
         """
+        self._training_thread = threading.get_ident()
         try:
             build: Callable[..., Any] = _named(self._prepare_function)
             prepared = build(Path(recipe), Path(cache), self._prepare_progress)
@@ -263,24 +279,14 @@ class RingWorker:
         return Drained(self._recorder.drain(after_seq), self._recorder.progress())
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> Progress:
-        """The heartbeat."""
-        return self._recorder.progress()
-
-    @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
         """Ask the stage to save and stop at its next step."""
         self._recorder.request_stop()
 
     @ray.method(concurrency_group="control")
-    def dump_stacks(self) -> str:
-        """Python stack of every thread of this worker."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        parts = []
-        for ident, frame in sys._current_frames().items():
-            stack = "".join(traceback.format_stack(frame))
-            parts.append(f"thread {names.get(ident, ident)}:\n{stack}")
-        return "\n".join(parts)
+    def examine(self) -> Examined:
+        """What this worker does, and where in its code it is."""
+        return Examined(self._recorder.progress(), own_stacks(self._training_thread))
 
     def _prepare_progress(self, name: str, done: int, total: int) -> None:
         self._recorder.phase(f"{name} {done}/{total}", done)

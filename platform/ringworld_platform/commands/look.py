@@ -157,7 +157,7 @@ def logs(
     runs: Runs = DEFAULT_RUNS,
     address: Address = None,
 ) -> None:
-    """Print what a worker of a run has printed."""
+    """Print what a worker of a run has printed; of a failed run, why it failed as the last line."""
     from ringworld_platform.run_state import TERMINAL
     from ringworld_platform.run_view import find_status, open_view
 
@@ -178,6 +178,9 @@ def logs(
             time.sleep(FOLLOW_SECONDS)
         if position == 0:
             err().print(f"rank {rank} of {run_id} has printed nothing", style="dim")
+        last = opened.view.status(run_id)
+        if last["state"] == "FAILED":
+            err().print(f"{run_id} failed: {last.get('error')}", style="red", markup=False)
 
 
 def report(

@@ -325,7 +325,6 @@ def _exit(status: Record) -> None:
     if state == RunState.STOPPED:
         console.print(f"stopped; go on with [cyan]ringworld resume {run_id}[/cyan]")
         raise typer.Exit(INTERRUPTED)
-    err().print(f"{run_id} failed: {status.get('error')}", style="red", markup=False)
     older = "--older" in str(status.get("error"))  # the refusal of a damaged checkpoint offers it
     again = (
         (f"ringworld resume {run_id} --older", "go on from the checkpoint before the damaged one")
@@ -336,4 +335,6 @@ def _exit(status: Record) -> None:
         next_commands([(f"ringworld logs {run_id}", "what the workers printed"), again]),
         markup=False,
     )
+    # Last, where one looks first.
+    err().print(f"{run_id} failed: {status.get('error')}", style="red", markup=False)
     raise typer.Exit(FAILED)

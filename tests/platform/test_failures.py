@@ -1,0 +1,100 @@
+"""Real gangs that fail in every way: who is blamed, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mini_jobs import mini_client, mini_cluster, mini_job
+
+from ringworld_platform.client import Client
+
+WAIT_SECONDS = 100.0
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+STALLS = {
+    "freeze": "does not answer: its process is stopped by a signal (SIGSTOP)",
+    "hold": "does not answer: its process is alive and does not let Python run",
+    "loop": "does not come: it is in forward of step 3, at _wait_for_nothing (mini_stage.py:",
+    "skip_collective": "has ended its stage, and others wait for it",
+}
+OTHERS = {
+    "raise": "RuntimeError: injected at step 3",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """A job for each fault, all at once, each on two ranks; rank 1 has the fault in step 3."""
+    root = tmp_path_factory.mktemp("runs")
+    with mini_cluster(num_cpus=10), mini_client(root) as client:
+        runs = {kind: submitted(client, root / kind, kind) for kind in (*STALLS, *OTHERS)}
+        yield {
+            kind: {**client.wait(run, timeout_seconds=WAIT_SECONDS), "events": client.events(run)}
+            for kind, run in runs.items()
+        }
+
+
+def submitted(client: Client, store: Path, kind: str) -> str:
+    store.mkdir()
+    fault = {"kind": kind, "rank": 1, "step": 3}
+    (store / "fault.json").write_text(json.dumps(fault))
+    name = kind.replace("_", "-")
+    spec = mini_job(store, name=name, stages=(("1k", 2, 6),), max_restarts=0, stall_timeout="2s")
+    return client.submit(spec)
+
+
+def evidence_of(status: dict[str, Any]) -> Path:
+    (failure,) = [event for event in status["events"] if event["kind"] == "failure"]
+    assert failure["rank"] == 1
+    return Path(status["run_folder"]) / str(failure["evidence"])
+
+
+@pytest.mark.parametrize("kind", [*STALLS, *OTHERS])
+def test_the_odd_rank_is_named_and_all_that_is_known_is_kept(
+    ended: dict[str, dict[str, Any]], kind: str
+) -> None:
+    status = ended[kind]
+
+    assert status["state"] == "FAILED"
+    assert {**STALLS, **OTHERS}[kind] in status["error"]
+    folder = evidence_of(status)
+    assert folder.parent.name == "evidence"
+    told = json.loads((folder / "failure.json").read_text())
+    assert (told["rank"], told["attempt"], told["stage"]) == (1, 1, "1k")
+    assert told["text"] in status["error"]
+    assert [facts["rank"] for facts in told["ranks"]] == [0, 1]
+    assert told["ranks"][0]["answered"]
+    assert told["nodes"][0]["alive"]
+    stacks = (folder / "stacks.txt").read_text()
+    assert "===== rank 0 (pid" in stacks and "===== rank 1 (pid" in stacks
+    records = (folder / "records.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["step"] >= 2
+
+
+def test_stalls_say_how_long_and_where_the_others_wait(ended: dict[str, dict[str, Any]]) -> None:
+    for kind in STALLS:
+        error = ended[kind]["error"]
+        assert error.startswith("no progress for 2 s (recovery.stall_timeout): rank 1 (pid ")
+        assert "rank 0 is in forward of step" in error
+        assert "waiting in all_reduce" in error
+
+
+def test_stacks_show_where_each_rank_is(ended: dict[str, dict[str, Any]]) -> None:
+    for kind in STALLS:
+        stacks = (evidence_of(ended[kind]) / "stacks.txt").read_text()
+        first, second = stacks.split("===== rank ")[1:]
+        assert "all_reduce" in first and "mini_stage.py" in first
+        if kind == "loop":
+            assert "_wait_for_nothing" in second
+        if kind == "freeze":
+            assert "it did not answer: its process is stopped by a signal" in second
+        if kind == "hold":
+            assert "in _maybe_fail" in second, "written by C code, since Python could not run"
+    raised = (evidence_of(ended["raise"]) / "stacks.txt").read_text()
+    assert "RuntimeError: injected at step 3" in raised.split("===== rank ")[2]
+    log = (evidence_of(ended["raise"]) / "log.txt").read_text()
+    assert "Traceback" in log, "the last lines of the odd rank"
