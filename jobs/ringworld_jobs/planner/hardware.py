@@ -165,7 +165,7 @@ def parse_gpus(text: str) -> Hardware:
     known = ", ".join(GPUS)
     if match is None:
         raise HardwareError(
-            f"--gpus = {text!r}: write a number and a GPU, such as 64xH100-80GB; known are {known}"
+            f"{text!r}: write a number and a GPU, such as 64xH100-80GB; known are {known}"
         )
     count, name = int(match[1] or 1), match[2]
     by_lower = {key.lower(): GPUS[value] for key, value in _ALIASES.items()}
@@ -175,9 +175,9 @@ def parse_gpus(text: str) -> Hardware:
         meant = nearest(name, GPUS) or nearest(name, _ALIASES)
         meant = _ALIASES.get(meant, meant)
         hint = f"; did you mean {count}x{meant}?" if meant else ""
-        raise HardwareError(f"--gpus = {text!r}: no GPU {name!r} is known, only {known}{hint}")
+        raise HardwareError(f"{text!r}: no GPU {name!r} is known, only {known}{hint}")
     if count < 1:
-        raise HardwareError(f"--gpus = {text!r}: at least 1 GPU is needed; write 8x{device.name}")
+        raise HardwareError(f"{text!r}: at least 1 GPU is needed; write 8x{device.name}")
     return Hardware(device, count, "--gpus")
 
 

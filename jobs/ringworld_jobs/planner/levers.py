@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,24 +74,56 @@ def find_remedy(spec: JobSpec, index: int, hardware: Hardware, model: ModelConfi
     ladder += _larger_rings(now, hardware)
     ladder += _more_devices(now, hardware)
 
-    def fits(changes: Sequence[Change]) -> bool:
-        return bool((after := _try(spec, index, hardware, model, changes)) and after.fits)
+    def after_all(changes: Sequence[Change]) -> StageEstimate | None:
+        return _try(spec, index, hardware, model, changes)
 
-    pulled: list[Change] = []
-    for change in ladder:
-        pulled = [other for other in pulled if other.path != change.path] + [change]
-        if fits(pulled):
-            break
-    else:
+    pulled = _pull(ladder, after_all, now.fits_host)
+    if pulled is None:
         return None
-    for change in reversed(pulled[:]):
-        fewer = [other for other in pulled if other is not change]
-        if fewer and fits(fewer):
-            pulled = fewer
-    after = _try(spec, index, hardware, model, pulled)
+    pulled = _without_needless(pulled, lambda changes: bool((e := after_all(changes)) and e.fits))
+    after = after_all(pulled)
     assert after is not None
     count = max((change.count for change in pulled), default=0) or hardware.count
     return Remedy(tuple(pulled), _as_yaml(spec.stages[index].name, pulled), count, after)
+
+
+def _pull(
+    ladder: Sequence[Change],
+    after_all: Callable[[Sequence[Change]], StageEstimate | None],
+    fits_host: bool,
+) -> list[Change] | None:
+    """Levers one after another until the stage fits; None where it never does.
+
+    One that moves to the host what the host cannot hold is left out.
+    """
+    pulled: list[Change] = []
+    for change in ladder:
+        more = _with(pulled, change)
+        after = after_all(more)
+        if after is None or (fits_host and not after.fits_host):
+            continue
+        pulled, fits_host = more, after.fits_host
+        if after.fits:
+            return pulled
+    return None
+
+
+def _with(pulled: Sequence[Change], change: Change) -> list[Change]:
+    """One more, in the place of an earlier change of the same field."""
+    if all(other.path != change.path for other in pulled):
+        return [*pulled, change]
+    return [change if other.path == change.path else other for other in pulled]
+
+
+def _without_needless(
+    pulled: list[Change], fits: Callable[[Sequence[Change]], bool]
+) -> list[Change]:
+    """Take out what is not needed, the dearest first, until nothing more can go."""
+    for change in reversed(pulled):
+        fewer = [other for other in pulled if other is not change]
+        if fewer and fits(fewer):
+            return _without_needless(fewer, fits)
+    return pulled
 
 
 def _device_levers(now: StageEstimate) -> Iterator[Change]:
@@ -142,6 +174,7 @@ def _more_devices(now: StageEstimate, hardware: Hardware) -> Iterator[Change]:
     count = hardware.count * 2
     while count <= hardware.count * MOST_GROWTH:
         yield Change(("resources", "workers", "max"), count, whole=True, count=count)
+        yield from _device_levers(now)  # of which some were too much for fewer hosts
         yield from _larger_rings(now, hardware.grown(count))
         count *= 2
 

@@ -34,11 +34,13 @@ class Memory:
     Attributes:
         device: by part; their sum is the peak.
         working: what the part "working" of the device is the largest of.
+        ring_bytes: what travels round the ring; a part of the working layer.
         host: by part, beside the device's where that is host memory too.
     """
 
     device: dict[str, float]
     working: dict[str, float]
+    ring_bytes: float
     host: dict[str, float]
 
     @property
@@ -66,10 +68,8 @@ def memory_of(spec: JobSpec, work: Workload, device: Device) -> Memory:
         device: what it runs on.
     """
     levers = work.stage.memory
-    working = {
-        "layer": layer_bytes(work) + ring_bytes(work, device.is_cpu),
-        "loss": loss_bytes(work),
-    }
+    ring = ring_bytes(work, device.is_cpu)
+    working = {"layer": layer_bytes(work) + ring, "loss": loss_bytes(work)}
     kept = kept_bytes(work, copies_wait=device.overlaps)
     parts = {**states(work), "activations": kept, "working": max(working.values())}
     parts["driver"] = device.context_bytes
@@ -87,7 +87,7 @@ def memory_of(spec: JobSpec, work: Workload, device: Device) -> Memory:
     host["snapshot"] = min(share, spec.checkpoint.max_host_bytes or share)
     rows = work.accumulation * work.local_tokens
     host["data"] = float(PREFETCHED_STEPS * rows * ROW_BYTES)
-    return Memory(parts, working, host)
+    return Memory(parts, working, ring, host)
 
 
 def states(work: Workload) -> dict[str, float]:
