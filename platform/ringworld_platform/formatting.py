@@ -22,6 +22,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}m {left:02d}s" if minutes else f"{left}s"
 
 
+def step_duration(seconds: float) -> str:
+    """As ``duration``, finer below ten seconds: ``12 ms``, ``0.43s``, ``4m 13s``."""
+    if seconds < 0.0995:
+        return f"{seconds * 1e3:.2g} ms"
+    return f"{seconds:.2f}s" if seconds < 10 else duration(seconds)
+
+
 def quantity(value: float | None) -> str:
     """Turn 12345 into ``12.3k``; None gives a dash."""
     if value is None:

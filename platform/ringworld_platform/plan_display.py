@@ -15,6 +15,7 @@ from ringworld_platform.formatting import (
     mesh_heading,
     mesh_text,
     quantity,
+    step_duration,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _overview(estimate: JobEstimate, price: float | None) -> Table:
             format_tokens(stage.work.stage.context_length),
             mesh_text(size.ring_size, size.heads_size, size.data_parallel_size),
             *[bytes_text(value) for value in held],
-            _seconds(stage.step_seconds),
+            step_duration(stage.step_seconds),
             quantity(stage.tokens_per_second),
             f"{stage.work.stage.num_steps}",
             _hours(stage.device_hours),
@@ -99,7 +100,7 @@ def _details(stage: StageEstimate, remedy: Remedy | None) -> Table:
     if remedy is None:
         grid.add_row("  remedy", Text("none of the levers and no number of devices that was tried"))
         return grid
-    step = _seconds(remedy.after.step_seconds)
+    step = step_duration(remedy.after.step_seconds)
     size = bytes_text(remedy.after.memory.device_bytes)
     devices = f"on {remedy.count} devices, " if remedy.count > stage.mesh.world_size else ""
     what = f"{devices}{size} a device, {step} a step, with"
@@ -138,10 +139,10 @@ def _lines(stage: StageEstimate) -> Iterator[tuple[str, str]]:
             f"{bytes_text(memory.host_bytes)} of {bytes_text(device.host_bytes)}: "
             + _parts(memory.host, memory.host_bytes),
         )
-    computed = f"attention {_seconds(time.attention)}, layers {_seconds(time.layers)}, "
-    computed += f"heads {_seconds(time.heads)}, optimizer {_seconds(time.optimizer)}"
+    computed = f"attention {step_duration(time.attention)}, layers {step_duration(time.layers)}, "
+    computed += f"heads {step_duration(time.heads)}, optimizer {step_duration(time.optimizer)}"
     mfu = "" if device.is_cpu else f"; MFU {stage.mfu:.0%}"
-    yield "step", f"{_seconds(stage.step_seconds)}: {computed}{mfu}"
+    yield "step", f"{step_duration(stage.step_seconds)}: {computed}{mfu}"
     sent = [("ring", time.ring), ("split heads", time.split_heads), ("ZeRO", time.zero)]
     told = [_transfer(name, part) for name, part in [*sent, ("offload", time.offload)] if part.link]
     if told:
@@ -149,15 +150,16 @@ def _lines(stage: StageEstimate) -> Iterator[tuple[str, str]]:
     if time.forward_hop is not None and time.backward_hop is not None and device.overlaps:
         hops = (("forward", time.forward_hop), ("backward", time.backward_hop))
         said = (
-            f"{name} {bytes_text(hop.bytes_sent)} in {_seconds(hop.transfer_seconds)} beside "
-            f"{_seconds(hop.compute_seconds)} of attention"
+            f"{name} {bytes_text(hop.bytes_sent)} in {step_duration(hop.transfer_seconds)} beside "
+            f"{step_duration(hop.compute_seconds)} of attention"
             for name, hop in hops
         )
         yield "a hop", "; ".join(said)
     yield (
         "save",
-        f"{bytes_text(saving.num_bytes)} in {_seconds(saving.save_seconds)}, training waits "
-        f"{_seconds(saving.stall_seconds)} of it; loading takes {_seconds(saving.load_seconds)}",
+        f"{bytes_text(saving.num_bytes)} in {step_duration(saving.save_seconds)}, training waits "
+        f"{step_duration(saving.stall_seconds)} of it; loading takes "
+        f"{step_duration(saving.load_seconds)}",
     )
 
 
@@ -170,8 +172,8 @@ def _parts(parts: Mapping[str, float], whole: float) -> str:
 def _transfer(name: str, part: Transfer) -> str:
     """``ring 96.0 GiB by network: 3.2s hidden, 0.1s exposed``."""
     hidden, exposed = part.hidden_seconds, part.exposed_seconds
-    times = [f"{_seconds(hidden)} hidden"] * (hidden > 0)
-    times += [f"{_seconds(exposed)} exposed"] * (exposed > 0)
+    times = [f"{step_duration(hidden)} hidden"] * (hidden > 0)
+    times += [f"{step_duration(exposed)} exposed"] * (exposed > 0)
     return f"{name} {bytes_text(part.bytes_sent)} by {part.link}: {', '.join(times)}"
 
 
@@ -182,13 +184,6 @@ def _last_line(estimate: JobEstimate, price: float | None) -> str:
     end = f"; {', '.join(short)} cannot run as it is" if short else ""
     hours = _hours(estimate.device_hours)
     return f"{duration(estimate.seconds)} in all, {hours} {kind}{cost}{end}"
-
-
-def _seconds(seconds: float) -> str:
-    """``12 ms``, ``0.43s``, ``4m 13s``."""
-    if seconds < 0.1:
-        return f"{seconds * 1e3:.2g} ms"
-    return f"{seconds:.2f}s" if seconds < 10 else duration(seconds)
 
 
 def _hours(hours: float) -> str:
