@@ -10,7 +10,6 @@ from typing import Any
 
 from ringworld_jobs.mesh import MeshSize
 from ringworld_jobs.planner.cpu import cpu_device
-from ringworld_jobs.planner.estimate import PlanError
 from ringworld_jobs.planner.hardware import Device, Hardware, gpu_named
 from ringworld_jobs.planner.predict import Prediction, predict
 from ringworld_jobs.spec import JobSpec
@@ -117,7 +116,7 @@ class Predictions:
                 codebook_size=self._prepared.get("codebook_size"),
             )
             predicted = predict(self.spec, index, hardware, model=model, mesh=mesh)
-        except (PlanError, KeyError, ValueError):
+        except (KeyError, ValueError):
             return None  # what is wrong with the spec is said by those who run it
         where = "memory_host_bytes" if device.is_cpu else "memory_device_bytes"
         return Comparison(
@@ -143,8 +142,9 @@ def device_of_record(start: Record, nodes: Iterable[str]) -> Device | None:
     if name != "CPU":
         total = start.get("device_total_bytes")
         return gpu_named(name, None if total is None else float(total))
+    rate = start.get("matmul_flops")
     on_one = max(Counter(nodes).values(), default=1)
-    return cpu_device(float(start["matmul_flops"]), on_one)
+    return None if rate is None else cpu_device(float(rate), on_one)
 
 
 def comparison_lines(events: Iterable[Record]) -> list[str]:
