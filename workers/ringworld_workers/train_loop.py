@@ -27,6 +27,7 @@ from ringworld_workers.engine.build import build_engine
 from ringworld_workers.evaluate.held_out import score_held_out
 from ringworld_workers.initial_weights import set_initial_weights
 from ringworld_workers.learning_rate import learning_rate_at
+from ringworld_workers.machine import machine_record
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.metrics import StepTimer
 from ringworld_workers.micro_batch import (
@@ -97,6 +98,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
             if start.bookmark is not None and not loader.open_at(start.bookmark):
                 log.warning("%s was saved with other data: its order begins anew", start.key)
             run = StageRun(job, mesh, reporter, loader, engine, checkpoints)
+            machine = machine_record(mesh.device)  # on all ranks at once, as they will compute
             if mesh.rank == 0:
                 attention = run.attention(start.step)
                 log.info(
@@ -115,6 +117,7 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
                         setup_seconds=time.monotonic() - started,
                         **({"left_out": loader.left_out} if loader.left_out else {}),
                         **attention,
+                        **machine,
                     )
                 )
             return run.train(start.step, start.tokens)
