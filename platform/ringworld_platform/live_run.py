@@ -12,6 +12,7 @@ from typing import Any
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import RunConflictError, RunFolderError
+from ringworld_platform.predictions import EVENT, Predictions
 from ringworld_platform.run_copy import RunCopy
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import Record
@@ -99,6 +100,7 @@ class LiveRun:
         self._lock = threading.RLock()
         self._saved_at = 0.0
         self._changed = False
+        self._predictions = Predictions(spec)
 
     @property
     def run_id(self) -> str:
@@ -291,6 +293,8 @@ class LiveRun:
         start = f"from {origin}" if origin else "from the initial weights"
         self.set_fields(step=step)
         self.event("stage", f"stage {record.get('stage')} starts at step {step}, {start}")
+        nodes = [worker.node for worker in self.record.workers]
+        self._predictions.begin(record, nodes, self.record.prepared)
 
     def _step(self, record: Record) -> None:
         step = int(record.get("step", 0))
@@ -306,6 +310,8 @@ class LiveRun:
                 tokens_per_second=smooth,
                 eta_seconds=self._tokens_left(step) / smooth if smooth else None,
             )
+        if (compared := self._predictions.step(record)) is not None:
+            self.event(EVENT, compared.text, **compared.fields)
 
     def _checkpoint(self, record: Record) -> None:
         key = str(record.get("key"))
