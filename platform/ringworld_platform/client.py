@@ -13,9 +13,13 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import ClusterError, PlatformError
 from ringworld_platform.run_folder import Page
 from ringworld_platform.run_state import TERMINAL
+from ringworld_platform.runs_roots import USERS_LIST
 
 RETRY_SECONDS = 30.0
 RETRY_PAUSE_SECONDS = 0.2
+# The controller answers in milliseconds, but for what has to ask a store or wait for a run's end.
+CALL_SECONDS = 60.0
+LONG_SECONDS = 300.0
 WAIT_PAUSE_SECONDS = 0.2
 CONTROLLER_THREADS = 16
 STATUSES = builtins.list[dict[str, Any]]
@@ -39,6 +43,7 @@ class Client:
         create: bool = True,
         one_shot: bool = False,
         runner: Any = None,
+        roots_file: str | None = None,
     ) -> Client:
         """Find the cluster's controller, or make it.
 
@@ -48,6 +53,8 @@ class Client:
             one_shot: the cluster lives for one command (``ringworld run``): a job that it can
                 never hold fails, and runs that a dead cluster left are not continued unasked.
             runner: how runs behave (``RunnerConfig``), in place of the default.
+            roots_file: list of folders of runs whose unfinished ones the controller goes on with;
+                default: the user's, unless it is one-shot or its runs behave in another way.
 
         Raises:
             ClusterError: Ray is not connected; or there is no controller and create is False.
@@ -68,10 +75,13 @@ class Client:
                 raise ClusterError(
                     "no job was submitted to this cluster yet; `ringworld submit JOB` does"
                 ) from error
+        if roots_file is None:
+            roots_file = USERS_LIST if runner is None and not one_shot else ""
         config = ControllerConfig(
             controller_id=uuid.uuid4().hex,
             runs_root=str(root),
             runner=runner or RunnerConfig(one_shot=one_shot),
+            roots_file=roots_file,
         )
         # Ray's annotations know no detached actors.
         remote: Any = ray.remote(Controller)
@@ -100,12 +110,13 @@ class Client:
             JobTooLarge: the cluster can never hold it.
             StoreRefused: its checkpoints could not be written; nothing is left behind.
             PlatformError: the run that `model.init_from` means has no such checkpoint.
+            RunConflictError: another controller has a run of this very job in hand.
         """
         folder = base or Path.cwd()
         meant = _settled(absolute_paths(spec, folder))
         data = meant.model_dump(mode="json", exclude_none=True)
-        root = runs_root_of(meant, folder)
-        return str(self._call(lambda c: c.submit.remote(data, str(root))))
+        root, request = str(runs_root_of(meant, folder)), uuid.uuid4().hex
+        return str(self._call(lambda c: c.submit.remote(data, root, request), LONG_SECONDS))
 
     def status(self, name: str) -> dict[str, Any]:
         """State of a run, by run id or by job name (its newest run).
@@ -125,20 +136,23 @@ class Client:
         Raises:
             RunConflictError: it has ended already.
         """
-        return str(self._call(lambda c: c.stop.remote(name)))
+        return str(self._call(lambda c: c.stop.remote(name), LONG_SECONDS))
 
     def resume(self, name: str, *, older: bool = False) -> str:
         """Go on with a stopped, failed or abandoned run; returns its id.
 
         Args:
-            name: a run's id, or a job's name.
+            name: a run's id, a job's name, or the url of a run in its store on S3, whose folder
+                is made among this client's runs if it is not there.
             older: where the newest checkpoint is damaged, set it aside and take an older one.
 
         Raises:
             StoreRefused: its checkpoints could not be written.
             RunConflictError: it is at work, or has succeeded.
         """
-        return str(self._call(lambda c: c.resume.remote(name, older)))
+        request, root = uuid.uuid4().hex, str(self._runs_root)
+        ask = lambda c: c.resume.remote(name, older, request, root)  # noqa: E731
+        return str(self._call(ask, LONG_SECONDS))
 
     def events(self, name: str, after: int = 0) -> STATUSES:
         """Events with a ``seq`` above ``after``."""
@@ -169,18 +183,33 @@ class Client:
         """End the controller and its gangs; unfinished runs stay resumable."""
         import ray
 
-        self._call(lambda c: c.shutdown.remote())
+        self._call(lambda c: c.shutdown.remote(), LONG_SECONDS)
         ray.kill(self._controller, no_restart=True)
 
-    def _call(self, ask: Callable[[Any], Any]) -> Any:
-        """Ask the controller, again while Ray starts it anew after a crash."""
+    def _call(self, ask: Callable[[Any], Any], seconds: float = CALL_SECONDS) -> Any:
+        """Ask the controller, again while Ray starts it anew after a crash.
+
+        Args:
+            ask: makes the call; made again, it must mean the same.
+            seconds: longest wait for an answer.
+        """
         import ray
-        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+        from ray.exceptions import (
+            ActorUnavailableError,
+            GetTimeoutError,
+            RayActorError,
+            RayTaskError,
+        )
 
         deadline = time.monotonic() + RETRY_SECONDS
         while True:
             try:
-                return ray.get(ask(self._controller))
+                return ray.get(ask(self._controller), timeout=seconds)
+            except GetTimeoutError as error:
+                raise ClusterError(
+                    f"the controller is there but has not answered for {seconds:g} s; its log, in "
+                    "the Ray dashboard, may say what it waits for"
+                ) from error
             except ActorUnavailableError as error:
                 if time.monotonic() > deadline:
                     raise ClusterError(

@@ -1,17 +1,16 @@
 """The controller: the one actor of a cluster that holds its jobs.
 
 Detached and without CPUs of its own, it outlives the command that made it. Whatever it knows is in
-the run folders: killed and started again by Ray, it reads them and goes on with every run that was
-its own, from the newest committed checkpoint.
+the run folders, and which these are is in a list that outlives the cluster: killed and started
+again by Ray, or made anew on the next cluster, it goes on with every run that was its own or is
+nobody's, from the newest committed checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,20 +18,25 @@ from typing import Any
 
 from ringworld_jobs.load import load_job
 from ringworld_jobs.problem import JobSpecError
-from ringworld_jobs.resolve import resolved_yaml, spec_digest
+from ringworld_jobs.resolve import spec_digest
 from ringworld_jobs.spec import JobSpec
+from ringworld_platform.adoption import Adoption
 from ringworld_platform.capacity import cluster
 from ringworld_platform.drain import DrainWatch
-from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+from ringworld_platform.errors import RunConflictError, UnknownRunError
 from ringworld_platform.fit import refuse_unfit
+from ringworld_platform.intake import Intake, Submission
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.job_runner import JobRunner
-from ringworld_platform.live_run import LiveRun, claim, this_owner
-from ringworld_platform.run_claims import RunClaims, check_store
+from ringworld_platform.live_run import LiveRun
+from ringworld_platform.run_changes import ask_to_stop, fresh_start, stopped
+from ringworld_platform.run_claims import check_store
+from ringworld_platform.run_copy import STORE_LEASE_SECONDS
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE
-from ringworld_platform.run_state import JobRecord, RunState, RunStates, next_attempt
+from ringworld_platform.run_state import JobRecord, RunState, RunStates
 from ringworld_platform.runner_config import RunnerConfig
+from ringworld_platform.runs_roots import RootList
 from ringworld_platform.stage_setup import device_of
 
 log = logging.getLogger(__name__)
@@ -48,14 +52,18 @@ class ControllerConfig:
 
     Attributes:
         controller_id: unlike for any two controllers, the same over restarts of one.
-        runs_root: absolute folder of the runs that were submitted first; what the controller
-            must remember of its own is kept there.
+        runs_root: absolute folder of the runs that were submitted first.
         runner: how runs behave.
+        roots_file: list of the folders of runs that outlives the cluster, for the controller of the
+            next one; empty: this controller's own, in ``runs_root``.
+        store_lease_seconds: for how long a run on S3 is this controller's after each sign of life.
     """
 
     controller_id: str
     runs_root: str
     runner: RunnerConfig = field(default_factory=RunnerConfig)
+    roots_file: str = ""
+    store_lease_seconds: float = STORE_LEASE_SECONDS
 
 
 class Controller:
@@ -65,25 +73,26 @@ class Controller:
         """Take up again what an earlier life of this controller, or a dead cluster, left."""
         logging.basicConfig(level=logging.INFO)
         self._config = config
-        self._lock = threading.RLock()
         self._cluster = partial(cluster, fixed=config.runner.one_shot)
         self._line = JobQueue(self._cluster)
         self._drains = DrainWatch()
-        self._runners: dict[Path, JobRunner] = {}
-        self._troubles: dict[str, str] = {}
+        self._adoption = Adoption(config.controller_id, self._runner, config.store_lease_seconds)
+        self._lock = self._adoption.lock
+        self._intake = Intake(self._adoption)
         self._closing = threading.Event()
-        self._roots = self._load_roots()
+        self._roots = RootList(Path(config.roots_file or self._own_list()))
         with self._line.closed():
             self._take_up()
         if not config.runner.one_shot:
             threading.Thread(target=self._adopt_forever, name="adopt", daemon=True).start()
 
-    def submit(self, spec: dict[str, Any], runs_root: str) -> str:
+    def submit(self, spec: dict[str, Any], runs_root: str, request: str = "") -> str:
         """Take a job; the same spec, while its run is unfinished, gives the same run.
 
         Args:
             spec: the resolved spec as JSON data, paths absolute.
             runs_root: absolute folder of its runs.
+            request: this call, where it may be made again for want of an answer.
 
         Returns:
             The run's id.
@@ -91,63 +100,35 @@ class Controller:
         Raises:
             JobTooLarge: the cluster can never hold it.
             StoreRefused: its checkpoints could not be written; nothing is left behind.
+            RunConflictError: another controller has a run of this very job in hand.
         """
-        job = JobSpec.model_validate(spec)
-        digest = spec_digest(job)
+        parsed = JobSpec.model_validate(spec)
+        job = Submission(parsed, spec_digest(parsed), RunStates(Path(runs_root)), request)
         with self._lock:
-            same = self._same(RunStates(Path(runs_root)), job, digest)
+            same = self._intake.same(job)
         if same is None:
             # May take seconds: others are not kept waiting for it.
-            refuse_unfit(job, self._cluster(), gpus=device_of(job) == "cuda")
-            check_store(job)
+            refuse_unfit(parsed, self._cluster(), gpus=device_of(parsed) == "cuda")
+            check_store(parsed)
         with self._lock:
-            states = self._states(runs_root)
-            same = self._same(states, job, digest)
+            self._remember(runs_root)
+            same = self._intake.same(job)
             if same is not None:
-                self._adopt(states, same, job)
-                return same.run_id
-            claims = RunClaims.of(job)
-            made = states.create(
-                job.name, lambda run_id, path: self._new(job, digest, run_id, path), claims
-            )
-            folder = RunFolder(Path(made.run_folder))
-            try:
-                text = resolved_yaml(job)
-                folder.open(text)
-                folder.append_event("submitted", f"submitted as {made.run_id}")
-                if claims is not None:
-                    claims.keep_spec(made.run_id, text)
-            except PlatformError:
-                # The caller hears of it; half a run would only stand in the way.
-                folder.close()
-                states.forget(made.run_id)
-                if claims is not None:
-                    claims.give_back(made.run_id)
-                raise
-            self._launch(made, job, states, folder)
-            return made.run_id
-
-    def _same(self, states: RunStates, job: JobSpec, digest: str) -> JobRecord | None:
-        """The unfinished run of the very same job, if there is one."""
-        for found in states.all():
-            same = (found.job, found.spec_digest) == (job.name, digest)
-            if same and not found.terminal and not self._over(states, found):
-                return found
-        return None
+                return self._intake.join(job, same)
+            return self._intake.join_elsewhere(job) or self._intake.make(job)
 
     def status(self, name: str) -> dict[str, Any]:
         """State of a run, by run id or by job name (its newest run)."""
         record, states = self._find(name)
-        runner = self._runners.get(states.root / record.run_id)
-        return runner.live.status() if runner is not None else record.to_status()
+        return self._status(states, record)
 
     def runs(self) -> list[dict[str, Any]]:
         """State of every run, oldest first."""
-        found: list[dict[str, Any]] = []
-        for root in self._roots:
-            for record in RunStates(root).all():
-                runner = self._runners.get(root / record.run_id)
-                found.append(runner.live.status() if runner else record.to_status())
+        found = [
+            self._status(states, record)
+            for states in map(RunStates, self._known_roots())
+            for record in states.all()
+        ]
         return sorted(found, key=lambda status: float(status["submitted"]))
 
     def stop(self, name: str) -> str:
@@ -156,35 +137,47 @@ class Controller:
             record, states = self._find(name)
             if record.terminal:
                 raise RunConflictError(f"{record.run_id} is {record.state} already")
-            runner = self._runners.get(states.root / record.run_id)
+            if record.moved_to:
+                raise RunConflictError(f"{record.run_id} goes on elsewhere: {record.moved_to}")
+            runner = self._adoption.runner_of(states, record)
             if runner is not None and runner.active:
                 # First, because the disk may be full, and that is a good reason to stop a run.
                 runner.request_stop()
-            changed = states.update(record.run_id, _ask_to_stop)
+            changed = states.update(record.run_id, ask_to_stop)
             if (runner is None or not runner.active) and changed.abandoned():
-                states.update(record.run_id, _stopped)
+                states.update(record.run_id, stopped)
             return record.run_id
 
-    def resume(self, name: str, older: bool = False) -> str:
+    def resume(self, name: str, older: bool = False, request: str = "", runs_root: str = "") -> str:
         """Go on with a stopped or failed run, from its newest committed checkpoint.
 
         Args:
-            name: a run's id, or a job's name.
-            older: where that is damaged, set it aside and take an older one.
+            name: a run's id, a job's name, or the url of a run in its store on S3.
+            older: where the newest checkpoint is damaged, set it aside and take an older one.
+            request: this call, where it may be made again for want of an answer.
+            runs_root: absolute folder of runs, where the run may be in one that is not known yet.
         """
+        if runs_root:
+            self._remember(runs_root)
         with self._lock:
+            if "://" in name:
+                name = self._adoption.bring(name, Path(runs_root)).run_id
             record, states = self._find(name)
+            if request and record.request == request:
+                return record.run_id  # this call has done it, and died before it could say so
+            record = self._adoption.refreshed(states, record)
             if record.state is RunState.SUCCEEDED:
                 raise RunConflictError(f"{record.run_id} has succeeded; nothing is left to do")
-            runner = self._runners.get(states.root / record.run_id)
+            runner = self._adoption.runner_of(states, record)
             ended_here = runner is not None and not runner.active
-            if not (record.terminal or ended_here or record.abandoned()):
-                raise RunConflictError(f"{record.run_id} is {record.state}; it needs no resume")
+            if not (record.terminal or ended_here or record.abandoned() or record.moved_to):
+                by = f" in the hands of {record.owner}" if record.owner else ""
+                raise RunConflictError(f"{record.run_id} is {record.state}{by}; it needs no resume")
             _check_store_of(record)
             if runner is not None:
                 runner.join(RELEASE_SECONDS)
-            states.update(record.run_id, partial(_fresh_start, older))
-            self._launch_stored(states, record.run_id, "resumed")
+            states.update(record.run_id, partial(fresh_start, older, request))
+            self._adoption.go_on(states, record.run_id, "resumed")
             return record.run_id
 
     def events(self, name: str, after: int = 0) -> list[dict[str, Any]]:
@@ -203,106 +196,28 @@ class Controller:
         """End every gang; the runs stay as they are, for the next controller."""
         self._closing.set()
         with self._lock:
-            runners = [runner for runner in self._runners.values() if runner.active]
+            runners = [runner for runner in self._adoption.runners.values() if runner.active]
         for runner in runners:
             runner.release()
         deadline = time.monotonic() + RELEASE_SECONDS
         for runner in runners:
             runner.join(max(0.0, deadline - time.monotonic()))
 
-    # --- taking runs in hand ---
+    # --- finding runs ---
 
-    def _new(self, job: JobSpec, digest: str, run_id: str, path: Path) -> JobRecord:
-        return JobRecord(
-            job=job.name,
-            run_id=run_id,
-            uid=uuid.uuid4().hex,
-            reason="submitted",
-            num_stages=len(job.stages),
-            run_folder=str(path),
-            submitted=time.time(),
-            spec_digest=digest,
-            priority=job.resources.priority,
-            owner=this_owner(self._config.controller_id),
-        )
+    def _runner(self, live: LiveRun) -> JobRunner:
+        return JobRunner(live, self._line, self._drains, self._config.runner)
 
-    def _launch(
-        self, record: JobRecord, spec: JobSpec, states: RunStates, folder: RunFolder
-    ) -> None:
-        live = LiveRun(record, spec, states, folder)
-        runner = JobRunner(live, self._line, self._drains, self._config.runner)
-        self._runners[states.root / record.run_id] = runner
-        runner.start()
-
-    def _launch_stored(
-        self, states: RunStates, run_id: str, why: str, known: JobSpec | None = None
-    ) -> None:
-        """Claim a run that is in the store, and go on with it.
-
-        Args:
-            states: where it is.
-            run_id: which one.
-            why: for its log of events.
-            known: its spec, if the caller has it.
-
-        Raises:
-            RunConflictError: another controller that may be alive owns it.
-            PlatformError: its folder or its spec is unusable; with the spec the run has failed.
-        """
-        record = claim(states, run_id, self._config.controller_id)
-        folder = RunFolder(Path(record.run_folder))
-        folder.open(resolved_yaml(known) if known is not None else None)
-        try:
-            spec = load_job(folder.path / SPEC_FILE, check_files=False)
-        except JobSpecError as error:
-            problem = f"its spec cannot be read, submit it again: {error.problems[0]}"
-            states.update(run_id, partial(_failed, problem))
-            raise PlatformError(f"{run_id}: {problem}") from error
-        record.workers, record.attempt = [], next_attempt(record)
-        folder.append_event("submitted", f"{record.run_id} {why}")
-        self._launch(record, spec, states, folder)
-
-    def _adopt(self, states: RunStates, record: JobRecord, known: JobSpec | None = None) -> None:
-        """Go on with an unfinished run, if nobody has it in hand."""
-        # A run that has ended here may be unable to say so: a full disk. It is left to the user.
-        if states.root / record.run_id not in self._runners and self._may_adopt(record):
-            why = "continues where its last controller left"
-            self._launch_stored(states, record.run_id, why, known)
-
-    def _over(self, states: RunStates, record: JobRecord) -> bool:
-        """Whether a run is over, or about to be, although its stored state does not say so."""
-        runner = self._runners.get(states.root / record.run_id)
-        if runner is not None and not runner.active and runner.live.record.terminal:
-            # The disk was too full to hear of its end, and may not be now.
-            runner.live.save()
-            return True
-        if record.stop_requested and record.abandoned():
-            # Ended with Ctrl-C twice: going on with it would be to stop at once.
-            states.update(record.run_id, _stopped)
-        return record.stop_requested
-
-    def _may_adopt(self, record: JobRecord) -> bool:
-        mine = record.owner is not None and record.owner.controller == self._config.controller_id
-        return not record.terminal and (mine or record.abandoned())
+    def _status(self, states: RunStates, record: JobRecord) -> dict[str, Any]:
+        runner = self._adoption.runner_of(states, record)
+        return runner.live.status() if runner is not None else record.to_status()
 
     def _take_up(self) -> None:
         """Adopt what is ours; and, unless this is a one-shot cluster, what is nobody's."""
-        for root in self._roots:
-            states = RunStates(root)
+        for states in map(RunStates, self._known_roots()):
             for record in states.all():
-                owner = record.owner
-                mine = owner is not None and owner.controller == self._config.controller_id
-                if not (mine or not self._config.runner.one_shot):
-                    continue
-                try:
-                    with self._lock:
-                        self._adopt(states, record)
-                except Exception as error:
-                    # One damaged run must not keep the others waiting; it is tried again and
-                    # again, and said once.
-                    if self._troubles.get(record.run_id) != str(error):
-                        self._troubles[record.run_id] = str(error)
-                        log.exception("cannot take up %s", record.run_id)
+                if self._adoption.is_mine(record) or not self._config.runner.one_shot:
+                    self._adoption.take_up(states, record)
 
     def _adopt_forever(self) -> None:
         while not self._closing.wait(ADOPT_SECONDS):
@@ -311,13 +226,10 @@ class Controller:
             except Exception:
                 log.exception("cannot look for unfinished runs")
 
-    # --- finding runs ---
-
     def _find(self, name: str) -> tuple[JobRecord, RunStates]:
         problem: UnknownRunError | None = None
         found: list[tuple[JobRecord, RunStates]] = []
-        for root in self._roots:
-            states = RunStates(root)
+        for states in map(RunStates, self._known_roots()):
             try:
                 found.append((states.find(name), states))
             except UnknownRunError as error:
@@ -329,31 +241,16 @@ class Controller:
     def _folder(self, name: str) -> RunFolder:
         return RunFolder(Path(self._find(name)[0].run_folder))
 
-    def _states(self, runs_root: str) -> RunStates:
-        root = Path(runs_root)
-        if root not in self._roots:
-            self._roots.append(root)
-            self._save_roots()
-        return RunStates(root)
-
-    @property
-    def _roots_file(self) -> Path:
-        return Path(self._config.runs_root) / f".controller-{self._config.controller_id}.json"
-
-    def _load_roots(self) -> list[Path]:
+    def _known_roots(self) -> list[Path]:
         first = Path(self._config.runs_root)
-        try:
-            more = [Path(root) for root in json.loads(self._roots_file.read_text())]
-        except (OSError, ValueError):
-            more = []
-        return [first, *(root for root in more if root != first)]
+        return [first, *(root for root in self._roots.all() if root != first)]
 
-    def _save_roots(self) -> None:
-        try:
-            self._roots_file.parent.mkdir(parents=True, exist_ok=True)
-            self._roots_file.write_text(json.dumps([str(root) for root in self._roots]))
-        except OSError as error:
-            raise PlatformError(f"cannot write {self._roots_file}: {error.strerror}") from error
+    def _remember(self, runs_root: str) -> None:
+        if self._config.roots_file or Path(runs_root) != Path(self._config.runs_root):
+            self._roots.add(Path(runs_root))
+
+    def _own_list(self) -> str:
+        return f"{self._config.runs_root}/.controllers/{self._config.controller_id}.json"
 
 
 def _check_store_of(record: JobRecord) -> None:
@@ -361,31 +258,5 @@ def _check_store_of(record: JobRecord) -> None:
     try:
         spec = load_job(Path(record.run_folder) / SPEC_FILE, check_files=False)
     except JobSpecError:
-        return  # said where the run is launched
+        return  # said where the run is begun
     check_store(spec)
-
-
-def _ask_to_stop(record: JobRecord) -> JobRecord:
-    record.stop_requested = True
-    return record
-
-
-def _stopped(record: JobRecord) -> JobRecord:
-    record.state, record.reason, record.owner = RunState.STOPPED, "stopped", None
-    record.stop_requested, record.workers = False, []
-    return record
-
-
-def _failed(problem: str, record: JobRecord) -> JobRecord:
-    record.state, record.reason, record.error = RunState.FAILED, problem, problem
-    record.stop_requested, record.workers, record.owner = False, [], None
-    return record
-
-
-def _fresh_start(older: bool, record: JobRecord) -> JobRecord:
-    record.state, record.reason, record.error = RunState.QUEUED, "resumed", None
-    record.stop_requested, record.restarts, record.owner = False, 0, None
-    record.take_older = older
-    # Looked up again: the cache may have been cleared since.
-    record.prepared = None
-    return record

@@ -136,8 +136,11 @@ class LiveRun:
             for name, value in fields.items():
                 setattr(self.record, name, value)
 
-    def touch(self) -> None:
-        """Save what has changed, at most once a second, and say now and then that we live.
+    def touch(self, save_seconds: float = SAVE_SECONDS) -> None:
+        """Save what has changed, and say now and then that we live.
+
+        Args:
+            save_seconds: least time between two saves.
 
         Raises:
             OwnershipLost: another controller has taken the run over.
@@ -145,7 +148,7 @@ class LiveRun:
         if self._copy is not None:
             self._heed(self._copy)
         age = time.monotonic() - self._saved_at
-        if age >= BEAT_SECONDS or (self._changed and age >= SAVE_SECONDS):
+        if age >= max(BEAT_SECONDS, save_seconds) or (self._changed and age >= save_seconds):
             self.save()
 
     def save(self) -> None:
@@ -227,7 +230,8 @@ class LiveRun:
         def moved(stored: JobRecord) -> JobRecord:
             mine = self.record.owner
             if mine is not None and stored.owner and stored.owner.controller == mine.controller:
-                stored.owner, stored.workers, stored.moved_to = None, [], str(taken_by)
+                stored.owner, stored.workers = None, []
+                stored.moved_to = f"{taken_by} has taken it over"
             return stored
 
         self.record = self.states.update(self.run_id, moved)

@@ -1,8 +1,8 @@
 """What a run has in its store besides checkpoints, and whether the store takes anything at all.
 
-On S3 several machines may share a store, and each keeps the records of its own runs: so a run's id
-is claimed in the store, by an object that only one of them can write. On ``file://`` the run's
-state, which lies in the same folder, does that job.
+On S3 several machines may share a store, and each has a folder of runs of its own: so a run's id is
+claimed in the store, by an object that only one of them can write. On ``file://`` the run's state,
+which lies in the same folder, does that job.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import PlatformError, StoreRefused
-from ringworld_platform.run_records import SPEC_FILE
+from ringworld_platform.run_records import SPEC_FILE, STATE_FILE
 from ringworld_workers.store.base import Store, StoreError
 from ringworld_workers.store.opening import open_store
 
@@ -97,6 +97,7 @@ class RunClaims:
     def give_back(self, run_id: str) -> None:
         """Free an id that was just claimed for a run that never came to be."""
         with self._plain():
+            self._store.delete(f"{run_id}/{STATE_FILE}")
             self._store.delete(f"{run_id}/{SPEC_FILE}")
             self._store.delete(f"{run_id}/{CLAIM_FILE}")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ringworld_platform.run_folder import LOGS_FOLDER, SAMPLES_FILE, STACKS_FOLDER
+from ringworld_platform.run_folder import LOGS_FOLDER, SAMPLES_FILE
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE
 from ringworld_workers.store.base import Store
 
@@ -28,7 +28,7 @@ _READERS = 8
 _PART = re.compile(r"(?P<stem>.+)-(?P<epoch>\d{4,})-(?P<offset>\d{12,})(?P<suffix>\.[a-z]+)")
 # What is written once or replaced, rather than added to.
 _WHOLE = ("mlflow.json", "parity.json")
-_WHOLE_FOLDERS = (STACKS_FOLDER, "evidence")
+_WHOLE_FOLDERS = ("evidence", "stacks")
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -145,7 +145,7 @@ class JobRecord(BaseModel):
     epoch: int = 0
     """How often a controller has taken the run, counted in its store."""
     moved_to: str | None = None
-    """Who has taken it over elsewhere; its folder here is as old as that."""
+    """That and by whom it was taken over elsewhere; its folder here is as old as that."""
     request: str = ""
     """The call that submitted or resumed it: made again, it changes nothing."""
 
@@ -174,7 +174,7 @@ class JobRecord(BaseModel):
             )
         elif self.moved_to and not self.terminal:
             status["reason"] = (
-                f"goes on elsewhere: {self.moved_to} has taken it over; "
+                f"goes on elsewhere: {self.moved_to}; "
                 f"`ringworld status {self.store}` asks its store"
             )
         return status
@@ -257,6 +257,16 @@ class RunStates:
                 continue
             return changed
         raise RunConflictError(f"{run_id}: lost {_MAX_RACES} races to write its state; try again")
+
+    def keep(self, record: JobRecord) -> JobRecord:
+        """Put a run here that was made elsewhere; the one that is there of its id stays.
+
+        Returns:
+            What is there now.
+        """
+        with _plain_errors():
+            self._store.put_if_absent(f"{record.run_id}/{STATE_FILE}", _encode(record))
+        return self.get(record.run_id)
 
     def forget(self, run_id: str) -> None:
         """Remove a run that never came to be, folder and all."""
