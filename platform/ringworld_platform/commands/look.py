@@ -53,11 +53,13 @@ def status(
             workers_table,
         )
         from ringworld_platform.formatting import duration
+        from ringworld_platform.predictions import comparison_lines
         from ringworld_platform.progress import RunProgress
 
         progress = RunProgress(opened.view, str(found["run_id"]))
         progress.poll()
         lines = [f"parity      {line}" for line in parity_lines(progress)]
+        lines += [f"measured    {line}" for line in comparison_lines(progress.events)]
         lines += [f"checkpoint  {found.get('checkpoint') or 'none yet'}"]
         if found.get("eta_seconds") and not progress.ended:
             lines.append(f"time left   {duration(found['eta_seconds'])}")
