@@ -110,8 +110,9 @@ class WorldModel(nn.Module):
         Raises:
             ValueError: vision tokens or targets, and a model without a vision table.
         """
-        hidden = self._embed(batch.tokens, batch.modality)
-        hidden = self._trunk(hidden, batch.position_ids, ring.attend).flatten(0, 1)
+        attends = [ring.attend] * len(self.layers)
+        hidden = self.hidden_states(batch.tokens, batch.modality, batch.position_ids, attends)
+        hidden = hidden.flatten(0, 1)
         targets, loss_weights = batch.targets.flatten(), batch.loss_weights.flatten()
         positions = batch.position_ids.flatten()
         vision = batch.target_modality.flatten() == VISION
@@ -141,8 +142,28 @@ class WorldModel(nn.Module):
             float32 [B, S, V].
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hidden = self._trunk(self.text_embed(tokens), positions, _causal_attention)
+        attends = [causal_attention] * len(self.layers)
+        hidden = self.hidden_states(tokens, torch.zeros_like(tokens), positions, attends)
         return self.text_head.logits(hidden)
+
+    def hidden_states(
+        self, tokens: Tensor, modality: Tensor, position_ids: Tensor, attends: Sequence[Attend]
+    ) -> Tensor:
+        """What the heads read: the tokens through their tables, all layers and the final norm.
+
+        Args:
+            tokens: int64 [B, T], ids in the space of ``modality``; T may be 0.
+            modality: [B, T], 0 text, 1 vision.
+            position_ids: ints [B, T].
+            attends: each layer's attention, in order; one that keeps keys knows its layer so.
+
+        Returns:
+            [B, T, E].
+
+        Raises:
+            ValueError: vision tokens, and a model without a vision table.
+        """
+        return self._trunk(self._embed(tokens, modality), position_ids, attends)
 
     def _embed(self, tokens: Tensor, modality: Tensor) -> Tensor:
         """Embed each token by its modality's table: [B, T] -> [B, T, E]."""
@@ -156,7 +177,7 @@ class WorldModel(nn.Module):
         found_at = torch.cat([text_at, vision_at]).argsort()
         return rows.index_select(0, found_at).unflatten(0, tokens.shape)
 
-    def _trunk(self, hidden: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+    def _trunk(self, hidden: Tensor, position_ids: Tensor, attends: Sequence[Attend]) -> Tensor:
         """All layers and the final norm: [B, T, E] -> [B, T, E]."""
         table_dtype = torch.promote_types(hidden.dtype, torch.float32)
         cos, sin = rope_tables(
@@ -169,7 +190,7 @@ class WorldModel(nn.Module):
         moved = None
         if self.offload is not None and torch.is_grad_enabled():
             moved = self.offload.forward_pass(hidden.device, len(self.layers), (cos, sin))
-        for layer in self.layers:
+        for layer, attend in zip(self.layers, attends, strict=True):
             with moved.layer() if moved else nullcontext():
                 # By keyword: ZeRO-3 warns of positional arguments that are no tensors.
                 if self.activation_checkpointing == "full":
@@ -272,7 +293,7 @@ def draw_weight(name: str, shape: Sequence[int], config: ModelConfig, seed: int)
     return torch.empty(shape).normal_(0.0, config.init_std, generator=generator)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense causal attention of whole rows, in the layout of ``Attend``."""
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
