@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -12,6 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from ringworld_platform.evidence import Evidence, gather
 from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
 from ringworld_platform.inquiry import Inquiry, look_at_silent
+from ringworld_platform.mailbox import Mailbox
 from ringworld_platform.outboxes import Hearer, Outboxes
 from ringworld_platform.pace import Limit, Pace
 from ringworld_platform.recovery import Failure, FailureKind
@@ -19,7 +21,6 @@ from ringworld_platform.stall import diagnose
 from ringworld_workers.actor import Examined, Identity, WorkerFailure
 from ringworld_workers.stacks import ProcessLook
 
-WATCH_SECONDS = 0.1
 GRACE_SECONDS = 0.3
 ANSWER_SECONDS = 2.0
 DRAIN_SECONDS = 2.0
@@ -62,7 +63,8 @@ class GangWatch:
         self._name, self._size, self._listener = name, size, listener
         self._actors: Sequence[Any] = []
         self.identities: Sequence[Identity] = []
-        self._outboxes = Outboxes(listener)
+        self._mailbox = Mailbox()
+        self._outboxes = Outboxes(listener, self._mailbox)
 
     def open(self, actors: Sequence[Any], identities: Sequence[Identity]) -> None:
         """Take the workers, by rank, and listen to them from now on."""
@@ -112,21 +114,22 @@ class GangWatch:
             GangFailed: the first failure of any rank.
         """
         waiting = {call: rank for rank, call in enumerate(calls)}
+        for call in calls:
+            self._mailbox.expect(call)
         replies: list[Any] = [None] * len(calls)
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while waiting:
             self._listener.tick()
-            questions = self._outboxes.ask()
-            ready, _ = ray.wait([*waiting, *questions], num_returns=1, timeout=WATCH_SECONDS)
-            for ref in ready:
-                rank = waiting.pop(ref, None)
+            pause = min(self._outboxes.ask(), self._listener.rhythm.look)
+            for call, reply in self._mailbox.take(pause):
+                rank = waiting.pop(call, None)
                 if rank is None:
-                    self._outboxes.take(ref)
+                    self._outboxes.take(call, reply)
                     continue
-                reply = self._reply(rank, ref)
-                if isinstance(reply, Suspect):
-                    self._fail(reply, waiting)
-                replies[rank] = reply
+                found = self._reply(rank, reply.result)
+                if isinstance(found, Suspect):
+                    self._fail(found, waiting)
+                replies[rank] = found
             if waiting and deadline is not None and time.monotonic() > deadline:
                 ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
                 text = f"rank {ranks} of {self._name} not ready after {timeout_seconds:g} s"
@@ -136,10 +139,10 @@ class GangWatch:
                 self._refuse_stall(pace, waiting.values(), may_be_busy)
         return replies
 
-    def _reply(self, rank: int, ref: Any) -> Any:
+    def _reply(self, rank: int, result: Callable[[], Any]) -> Any:
         """A rank's reply, or what it is suspected of."""
         try:
-            reply = ray.get(ref)
+            reply = result()
         except RayActorError as error:
             return lost_worker(rank, self._where(rank), error)
         except RayError as error:
@@ -165,7 +168,7 @@ class GangWatch:
         while waiting and (left := deadline - time.monotonic()) > 0:
             for ref in ray.wait(list(waiting), num_returns=1, timeout=left)[0]:
                 rank = waiting.pop(ref)
-                reply = self._reply(rank, ref)
+                reply = self._reply(rank, partial(ray.get, ref))
                 if isinstance(reply, Suspect):
                     suspects.append(reply)
                     if reply.lost:

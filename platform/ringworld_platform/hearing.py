@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ringworld_platform.drain import Notice, Warnings
 from ringworld_platform.live_run import LiveRun
+from ringworld_platform.rhythm import Rhythm
 from ringworld_workers.recorder import Entry, Progress
 
 
@@ -20,6 +21,7 @@ class Hearing:
         tick: Callable[[], None],
         heed: Callable[[Notice], None],
         logged: Callable[[], None],
+        rhythm: Callable[[], Rhythm],
     ) -> None:
         """Hear nothing yet.
 
@@ -29,9 +31,16 @@ class Hearing:
             tick: called several times a second while a gang works.
             heed: a worker was told to end.
             logged: the metric log has new lines.
+            rhythm: how often to ask the ranks.
         """
         self._live, self._warnings = live, warnings
         self._tick, self._heed, self._logged = tick, heed, logged
+        self._rhythm = rhythm
+
+    @property
+    def rhythm(self) -> Rhythm:
+        """See ``Hearer``."""
+        return self._rhythm()
 
     def tick(self) -> None:
         """See ``Listener``."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from ringworld_platform.capacity import Cluster
+from ringworld_platform.rhythm import Rhythm
 from ringworld_platform.room import Bundle, Places, Room, count
 from ringworld_platform.scheduler import Demand, Holding, Plan, Wait, decide
 
@@ -75,6 +76,8 @@ class JobQueue:
         self._closed = False
         self._found: Cluster | None = None
         self._rooms: dict[Bundle, int] = {}
+        self.rhythm = Rhythm()
+        """How often the runs at work are listened to."""
 
     def ask(self, demand: Demand) -> None:
         """Stand in the line; or change what is asked for."""
@@ -106,6 +109,16 @@ class JobQueue:
         self._refresh()
         with self._lock:
             return self._room(bundle)
+
+    def standing(self) -> tuple[dict[str, Holding], dict[str, int]]:
+        """The gangs that have workers, by run; and ``Plan.asks``."""
+        with self._lock:
+            return dict(self._holdings), dict(self._plan.asks)
+
+    def nodes(self) -> Cluster | None:
+        """The nodes, at most a second old; None as long as Ray has not told."""
+        self._refresh()
+        return self._found
 
     def grants(self, run_id: str, places: Places) -> bool:
         """Whether a run may still start on these nodes."""
@@ -144,7 +157,7 @@ class JobQueue:
                 run_id, demand.priority, demand.submitted, demand.bundle, places
             )
             self._etas[run_id] = eta
-            self._changed = True
+            self._count()
             return True
 
     def asked_to_leave(self, run_id: str) -> Demand | None:
@@ -175,7 +188,7 @@ class JobQueue:
                     ready=False,
                     places=holding.places,
                 )
-                self._changed = True
+                self._count()
 
     def leave(self, run_id: str) -> None:
         """Go for good."""
@@ -188,7 +201,13 @@ class JobQueue:
             for other, way in list(self._ways.items()):
                 if way.run_id == run_id and not self._holdings[other].leaving:
                     del self._ways[other]
-            self._changed = True
+            self._count()
+
+    def _count(self) -> None:
+        """A run has come to its workers, or has lost them."""
+        workers = sum(sum(holding.places.values()) for holding in self._holdings.values())
+        self.rhythm = Rhythm.of(len(self._holdings), workers)
+        self._changed = True
 
     def _refresh(self) -> None:
         """Make the plan anew if anything may have changed."""

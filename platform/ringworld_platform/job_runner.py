@@ -68,7 +68,12 @@ class JobRunner:
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
         self._warnings = Warnings(drains)
         self._hearing = Hearing(
-            live, self._warnings, tick=self.tick, heed=self._heed, logged=self._logged
+            live,
+            self._warnings,
+            tick=self.tick,
+            heed=self._heed,
+            logged=self._logged,
+            rhythm=lambda: line.rhythm,
         )
 
     def start(self) -> None:
@@ -329,7 +334,7 @@ class JobRunner:
         """Save now and then, and hear what the controller wants."""
         if self._release.is_set():
             raise JobReleased
-        self.live.touch()
+        self.live.touch(self._line.rhythm.save)
         if self.live.record.stop_requested:
             self._stop.set()
         self._look_for_drains()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
-import ray
 from ray.exceptions import RayError
 
+from ringworld_platform.mailbox import Mailbox, Reply
 from ringworld_platform.pace import Pace
+from ringworld_platform.rhythm import Rhythm
 from ringworld_workers.actor import Drained
 from ringworld_workers.recorder import Entry, Progress
 
-POLL_SECONDS = 0.2
 AFTER_ERROR_SECONDS = 1.0
 
 
@@ -26,6 +27,10 @@ class Hearer(Protocol):
     def progress(self, rank: int, progress: Progress) -> None:
         """A rank's newest heartbeat."""
 
+    @property
+    def rhythm(self) -> Rhythm:
+        """How often to ask."""
+
 
 class Outboxes:
     """The ranks' outboxes. At most one question a rank is open at a time.
@@ -35,9 +40,14 @@ class Outboxes:
         pace: learns from the steps that are told of, where one is given.
     """
 
-    def __init__(self, hearer: Hearer) -> None:
-        """There are no ranks yet."""
-        self._hearer = hearer
+    def __init__(self, hearer: Hearer, mailbox: Mailbox) -> None:
+        """There are no ranks yet.
+
+        Args:
+            hearer: is told what they say.
+            mailbox: takes in their answers, for whoever waits there to hand to ``take``.
+        """
+        self._hearer, self._mailbox = hearer, mailbox
         self._actors: list[Any] = []
         self._seqs: list[int] = []
         self._due: list[float] = []
@@ -65,21 +75,28 @@ class Outboxes:
         """The last that was heard of each rank."""
         return list(self._progress)
 
-    def ask(self) -> list[Any]:
-        """Ask the ranks that are due; returns the open questions, for ``ray.wait``."""
-        now = time.monotonic()
+    def ask(self) -> float:
+        """Ask the ranks that are due; returns the seconds until the next one is."""
+        now, rhythm = time.monotonic(), self._hearer.rhythm
         asked = set(self._questions.values())
-        for rank in range(len(self._actors)):
-            if rank not in asked and now >= self._due[rank]:
+        wait = math.inf
+        for rank, due in enumerate(self._due):
+            if rank in asked:
+                continue
+            if now >= due:
                 self._ask(rank)
-                self._due[rank] = now + POLL_SECONDS
-        return list(self._questions)
+                self._due[rank] = now + rhythm.rank(rank)
+            else:
+                wait = min(wait, due - now)
+        return wait
 
-    def take(self, question: Any) -> None:
-        """Take the answer to a question that is ready."""
-        rank = self._questions.pop(question)
+    def take(self, question: Any, reply: Reply) -> None:
+        """Take an answer; a reply to anything else is left alone."""
+        rank = self._questions.pop(question, None)
+        if rank is None:
+            return
         try:
-            drained: Drained = ray.get(question)
+            drained: Drained = reply.result()
         except RayError:
             # A lost worker fails its main call too, and that is what is judged.
             self._due[rank] = time.monotonic() + AFTER_ERROR_SECONDS
@@ -89,7 +106,8 @@ class Outboxes:
             self._learn(entries)
             self._hearer.entries(rank, entries)
             self._seqs[rank] = entries[-1].seq
-            # Asked again at once: a rank may wait to hear that its records are in the log.
+        if drained.awaited:
+            # Asked again at once: the rank waits to hear that its records are in the log.
             self._due[rank] = 0.0
         if drained.progress.count != self._progress[rank].count:
             self.progressed = time.monotonic()
@@ -114,11 +132,14 @@ class Outboxes:
         self._take_all(ranks, deadline)
 
     def _take_all(self, ranks: Collection[int], deadline: float) -> None:
-        questions = [question for question, rank in self._questions.items() if rank in ranks]
-        while questions and (left := deadline - time.monotonic()) > 0:
-            ready, questions = ray.wait(questions, num_returns=1, timeout=left)
-            for question in ready:
-                self.take(question)
+        while any(rank in ranks for rank in self._questions.values()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            for question, reply in self._mailbox.take(left):
+                self.take(question, reply)
 
     def _ask(self, rank: int) -> None:
-        self._questions[self._actors[rank].drain.remote(self._seqs[rank])] = rank
+        question = self._actors[rank].drain.remote(self._seqs[rank])
+        self._questions[question] = rank
+        self._mailbox.expect(question)

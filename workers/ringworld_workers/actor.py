@@ -76,6 +76,8 @@ class Drained:
 
     entries: list[Entry]
     progress: Progress
+    awaited: bool = False
+    """The rank waits to hear that its records are in the logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +278,8 @@ class RingWorker:
     @ray.method(concurrency_group="control")
     def drain(self, after_seq: int) -> Drained:
         """Records since ``after_seq``, and the heartbeat; see ``Recorder.drain``."""
-        return Drained(self._recorder.drain(after_seq), self._recorder.progress())
+        entries = self._recorder.drain(after_seq)
+        return Drained(entries, self._recorder.progress(), self._recorder.awaited())
 
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:

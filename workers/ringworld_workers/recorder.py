@@ -53,7 +53,7 @@ class Recorder:
         """Start with an empty outbox."""
         self._lock = threading.Lock()
         self._entries: deque[Entry] = deque()
-        self._last_seq = self._stored_seq = 0
+        self._last_seq = self._stored_seq = self._awaited_seq = 0
         self._stop = threading.Event()
         self._progress = Progress(since=time.time())
 
@@ -91,7 +91,13 @@ class Recorder:
     def stored(self, position: int) -> bool:
         """See ``Reporter.stored``: the reader has asked for what comes after."""
         with self._lock:
+            self._awaited_seq = max(self._awaited_seq, position)
             return self._stored_seq >= position
+
+    def awaited(self) -> bool:
+        """Whether somebody has asked if records are stored that are not yet."""
+        with self._lock:
+            return self._awaited_seq > self._stored_seq
 
     def progress(self) -> Progress:
         """The newest heartbeat."""
