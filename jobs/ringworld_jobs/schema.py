@@ -16,6 +16,7 @@ from typing import Any
 
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import spelled_default
+from ringworld_jobs.planner.output import PlanOutput
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.reference import codebook_page, job_page, recipe_page
 from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec, Spec
@@ -66,6 +67,11 @@ def codebook_schema() -> dict[str, Any]:
     return _finish(CodebookJob.model_json_schema(), "Ringworld codebook job")
 
 
+def plan_schema() -> dict[str, Any]:
+    """The JSON schema of what `ringworld plan --json` prints."""
+    return _finish(PlanOutput.model_json_schema(mode="serialization"), "Ringworld plan")
+
+
 def _finish(schema: dict[str, Any], title: str) -> dict[str, Any]:
     return {"$schema": DIALECT, **schema, "title": title}
 
@@ -76,6 +82,7 @@ def generated_files() -> dict[str, str]:
         "docs/schema/job.schema.json": _json(job_schema()),
         "docs/schema/data.schema.json": _json(data_schema()),
         "docs/schema/codebook.schema.json": _json(codebook_schema()),
+        "docs/schema/plan.schema.json": _json(plan_schema()),
         "docs/job_spec.md": job_page(),
         "docs/data_recipe.md": recipe_page(),
         "docs/codebook_job.md": codebook_page(),
