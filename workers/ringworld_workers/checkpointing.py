@@ -13,7 +13,12 @@ import torch
 
 from ringworld_workers.boundary import Boundary
 from ringworld_workers.checkpoint.fence import TakenOver
-from ringworld_workers.checkpoint.layout import CheckpointError, TrainState
+from ringworld_workers.checkpoint.layout import (
+    CheckpointError,
+    StateNotFinite,
+    StoreAway,
+    TrainState,
+)
 from ringworld_workers.checkpoint.writer import CheckpointWriter
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.learning_rate import learning_rate_at
@@ -23,6 +28,7 @@ from ringworld_workers.restoring import Start, restore
 from ringworld_workers.save_records import SaveRecords
 from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.opening import open_store
+from ringworld_workers.store_wait import StoreWait
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +57,8 @@ class StageCheckpoints:
         self._steps_done = 0
         self._position = 0
         """Of the newest record of the steps that the newest snapshot holds."""
+        self._away = False
+        """Whether the newest failure was that of a store which may come back."""
 
     def __enter__(self) -> StageCheckpoints:
         """Nothing is read or written yet."""
@@ -119,6 +127,9 @@ class StageCheckpoints:
         """
         if self.writer.in_flight and not agreed.uploads_pending:
             self._settle(self.writer.advance, may_fail=agreed.stop)
+            if self._store_is_away() and not agreed.stop:
+                self._save_patiently(self._state(step, tokens, bookmark()))
+                return
         if not agreed.stop:
             if not agreed.checkpoint_due or step == 0:
                 return
@@ -131,8 +142,13 @@ class StageCheckpoints:
         self.reporter.phase("checkpoint", step)
         self._finish(may_fail=agreed.stop)
         # A stop right after a restore, or a commit, finds its state saved already.
-        if step != self._saved_step:
-            self._snapshot(self._state(step, tokens, bookmark()))
+        if step == self._saved_step:
+            return
+        state = self._state(step, tokens, bookmark())
+        if self._store_is_away() and not agreed.stop:
+            self._save_patiently(state)
+        else:
+            self._snapshot(state)
 
     def stop(self, step: int) -> str | None:
         """Commit what a stop has saved; waits for it.
@@ -156,10 +172,13 @@ class StageCheckpoints:
 
     def save_last(
         self, step: int, tokens: int, *, bookmark: Any, metrics: dict[str, float]
-    ) -> None:
-        """Save the stage's end and commit it; waits for the store.
+    ) -> bool:
+        """Save the stage's end and commit it; waits for the store, also for one that is away.
 
         It is tried as often as saves may fail in a row: all that the stage has done hangs on it.
+
+        Returns:
+            Whether it is saved; if not, a stop was asked for while the store was away.
 
         Raises:
             TakenOver: another gang writes this run by now.
@@ -167,15 +186,53 @@ class StageCheckpoints:
         """
         self._finish(may_fail=True)
         state = self._state(step, tokens, bookmark, final=True, metrics=metrics)
-        for _ in range(self._wanted.max_failures + 1):
+        return self._save_patiently(state)
+
+    def _store_is_away(self) -> bool:
+        """Whether so many saves have failed that training waits for the store to come back."""
+        return self._away and self._records.num_failed_in_row > self._wanted.max_failures
+
+    def _save_patiently(self, state: TrainState) -> bool:
+        """Save a state and commit it; while the store is away, wait for it with the state here.
+
+        Returns:
+            Whether it is saved; if not, a stop was asked for while the store was away.
+
+        Raises:
+            TakenOver: another gang writes this run by now.
+            CheckpointError: it could not be saved.
+        """
+        timeout = self.job.spec.recovery.store_timeout
+        waiting = StoreWait(
+            timeout, self.mesh, should_stop=self.reporter.should_stop, beat=self._beat
+        )
+        tries = 0
+        while True:
             self._snapshot(state)
             self._finish(may_fail=True)
-            if self._saved_step == step:
-                return
-        raise CheckpointError(
-            f"the last checkpoint of stage {self.job.stage.name} could not be saved: "
-            f"{self._records.first_cause}; {self._remedy()}"
-        )
+            if self._saved_step == state.step:
+                return True
+            tries += 1
+            if self._away:
+                if tries == 1:
+                    self._records.tell(
+                        "store_away",
+                        f"step {state.step} of stage {self.job.stage.name} waits for its store "
+                        f"up to {timeout:g} s (recovery.store_timeout), with its state in memory",
+                        warn=True,
+                    )
+                answer = waiting.wait()
+                if answer == "stop":
+                    return False
+                if answer == "again":
+                    continue
+            elif tries <= self._wanted.max_failures:
+                continue
+            last = "last checkpoint" if state.final else f"checkpoint of step {state.step}"
+            raise CheckpointError(
+                f"the {last} of stage {self.job.stage.name} could not be saved: "
+                f"{self._records.first_cause}; {self._remedy()}"
+            )
 
     def close(self) -> None:
         """Wait for background threads; a checkpoint that is still in flight stays uncommitted."""
@@ -199,11 +256,15 @@ class StageCheckpoints:
             outcome = action()
         except TakenOver:
             raise
+        except StateNotFinite as error:
+            error.step = self._saved_step or 0
+            raise
         except CheckpointError as error:
+            self._away = isinstance(error, StoreAway)
             self._records.failed(self._saved_step or 0, error)
             self._saved_step = None
             failed, limit = self._records.num_failed_in_row, self._wanted.max_failures
-            if failed > limit and not may_fail:
+            if failed > limit and not may_fail and not self._away:
                 raise CheckpointError(
                     f"{failed} checkpoints in a row could not be saved (checkpoint.max_failures is "
                     f"{limit}); the first: {self._records.first_cause}; {self._remedy()}"

@@ -35,6 +35,8 @@ class StageJob:
         run_uid: unlike for any two runs, also of the same name on different machines; the store
             holds it, and a run of another uid does not write there.
         take_older: take an older checkpoint if the newest is damaged, whatever the spec says.
+        skip_steps: steps of this stage, counted from 1, whose rows are left out: training diverged
+            there. They are counted, and the learning rate goes by them, but no weight changes.
     """
 
     run_id: str
@@ -54,6 +56,7 @@ class StageJob:
     proved: bool = False
     run_uid: str = ""
     take_older: bool = False
+    skip_steps: tuple[int, ...] = ()
 
     @property
     def stage(self) -> StageSpec:

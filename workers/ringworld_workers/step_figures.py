@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,6 @@ from ringworld_workers.ring_figures import ring_record
 from ringworld_workers.stage_job import StageJob
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
-
-
 @dataclass(frozen=True)
 class StepSums:
     """A step's sums by modality over the whole global batch; equal on every rank. [2] each."""
@@ -30,7 +25,7 @@ class StepSums:
     correct: torch.Tensor
     num_targets: torch.Tensor
     grad_norm: float
-    """Global, before clipping."""
+    """Global, before clipping; rank 0's."""
     ring: torch.Tensor
     """[world_size, 3] by rank, see ``ring_figures``."""
 
@@ -107,17 +102,3 @@ def step_figures(
         "rows": [rows.start, rows.stop],
         "sample_ids": loader.sample_ids(step),
     }
-
-
-def refuse_nonsense(numbers: Mapping[str, float], stage: str, step: int) -> None:
-    """Stop when a number is not finite; on every rank at once, since all hold the same ones.
-
-    Raises:
-        TrainingDiverged: says which number, at which step.
-    """
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"{name} is {value} at step {step} of stage {stage}; the last committed checkpoint "
-                "is sound: lower the learning rate, then resume from it"
-            )

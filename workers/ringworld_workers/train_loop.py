@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,12 +19,15 @@ from ringworld_model.batch import TrainBatch
 from ringworld_model.loss import LossSums, combine
 from ringworld_model.transformer import WorldModel
 from ringworld_workers.boundary import Boundary, agree
+from ringworld_workers.checkpoint.layout import StateNotFinite
 from ringworld_workers.checkpointing import StageCheckpoints
 from ringworld_workers.data.loader import StageLoader, open_loader
 from ringworld_workers.data.prefetch import Prefetcher
+from ringworld_workers.divergence import Gang, StepAtHand, diverged, warn
 from ringworld_workers.engine.base import Engine
 from ringworld_workers.engine.build import build_engine
 from ringworld_workers.evaluate.held_out import score_held_out
+from ringworld_workers.guard import NumericGuard, refuse_nonsense, refuse_state
 from ringworld_workers.initial_weights import set_initial_weights
 from ringworld_workers.learning_rate import learning_rate_at
 from ringworld_workers.machine import machine_record
@@ -41,12 +44,7 @@ from ringworld_workers.parity.preflight import prove_ring
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.ring_figures import ring_figures
 from ringworld_workers.stage_job import StageJob
-from ringworld_workers.step_figures import (
-    StepSums,
-    refuse_nonsense,
-    step_figures,
-    step_losses,
-)
+from ringworld_workers.step_figures import StepSums, step_figures, step_losses
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,8 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ParityFailed: the stage asks for parity, and its ring does not compute what one rank does.
         WeightsError: `model.init_from` cannot be read here, or is of another model.
-        TrainingDiverged: loss or gradient is not finite; the state is not saved.
+        TrainingDiverged: a loss, the gradient or the state is not finite, or jumps where the spec
+            does not allow it; the state is not saved.
         CheckpointError: the checkpoint to start from is damaged or absent, another gang writes this
             run, or too many saves have failed.
         StoreError: the store does not answer at the beginning.
@@ -144,11 +143,19 @@ class StageRun:
         self.backend, self.backend_reason = choose_stage_backend(job, mesh)
         self.timer = StepTimer(mesh.device)
         self.shares = (self.stage.loss.text, self.stage.loss.vision)
+        self.guard = NumericGuard(job.spec.recovery)
+        self.gang = Gang(job, mesh, engine, loader, reporter)
+        self._local: list[torch.Tensor] = []
+        """Of each micro-batch of the step at hand, this rank's own sums."""
 
     def train(self, step: int, tokens: int) -> dict[str, Any]:
         """Run the steps from ``step`` on; ``tokens`` is what the job has consumed so far."""
-        with Prefetcher(self._micro_batches, range(step, self.stage.num_steps)) as ahead:
-            return self._train(ahead, step, tokens)
+        wanted = [at for at in range(step, self.stage.num_steps) if at not in self._left_out]
+        try:
+            with Prefetcher(self._micro_batches, wanted) as ahead:
+                return self._train(ahead, step, tokens)
+        except StateNotFinite as error:
+            raise refuse_state(error, self.stage.name, self.job.spec.recovery) from error
 
     def _train(self, ahead: Prefetcher[list[MicroBatch]], step: int, tokens: int) -> dict[str, Any]:
         while step < self.stage.num_steps:
@@ -156,7 +163,8 @@ class StageRun:
             self.reporter.phase("data", step + 1)
             with self.timer.phase("data"):
                 # Waiting for what the background thread makes, where it is not ahead.
-                batches = [batch.to(self.mesh.device) for batch in ahead.take(step)]
+                taken = [] if step in self._left_out else ahead.take(step)
+                batches = [batch.to(self.mesh.device) for batch in taken]
             # Apart from the wait for data, which may be long: here one waits for the other ranks.
             self.reporter.phase("boundary", step + 1)
             boundary = agree(
@@ -171,13 +179,18 @@ class StageRun:
                 unsaved = self.checkpoints.stop(step)
                 result = self._result("stopped", step)
                 return result if unsaved is None else {**result, "unsaved": unsaved}
+            if step in self._left_out:
+                step += 1
+                self._leave_out(step, tokens)
+                continue
             learning_rate = learning_rate_at(self.stage.learning_rate, step, self.stage.num_steps)
             sums = self._step(batches, boundary.weight, learning_rate, step)
             step += 1
             self.checkpoints.note_step(step)
             tokens += self.stage.rows_per_step * self.stage.context_length
             losses = step_losses(sums, boundary.weight, self.shares)
-            refuse_nonsense({**losses, "grad_norm": sums.grad_norm}, self.stage.name, step)
+            numbers = {**losses, "grad_norm": sums.grad_norm}
+            self._judge(step, numbers, batches, boundary.weight, learning_rate)
             self._report_step(
                 step,
                 batches,
@@ -189,6 +202,57 @@ class StageRun:
                 tokens=tokens,
             )
         return self._end_of_stage(step, tokens)
+
+    @cached_property
+    def _left_out(self) -> frozenset[int]:
+        """Steps (counted from 0) whose rows this run leaves out."""
+        return frozenset(step - 1 for step in self.job.skip_steps)
+
+    def _leave_out(self, step: int, tokens: int) -> None:
+        """Count a step without training on its rows, and say so."""
+        self.checkpoints.note_step(step)
+        if self.mesh.rank != 0:
+            return
+        rows = self.loader.row_range(step - 1)
+        text = (
+            f"step {step} of stage {self.stage.name} is left out, with rows {rows.start} to "
+            f"{rows.stop - 1}: training diverged there"
+        )
+        log.warning("%s", text)
+        about = {"rows": [rows.start, rows.stop]}
+        self.reporter.event({"kind": "rows_left_out", "text": text, "step": step, **about})
+        ids = self.loader.sample_ids(step - 1)
+        self.reporter.metrics(
+            self.record("left_out", step, tokens=tokens, **about, left_out_ids=ids)
+        )
+
+    def _judge(
+        self,
+        step: int,
+        numbers: dict[str, float],
+        batches: Sequence[MicroBatch],
+        weight: torch.Tensor,
+        learning_rate: float,
+    ) -> None:
+        """Tell of numbers that jump, and end the stage where the spec says so. A collective.
+
+        Raises:
+            TrainingDiverged: on every rank at once, since all hold the same numbers.
+        """
+        finding = self.guard.judge(step, numbers)
+        for name in sorted(self.guard.over()):
+            if self.mesh.rank == 0:
+                text = f"{name} is down to {numbers[name]:.6g} again at step {step}"
+                self.reporter.event({"kind": "loss_spike", "text": text, "step": step})
+        if finding is None:
+            return
+        history = tuple(self.guard.history)
+        if finding.action == "warn":
+            warn(self.gang, finding, history, step)
+            return
+        local = tuple(self._local)
+        at = StepAtHand(step, batches, weight, self.shares, learning_rate, local)
+        raise diverged(self.gang, finding, at, history)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of the step's rows, cut for the ring; on the CPU."""
@@ -229,7 +293,7 @@ class StageRun:
         self, batches: Sequence[MicroBatch], weight: torch.Tensor, learning_rate: float, step: int
     ) -> StepSums:
         """Forward and backward over the micro-batches, then the optimizer step."""
-        totals = torch.zeros(3, 2, dtype=torch.float64)
+        self._local = []
         self.engine.set_learning_rate(learning_rate)
         for batch in batches:
             self.reporter.phase("forward", step + 1)
@@ -240,7 +304,7 @@ class StageRun:
             with self.timer.phase("backward"):
                 self.engine.backward(loss)
             parts = (sums.nll.detach(), sums.correct, sums.count)
-            totals += torch.stack([part.double().cpu() for part in parts])
+            self._local.append(torch.stack([part.double().cpu() for part in parts]))
         self.reporter.phase("optimizer", step + 1)
         with self.timer.phase("optimizer"):
             grad_norm = self.engine.step()
@@ -248,10 +312,13 @@ class StageRun:
             (batch.ring.stats for batch in batches), self.mesh.rank, self.mesh.world_size
         )
         self._log_ring(step + 1, ring[self.mesh.rank])
-        together = torch.cat([totals.flatten(), ring.flatten()])
+        totals = torch.stack(self._local).sum(0)
+        # Rank 0's norm for all: what is judged must be the same to the last bit.
+        norm = torch.tensor([grad_norm if self.mesh.rank == 0 else 0.0], dtype=torch.float64)
+        together = torch.cat([totals.flatten(), norm, ring.flatten()])
         dist.all_reduce(together, group=self.mesh.control_group)
         nll, correct, num_targets = together[:6].view(3, 2)
-        return StepSums(nll, correct, num_targets, grad_norm, together[6:].view_as(ring))
+        return StepSums(nll, correct, num_targets, float(together[6]), together[7:].view_as(ring))
 
     def _log_ring(self, step: int, figures: torch.Tensor) -> None:
         """This rank's own figures, in its own log."""
@@ -301,12 +368,14 @@ class StageRun:
         """Score the held-out rows, save the stage's last checkpoint, and wait for its commit."""
         self.reporter.phase("validation", step)
         scores = score_held_out(self.engine, self.loader, self.stage, self.mesh, self._held_out)
-        refuse_nonsense(scores, self.stage.name, step)
+        refuse_nonsense(scores, self.stage.name, step, self.job.spec.recovery)
         if scores and self.mesh.rank == 0:
             self.reporter.metrics(self.record("validation", step, **scores))
         self.reporter.phase("checkpoint", step)
         bookmark = self.loader.bookmark(step)
-        self.checkpoints.save_last(step, tokens, bookmark=bookmark, metrics=scores)
+        if not self.checkpoints.save_last(step, tokens, bookmark=bookmark, metrics=scores):
+            unsaved = self.checkpoints.stop(step)
+            return {**self._result("stopped", step), "unsaved": unsaved}
         result = self._result("finished", step)
         if self.mesh.rank == 0:
             self.reporter.metrics(self.record("stage_end", step, checkpoint=result["checkpoint"]))

@@ -38,6 +38,17 @@ class DamagedCheckpoint(CheckpointError):
     """
 
 
+class StoreAway(CheckpointError):
+    """The store did not answer, for longer than a call tries again; it may come back."""
+
+
+class StateNotFinite(CheckpointError):
+    """What was to be saved holds NaN or Inf; it is not committed. The message names a tensor."""
+
+    step = 0
+    """After which the state was that; 0 where that is not known."""
+
+
 @dataclass(frozen=True)
 class CheckpointRef:
     """A committed checkpoint, by place."""

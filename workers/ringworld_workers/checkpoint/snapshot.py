@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from awscrt.checksums import crc32c
 
-from ringworld_workers.checkpoint.layout import CHUNK_BYTES, StoredObject, StoredRange
+from ringworld_workers.checkpoint.layout import (
+    CHUNK_BYTES,
+    StateNotFinite,
+    StoredObject,
+    StoredRange,
+)
 from ringworld_workers.engine.base import OwnedRange
 
 ELEMENT_BYTES = 4
@@ -118,6 +124,16 @@ def _copy(ranges: Sequence[OwnedRange], parts: Sequence[torch.Tensor]) -> None:
         stream.synchronize()
 
 
+def _is_finite(chunk: memoryview) -> bool:
+    """Whether all are numbers. The checksum has brought them to the cache: it costs little."""
+    values = np.frombuffer(chunk, dtype=np.float32)
+    with np.errstate(all="ignore"):
+        if np.isfinite(values.sum()):
+            return True
+    # Large numbers may add up to infinity.
+    return bool(np.isfinite(values).all())
+
+
 class ChecksummedStream:
     """A snapshot's bytes in chunks, checksummed on their way out; none is copied.
 
@@ -130,7 +146,11 @@ class ChecksummedStream:
         self._ranges: list[StoredRange] = []
 
     def __iter__(self) -> Iterator[memoryview]:
-        """The chunks in order."""
+        """The chunks in order.
+
+        Raises:
+            StateNotFinite: a chunk holds NaN or Inf: nobody could go on from there.
+        """
         self._ranges.clear()
         offset = 0
         for tensor, kind, start, numel in self._snapshot.places:
@@ -139,6 +159,8 @@ class ChecksummedStream:
             for first in range(offset, offset + length, CHUNK_BYTES):
                 chunk = self._snapshot.buffer[first : min(first + CHUNK_BYTES, offset + length)]
                 checksums.append(crc32c(chunk))
+                if not _is_finite(chunk):
+                    raise StateNotFinite(f"{tensor} ({kind}) holds NaN or Inf")
                 yield chunk
             self._ranges.append(
                 StoredRange(tensor, kind, start, numel, offset, length, "float32", tuple(checksums))

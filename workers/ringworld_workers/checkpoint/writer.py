@@ -19,6 +19,8 @@ from ringworld_workers.checkpoint.layout import (
     CheckpointError,
     Manifest,
     OptimizerState,
+    StateNotFinite,
+    StoreAway,
     folder_of,
     object_from_json,
     object_to_json,
@@ -40,6 +42,13 @@ log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 1.0
 _MIB = 2**20
+# By the name under which they travel to the other ranks; of several, the first is told.
+_ERRORS: dict[str, type[CheckpointError]] = {
+    "taken over": TakenOver,
+    "not finite": StateNotFinite,
+    "other": CheckpointError,
+    "away": StoreAway,
+}
 
 
 @dataclass
@@ -224,7 +233,7 @@ class CheckpointWriter:
         self._save = None
         if "error" in outcome:
             text = f"checkpoint {save.folder} is not committed; {outcome['error']}"
-            raise (TakenOver if outcome["taken_over"] else CheckpointError)(text)
+            raise _ERRORS[outcome["type"]](text)
         if self._fence is not None:
             self._clean(self._fence, save.id)
         return outcome
@@ -276,7 +285,8 @@ class CheckpointWriter:
         """On rank 0: judge all parts and write the manifest."""
         failed = [f"rank {rank}: {p['error']}" for rank, p in enumerate(parts) if "error" in p]
         if failed:
-            raise CheckpointError("; ".join(failed))
+            types = {part["type"] for part in parts if "error" in part}
+            raise next(_ERRORS[kind] for kind in _ERRORS if kind in types)("; ".join(failed))
         mesh, job = self._mesh, self._job
         manifest = Manifest(
             run_id=job.run_id,
@@ -349,4 +359,11 @@ def _told(error: Exception) -> dict[str, Any]:
     """An error, as it travels to the other ranks."""
     known = isinstance(error, StoreError | CheckpointError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return {"error": text, "taken_over": isinstance(error, TakenOver)}
+    return {"error": text, "type": _type_of(error)}
+
+
+def _type_of(error: Exception) -> str:
+    if isinstance(error, StoreError):
+        return "away" if error.transient else "other"
+    named = (name for name, kind in _ERRORS.items() if type(error) is kind)
+    return next(named, "other")

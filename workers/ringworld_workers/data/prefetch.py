@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -23,14 +23,14 @@ class _Failed:
 
 
 class Prefetcher(Generic[Item]):
-    """Makes item 0, 1, 2, ... of a range ahead of time, in order; use it as a context manager.
+    """Makes one item after another ahead of time, in order; use it as a context manager.
 
     An exception comes out of ``take`` for the item that it belongs to, not before. Nothing depends
     on how far the thread is: a run that stops drops what was ready, and a resume makes it again.
     """
 
     def __init__(
-        self, make: Callable[[int], Item], items: range, ahead: int = PREFETCHED_STEPS
+        self, make: Callable[[int], Item], items: Sequence[int], ahead: int = PREFETCHED_STEPS
     ) -> None:
         """Start the thread.
 
@@ -46,7 +46,7 @@ class Prefetcher(Generic[Item]):
         self._thread = threading.Thread(target=self._run, args=(items,), name="rows", daemon=True)
         self._thread.start()
 
-    def _run(self, items: range) -> None:
+    def _run(self, items: Sequence[int]) -> None:
         for item in items:
             if self._closed.is_set():
                 return

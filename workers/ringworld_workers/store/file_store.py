@@ -270,7 +270,9 @@ class FileStore:
                 reason = _REMEDIES.get(number, error.strerror or str(error))
                 if number in _TRANSIENT:
                     raise Passing(reason) from error
-                raise StoreError(effort.operation, effort.name, reason) from error
+                # Soon again is no use here, but somebody may make room.
+                full = number in (errno.ENOSPC, errno.EDQUOT)
+                raise StoreError(effort.operation, effort.name, reason, transient=full) from error
 
         return effort.run(attempt)
 
