@@ -33,10 +33,12 @@ class Cluster:
         nodes: by id.
         growth: nodes that an autoscaler may add, by names of their own; None where it may add some
             that Ray does not tell.
+        autoscaled: whether there is an autoscaler, which also takes nodes away.
     """
 
     nodes: Mapping[str, NodeRoom]
     growth: Mapping[str, Room] | None
+    autoscaled: bool = False
 
 
 def cluster(*, fixed: bool = False) -> Cluster:
@@ -46,7 +48,13 @@ def cluster(*, fixed: bool = False) -> Cluster:
         fixed: it is known that no autoscaler adds nodes.
     """
     nodes = _nodes()
-    return Cluster(nodes, {} if fixed else _growth(nodes))
+    if fixed:
+        return Cluster(nodes, {})
+    known = limits()
+    if known is None:
+        return Cluster(nodes, None, autoscaled=True) if _autoscales() else Cluster(nodes, {})
+    growth = known.growth([node.total for node in nodes.values()])
+    return Cluster(nodes, growth, autoscaled=True)
 
 
 def has_gpus() -> bool:
@@ -63,14 +71,6 @@ def _nodes() -> dict[str, NodeRoom]:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in draining
     }
-
-
-def _growth(nodes: Mapping[str, NodeRoom]) -> dict[str, Room] | None:
-    """The nodes that an autoscaler may still add; none where there is no autoscaler."""
-    known = limits()
-    if known is None:
-        return None if _autoscales() else {}
-    return known.growth([node.total for node in nodes.values()])
 
 
 def _autoscales() -> bool:

@@ -29,9 +29,9 @@ from ringworld_platform.intake import Intake, Submission
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.job_runner import JobRunner
 from ringworld_platform.live_run import LiveRun
+from ringworld_platform.prewarmer import Prewarmer
 from ringworld_platform.run_changes import ask_to_stop, fresh_start, stopped
 from ringworld_platform.run_claims import check_store
-from ringworld_platform.run_copy import STORE_LEASE_SECONDS
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
@@ -56,14 +56,12 @@ class ControllerConfig:
         runner: how runs behave.
         roots_file: list of the folders of runs that outlives the cluster, for the controller of the
             next one; empty: this controller's own, in ``runs_root``.
-        store_lease_seconds: for how long a run on S3 is this controller's after each sign of life.
     """
 
     controller_id: str
     runs_root: str
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     roots_file: str = ""
-    store_lease_seconds: float = STORE_LEASE_SECONDS
 
 
 class Controller:
@@ -76,15 +74,19 @@ class Controller:
         self._cluster = partial(cluster, fixed=config.runner.one_shot)
         self._line = JobQueue(self._cluster)
         self._drains = DrainWatch()
-        self._adoption = Adoption(config.controller_id, self._runner, config.store_lease_seconds)
+        self._adoption = Adoption(
+            config.controller_id, self._runner, config.runner.store_lease_seconds
+        )
         self._lock = self._adoption.lock
         self._intake = Intake(self._adoption)
         self._closing = threading.Event()
         self._roots = RootList(Path(config.roots_file or self._own_list()))
         with self._line.closed():
             self._take_up()
+        self._prewarmer = Prewarmer(self._line, self._at_work)
         if not config.runner.one_shot:
             threading.Thread(target=self._adopt_forever, name="adopt", daemon=True).start()
+            self._prewarmer.start()
 
     def submit(self, spec: dict[str, Any], runs_root: str, request: str = "") -> str:
         """Take a job; the same spec, while its run is unfinished, gives the same run.
@@ -199,11 +201,15 @@ class Controller:
             runners = [runner for runner in self._adoption.runners.values() if runner.active]
         for runner in runners:
             runner.release()
+        self._prewarmer.close()
         deadline = time.monotonic() + RELEASE_SECONDS
         for runner in runners:
             runner.join(max(0.0, deadline - time.monotonic()))
 
     # --- finding runs ---
+
+    def _at_work(self) -> list[LiveRun]:
+        return [one.live for one in list(self._adoption.runners.values()) if one.active]
 
     def _runner(self, live: LiveRun) -> JobRunner:
         return JobRunner(live, self._line, self._drains, self._config.runner)

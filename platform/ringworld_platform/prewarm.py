@@ -65,7 +65,7 @@ class Request:
     Attributes:
         bundles: how many of each kind; nothing: no request.
         runs: those whose next stage is in it, and the workers of that.
-        new_nodes: nodes of it that are not there yet; None where that cannot be known.
+        new_nodes: nodes of it that are not there yet; None: some, it is not known how many.
     """
 
     bundles: Mapping[Bundle, int]
@@ -101,6 +101,7 @@ def plan_request(
         bundles[holding.bundle] += sum(holding.places.values())
     runs: dict[str, int] = {}
     added: set[str] = set()
+    unknown = False
     for coming in due:
         has = holdings.get(coming.run_id)
         # Its next gang takes what it has now, and this beside it.
@@ -109,13 +110,14 @@ def plan_request(
             new = _find(size - kept, coming.bundle, there, more)
             if new is None and growth is not None:
                 continue
+            unknown = unknown or new is None
             added.update(new or ())
             bundles[coming.bundle] += size - kept
             runs[coming.run_id] = size
             break
     if not runs:
         return NOTHING
-    return Request(bundles, runs, None if growth is None else len(added))
+    return Request(bundles, runs, None if unknown else len(added))
 
 
 def _find(

@@ -50,6 +50,7 @@ def mini_job(
     workers: tuple[int, int] = (1, 64),
     priority: int = 0,
     recipe: str | None = None,
+    prewarm: str = "auto",
     **recovery: Any,
 ) -> JobSpec:
     """A job of (name, ring size, steps) stages.
@@ -62,6 +63,7 @@ def mini_job(
         workers: least and most.
         priority: in the line.
         recipe: of its data; ``mini_stage.build`` knows some names.
+        prewarm: when the next stage's nodes are asked for.
         recovery: fields of the spec's ``recovery``.
     """
     least, most = workers
@@ -79,6 +81,7 @@ def mini_job(
                 "accelerator": "cpu",
                 "workers": {"min": least, "max": most},
                 "priority": priority,
+                "prewarm": prewarm,
             },
             "checkpoint": {"store": f"file://{store}"},
             "tracking": {"mlflow": "off"},
