@@ -134,6 +134,7 @@ _add(
     train.resume,
     "ringworld resume quickstart",
     "ringworld resume quickstart-3 --runs runs",
+    "ringworld resume s3://bucket/runs/quickstart-3       # begun on another machine",
 )
 _add(
     app,

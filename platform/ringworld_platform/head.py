@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 78_643_200
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
+# In the environment of all that a head starts: its own, unlike those of any other's.
+MARK = "RINGWORLD_CLUSTER"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -70,10 +73,12 @@ def up(
         raise ClusterError(
             f"a cluster runs already at {running.address}; `ringworld down` stops it"
         )
+    _end_left()
     check_free(port, "Ray's head")
     if dashboard:
         check_free(dashboard_port, "the dashboard")
-    environment = {**_head_environment(), "RAY_USAGE_STATS_ENABLED": "0"}
+    mark = uuid.uuid4().hex
+    environment = {**_head_environment(), "RAY_USAGE_STATS_ENABLED": "0", MARK: mark}
     command = [*_RAY, "start", "--head", "--block"]
     command += [f"--port={port}", "--disable-usage-stats"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
@@ -88,7 +93,8 @@ def up(
     )
     try:
         _await_head(head, info)
-        record = {**asdict(info), "started": psutil.Process(head.pid).create_time()}
+        started = psutil.Process(head.pid).create_time()
+        record = {**asdict(info), "started": started, "mark": mark}
         _record_file().write_text(json.dumps(record))
     except BaseException as error:
         # Ctrl-C, a full disk: a head that nobody knows of could not be ended by `down`.
@@ -104,10 +110,11 @@ def down() -> bool:
     """Stop the cluster that ``up`` started, and nothing else.
 
     Returns:
-        False if none was running.
+        False if none was running; what may be left of one whose head was killed has been ended.
     """
     info = find_running()
     if info is None or info.pid is None:
+        _end_left()
         _record_file().unlink(missing_ok=True)
         return False
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -118,16 +125,55 @@ def down() -> bool:
 
 def find_running() -> ClusterInfo | None:
     """The cluster that ``up`` started on this machine, if it is alive."""
+    found = _read_record()
+    return found[0] if found is not None and _is_alive(*found) else None
+
+
+def find_lost() -> ClusterInfo | None:
+    """The cluster that ``up`` started on this machine, if it was killed rather than stopped."""
+    found = _read_record()
+    return found[0] if found is not None and not _is_alive(*found) else None
+
+
+def _read_record() -> tuple[ClusterInfo, float] | None:
+    """What is known of the cluster, and when its head started."""
     try:
         record = json.loads(_record_file().read_text())
-        started = record.pop("started")
-        info = ClusterInfo(**record)
+        record.pop("mark", None)
+        started = float(record.pop("started"))
+        return ClusterInfo(**record), started
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_alive(info: ClusterInfo, started: float) -> bool:
+    try:
         process = psutil.Process(info.pid)
         # A process number may have been given to another process since.
-        alive = abs(process.create_time() - started) < 1.0 and process.is_running()
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return None
-    return info if alive and process.status() != psutil.STATUS_ZOMBIE else None
+        same = abs(process.create_time() - started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _end_left() -> None:
+    """End what a killed head has left: by the mark that its processes have inherited.
+
+    They end by themselves within seconds, when they miss it; a worker that is stopped does not.
+    """
+    try:
+        mark = str(json.loads(_record_file().read_text())["mark"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                left.append(process)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=STOP_SECONDS)
 
 
 def auth_token() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ class OpenView:
 
 
 @contextmanager
-def open_view(runs: Path, address: str | None = None) -> Iterator[OpenView]:
+def open_view(
+    runs: Path, address: str | None = None, store: str | None = None
+) -> Iterator[OpenView]:
     """Look through the cluster if one is known, else at the run folders.
 
     A cluster is known when an address is given, by argument or RAY_ADDRESS, or `ringworld up`
@@ -98,10 +101,16 @@ def open_view(runs: Path, address: str | None = None) -> Iterator[OpenView]:
     Args:
         runs: folder of runs, for use without a cluster.
         address: Ray address of a cluster.
+        store: url of a store on S3: look there, at what runs have left of themselves.
 
     Raises:
         ClusterError: the cluster that was asked for does not answer.
+        UnknownRunError: the url is none that a store can have.
     """
+    if store is not None:
+        with _open_store_view(store) as opened:
+            yield opened
+        return
     from ringworld_platform import cluster, head
 
     asked = address or os.environ.get("RAY_ADDRESS")
@@ -123,6 +132,20 @@ def open_view(runs: Path, address: str | None = None) -> Iterator[OpenView]:
         yield OpenView(client, live=True, where=info.address)
     finally:
         cluster.disconnect()
+
+
+@contextmanager
+def _open_store_view(url: str) -> Iterator[OpenView]:
+    from ringworld_jobs.store_url import UnsafeUrl, parse_store
+    from ringworld_platform.store_view import StoreView
+
+    try:
+        parse_store(url)
+    except ValueError as error:
+        shown = "" if isinstance(error, UnsafeUrl) else f"{url}: "
+        raise UnknownRunError(f"{shown}{error}") from None
+    with tempfile.TemporaryDirectory(prefix="ringworld-") as scratch:
+        yield OpenView(StoreView(url, Path(scratch)), live=True, where=url)
 
 
 def find_status(view: RunView, name: str | None) -> Record:

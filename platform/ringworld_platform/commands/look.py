@@ -20,6 +20,7 @@ from ringworld_platform.commands.options import (
     NewestRun,
     RunName,
     Runs,
+    StoreUrl,
 )
 from ringworld_platform.console import err, out
 
@@ -32,12 +33,18 @@ FOLLOW_SECONDS = 0.5
 
 
 def status(
-    job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = None, as_json: Json = False
+    job: NewestRun = None,
+    runs: Runs = DEFAULT_RUNS,
+    address: Address = None,
+    store: StoreUrl = None,
+    as_json: Json = False,
 ) -> None:
     """Show where a run stands: state and why, stage, losses, workers, newest checkpoint."""
     from ringworld_platform.run_view import find_status, open_view
+    from ringworld_platform.store_view import split_url
 
-    with open_view(runs, address) as opened:
+    job, store = split_url(job, store)
+    with open_view(runs, address, store) as opened:
         found = find_status(opened.view, job)
         if as_json:
             typer.echo(json.dumps(found, indent=1))
@@ -85,6 +92,7 @@ def list_runs(
     ] = False,
     runs: Runs = DEFAULT_RUNS,
     address: Address = None,
+    store: StoreUrl = None,
     as_json: Json = False,
 ) -> None:
     """List the runs: the newest that have ended, those at work, and the line for workers.
@@ -96,7 +104,7 @@ def list_runs(
     from ringworld_platform.run_view import open_view
 
     wanted = _states(states or ())
-    with open_view(runs, address) as opened:
+    with open_view(runs, address, store) as opened:
         found = opened.view.list()
     if as_json:
         typer.echo(json.dumps([r for r in found if not wanted or r["state"] in wanted], indent=1))
@@ -158,13 +166,16 @@ def logs(
     rank: Annotated[int, typer.Option("--rank", min=0, help="Whose log.")] = 0,
     runs: Runs = DEFAULT_RUNS,
     address: Address = None,
+    store: StoreUrl = None,
 ) -> None:
     """Print what a worker of a run has printed; of a failed run, why it failed as the last line."""
     from ringworld_platform.run_state import TERMINAL
     from ringworld_platform.run_view import find_status, open_view
+    from ringworld_platform.store_view import split_url
 
-    with open_view(runs, address) as opened:
-        run_id = str(find_status(opened.view, job)["run_id"])
+    name, store = split_url(job, store)
+    with open_view(runs, address, store) as opened:
+        run_id = str(find_status(opened.view, name)["run_id"])
         position = 0
         while True:
             ended = opened.view.status(run_id)["state"] in TERMINAL
@@ -217,6 +228,15 @@ def _states(names: Iterable[str]) -> frozenset[str]:
 
 
 def _say_where(opened: OpenView) -> None:
-    if not opened.live:
-        note = f"no cluster is up; read from the run folders in {opened.where}"
-        err().print(note, style="dim", markup=False)
+    if opened.live:
+        return
+    from ringworld_platform import head
+
+    note = f"no cluster is up; read from the run folders in {opened.where}"
+    if (lost := head.find_lost()) is not None:
+        note = (
+            f"the cluster that `ringworld up` started at {lost.address} is gone; `ringworld up` "
+            "starts another, which goes on with its unfinished runs, or `ringworld resume RUN` "
+            f"does here. This is from the run folders in {opened.where}"
+        )
+    err().print(note, style="dim", markup=False)

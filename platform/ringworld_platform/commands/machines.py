@@ -17,8 +17,12 @@ def up(
     dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard.")] = True,
     dashboard_port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8265,
 ) -> None:
-    """Start a Ray cluster on this machine that outlives this command, for `ringworld submit`."""
+    """Start a Ray cluster on this machine that outlives this command, for `ringworld submit`.
+
+    Runs that an earlier cluster left unfinished go on at once, from their newest checkpoints.
+    """
     from ringworld_platform import head
+    from ringworld_platform.going_on import go_on
 
     info = head.up(num_cpus=cpus, port=port, dashboard=dashboard, dashboard_port=dashboard_port)
     console = out()
@@ -28,6 +32,8 @@ def up(
         token = head.auth_token()
         if token:
             console.print(f"its token: {token}", markup=False)
+    for run_id in go_on():
+        console.print(f"{run_id} goes on")
     console.print(
         next_commands(
             [("ringworld submit JOB.yaml", "hand it a job"), ("ringworld down", "stop it")]

@@ -22,6 +22,14 @@ Address = Annotated[
         "--address", metavar="ADDRESS", help="Ray cluster, such as ray-head:6379 or auto."
     ),
 ]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Look in a store on S3, such as s3://BUCKET/PREFIX, instead of here.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 Cpus = Annotated[
     int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -163,10 +164,28 @@ def run(
     if on_s3(spec):
         check_store(spec)  # before Ray takes its time to start: the workers run right here
     err().print("starting Ray on this machine", style="dim")
-    with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
-        _say_dashboard(info.dashboard_url)
-        client = Client.attach(runs_root_of(spec), one_shot=True)
-        status = _foreground(client, client.submit(spec), raise_exit=False)
+    _one_shot(runs_root_of(spec), lambda client: client.submit(spec), cpus, dashboard)
+
+
+def _one_shot(
+    root: Path, begin: Callable[[Client], str], cpus: int | None, dashboard: bool
+) -> None:
+    """Begin a run on a cluster of this command's own, and stay with it to its end."""
+    from ringworld_platform import cluster
+    from ringworld_platform.client import Client
+    from ringworld_platform.settling import settle
+
+    run_id = ""
+    try:
+        with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
+            _say_dashboard(info.dashboard_url)
+            client = Client.attach(root, one_shot=True)
+            run_id = begin(client)
+            status = _foreground(client, run_id, raise_exit=False)
+    except KeyboardInterrupt:
+        if run_id:
+            settle(root, run_id)
+        raise
     _exit(status)
 
 
@@ -183,10 +202,19 @@ def resume(
             help="Where the newest checkpoint is damaged, set it aside and take an older one.",
         ),
     ] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store", metavar="URL", help="The run is in this store on S3, and may not be here."
+        ),
+    ] = None,
 ) -> None:
     """Continue a stopped or failed run from its last committed checkpoint.
 
     Where a cluster is up, the run continues there, in the background; else here, in the foreground.
+
+    A run on S3 whose folder was on another machine is named by its url, s3://BUCKET/PREFIX/RUN: its
+    folder is made here from its store.
 
     Which checkpoints a run has, and whether they are sound, `ringworld checkpoints` tells.
     """
@@ -194,20 +222,41 @@ def resume(
     from ringworld_platform.client import Client
     from ringworld_platform.run_view import FolderView, find_status
 
+    url = _run_url(job, store)
     if address is not None or head.find_running() is not None:
         cluster.connect(address)
         client = Client.attach(runs.absolute())
-        run_id = client.resume(str(find_status(client, job)["run_id"]), older=older)
+        run_id = client.resume(url or _known(client, runs, job), older=older)
         out().print(f"{run_id} continues", style="bold")
         out().print(_follow_up(run_id))
         return
-    run_id = str(find_status(FolderView(runs), job)["run_id"])
-    err().print(f"starting Ray on this machine to continue {run_id}", style="dim")
-    with cluster.local_cluster(num_cpus=cpus, dashboard=dashboard) as info:
-        _say_dashboard(info.dashboard_url)
-        client = Client.attach(runs.absolute(), one_shot=True)
-        status = _foreground(client, client.resume(run_id, older=older), raise_exit=False)
-    _exit(status)
+    name = url or str(find_status(FolderView(runs), job)["run_id"])
+    err().print(f"starting Ray on this machine to continue {name}", style="dim")
+    _one_shot(runs.absolute(), lambda client: client.resume(name, older=older), cpus, dashboard)
+
+
+def _run_url(job: str, store: str | None) -> str | None:
+    """Url of a run that is looked up in its store; None where it is not."""
+    from ringworld_platform.run_view import open_view
+    from ringworld_platform.store_view import StoreView, split_url
+
+    name, place = split_url(job, store)
+    if place is None or name is None:
+        return None
+    with open_view(DEFAULT_RUNS, store=place) as opened:
+        view = opened.view
+        return view.run_url(name) if isinstance(view, StoreView) else None
+
+
+def _known(client: Client, runs: Path, job: str) -> str:
+    """Id of a run that the cluster knows of, or that is in a folder which it has yet to hear of."""
+    from ringworld_platform.errors import UnknownRunError
+    from ringworld_platform.run_view import FolderView, find_status
+
+    try:
+        return str(find_status(client, job)["run_id"])
+    except UnknownRunError:
+        return str(find_status(FolderView(runs), job)["run_id"])
 
 
 def submit(job: JobFile, address: Address = None) -> None:
