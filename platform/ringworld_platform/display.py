@@ -29,7 +29,10 @@ STATE_STYLES = {
     "WAITING": "yellow",
     "STOPPING": "yellow",
 }
-EVENT_STYLES = {"error": "red", "failure": "red", "restart": "yellow", "warning": "yellow"}
+EVENT_STYLES = {
+    **dict.fromkeys(("error", "failure"), "red"),
+    **dict.fromkeys(("restart", "slow", "warning"), "yellow"),
+}
 LINES_PER_STAGE = 10
 CHART_HEIGHT = 5
 _COUNT = re.compile(r" \d+/\d+$|; waiting \d+ min$|; \d+ of \d+ (is|are) free.*$")
@@ -278,9 +281,12 @@ def workers_table(status: Record) -> Table:
     for heading in ("rank", "step", "phase", "device", "node", "pid"):
         table.add_column(heading, no_wrap=True)
     for worker in status.get("workers") or []:
+        slow = f", slow {worker['slow']:.1f} x" if worker.get("slow") else ""
         table.add_row(
-            *(escape(str(worker.get(key, "-"))) for key in ("rank", "step", "phase", "device")),
-            *(escape(str(worker.get(key, "-"))) for key in ("node", "pid")),
+            *(escape(str(worker.get(key, "-"))) for key in ("rank", "step")),
+            escape(str(worker.get("phase", "-"))) + slow,
+            *(escape(str(worker.get(key, "-"))) for key in ("device", "node", "pid")),
+            style="yellow" if slow else "",
         )
     return table
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ringworld_platform.drain import Notice, Warnings
+from ringworld_platform.evidence import keep
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.rhythm import Rhythm
+from ringworld_platform.run_records import Record
+from ringworld_platform.slow_rank import STEPS_SEEN, Change, SlowRanks
 from ringworld_workers.recorder import Entry, Progress
 
 
@@ -36,6 +39,7 @@ class Hearing:
         self._live, self._warnings = live, warnings
         self._tick, self._heed, self._logged = tick, heed, logged
         self._rhythm = rhythm
+        self._slow = SlowRanks()
 
     @property
     def rhythm(self) -> Rhythm:
@@ -58,12 +62,42 @@ class Hearing:
                 data.pop("seq", None)
                 if kind == "drain":
                     self._heed(self._warnings.signalled(text))
+                if kind == "evidence":
+                    name = f"attempt-{live.record.attempt}-{data.pop('name', 'rank')}"
+                    data = {"evidence": keep(live.folder.path, name, data.pop("data", {}))}
                 live.event(kind, text, **{"rank": rank, **data})
         # The loss and the step are the same on all ranks: one of them writes.
         metrics = [entry.data for entry in entries if entry.kind == "metrics" and rank == 0]
         if metrics:
+            for record in metrics:
+                self._look_for_slow(record)
             live.metrics(metrics)
             self._logged()
+
+    def _look_for_slow(self, record: Record) -> None:
+        """Tell of ranks that hold up the others, once an episode."""
+        if record.get("kind") == "stage_start":
+            self._slow = SlowRanks()
+        compute_seconds = record.pop("ring_compute_by_rank", None)
+        if compute_seconds is None:
+            return
+        working = record["step_seconds"] - record.get("checkpoint_stall_seconds", 0.0)
+        changes = self._slow.step(compute_seconds, working, record.get("plan_imbalance", 1.0))
+        for change in changes:
+            self._live.event("slow", self._told(change), rank=change.rank, ratio=change.ratio)
+        if changes or self._slow.ratios:
+            self._live.slow_ranks(self._slow.ratios)
+
+    def _told(self, change: Change) -> str:
+        workers = self._live.record.workers
+        row = workers[change.rank] if change.rank < len(workers) else None
+        who = f"rank {change.rank}" + (f" (pid {row.pid} on {row.node})" if row else "")
+        if change.ratio is None:
+            return f"{who} is no longer slow"
+        return (
+            f"{who} is slow: its compute takes {change.ratio:.1f} x the others' over the last "
+            f"{STEPS_SEEN} steps, and they wait for it"
+        )
 
     def progress(self, rank: int, progress: Progress) -> None:
         """Show a heartbeat."""

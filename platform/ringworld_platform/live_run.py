@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -277,6 +277,12 @@ class LiveRun:
                 row = self.record.workers[rank]
                 row.phase, row.step = progress.phase, progress.step
                 self._changed = True
+
+    def slow_ranks(self, ratios: Mapping[int, float]) -> None:
+        """Show which ranks hold up the others, and how much longer they compute."""
+        with self._lock:
+            for row in self.record.workers:
+                row.slow = ratios.get(row.rank)
 
     def metrics(self, records: Sequence[Record]) -> None:
         """Log rank 0's records, then show them in the state."""

@@ -29,7 +29,7 @@ _MAX_RACES = 50
 _HIDDEN = frozenset(
     {
         *("spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner"),
-        *("uid", "take_older", "epoch", "request", "moved_to"),
+        *("uid", "take_older", "rollbacks", "epoch", "request", "moved_to"),
     }
 )
 
@@ -59,6 +59,8 @@ class WorkerRow(BaseModel):
     device: str
     phase: str = "start"
     step: int = 0
+    slow: float | None = None
+    """Its time to compute to that of the others, while that is held to be slow."""
 
 
 class Owner(BaseModel):
@@ -135,6 +137,10 @@ class JobRecord(BaseModel):
     stop_requested: bool = False
     restarts: int = 0
     """Restarts since the last newly committed checkpoint."""
+    left_out: dict[int, list[int]] = {}
+    """By stage index, the steps (counted from 1) whose rows are left out: training diverged."""
+    rollbacks: int = 0
+    """Of the stage at hand, because training diverged."""
     take_older: bool = False
     """Until a checkpoint is committed: start from an older one where the newest is damaged."""
     prepared: dict[str, Any] | None = None

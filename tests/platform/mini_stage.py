@@ -44,22 +44,31 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
 
     origin = saved[-1].name if saved else None
     record("stage_start", start, resumed_from=origin, uid=job.run_uid, older=job.take_older)
+    computed = 0.0
     for step in range(start + 1, stage.num_steps + 1):
         began = time.monotonic()
         reporter.phase("forward", step)
         if _maybe_fail(job, mesh.rank, step) == "skip_collective":
             continue
-        vector = torch.tensor([1.0, float(reporter.should_stop())])
+        vector = torch.zeros(2 + job.world_size)
+        vector[:2] = torch.tensor([1.0, float(reporter.should_stop())])
+        vector[2 + mesh.rank] = computed
         dist.all_reduce(vector, group=mesh.control_group)
         assert int(vector[0]) == job.world_size
         if vector[1] > 0:
             return {"status": "stopped", "step": step - 1, "checkpoint": save(step - 1)}
+        working = time.monotonic()
         time.sleep(job.spec.optimizer.eps)  # the step's work
+        if "slow" in _fault(job) and _fault(job)["rank"] == mesh.rank:
+            first, last, seconds = _fault(job)["slow"]
+            time.sleep(seconds if first <= step <= last else 0.0)
+        computed = time.monotonic() - working
         record(
             "step",
             step,
             loss=1.0 / step,
             step_seconds=time.monotonic() - began,
+            ring_compute_by_rank=vector[2:].tolist(),  # of the step before
             tokens_per_second=1000.0,
             sample_ids=[f"{stage.name}:{step}"],
         )
@@ -69,11 +78,17 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
     return {"status": "finished", "step": stage.num_steps, "checkpoint": key}
 
 
-def _maybe_fail(job: Any, rank: int, step: int) -> str | None:
+def _fault(job: Any) -> dict[str, Any]:
     store = Path(job.spec.checkpoint.store.removeprefix("file://"))
     try:
-        fault = json.loads((store / "fault.json").read_text())
+        return dict(json.loads((store / "fault.json").read_text()))
     except FileNotFoundError:
+        return {}
+
+
+def _maybe_fail(job: Any, rank: int, step: int) -> str | None:
+    fault = _fault(job)
+    if "kind" not in fault:
         return None
     if (rank, step) != (fault["rank"], fault["step"]):
         return None

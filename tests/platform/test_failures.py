@@ -30,12 +30,22 @@ OTHERS = {
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
     """A job for each fault, all at once, each on two ranks; rank 1 has the fault in step 3."""
     root = tmp_path_factory.mktemp("runs")
-    with mini_cluster(num_cpus=10), mini_client(root) as client:
+    with mini_cluster(num_cpus=12), mini_client(root) as client:
+        slow = slow_run(client, root / "slow")
         runs = {kind: submitted(client, root / kind, kind) for kind in (*STALLS, *OTHERS)}
         yield {
             kind: {**client.wait(run, timeout_seconds=WAIT_SECONDS), "events": client.events(run)}
-            for kind, run in runs.items()
+            for kind, run in {**runs, "slow": slow}.items()
         }
+
+
+def slow_run(client: Client, store: Path) -> str:
+    """A job whose rank 1 takes longer in steps 15 to 30."""
+    store.mkdir()
+    (store / "fault.json").write_text(json.dumps({"rank": 1, "slow": [15, 30, 0.4]}))
+    return client.submit(
+        mini_job(store, name="slow", stages=(("1k", 2, 50),), step_seconds=0.1, max_restarts=0)
+    )
 
 
 def submitted(client: Client, store: Path, kind: str) -> str:
@@ -98,3 +108,16 @@ def test_stacks_show_where_each_rank_is(ended: dict[str, dict[str, Any]]) -> Non
     assert "RuntimeError: injected at step 3" in raised.split("===== rank ")[2]
     log = (evidence_of(ended["raise"]) / "log.txt").read_text()
     assert "Traceback" in log, "the last lines of the odd rank"
+
+
+def test_a_slow_rank_is_told_once_and_fails_nothing(ended: dict[str, dict[str, Any]]) -> None:
+    status = ended["slow"]
+
+    assert (status["state"], status["attempt"]) == ("SUCCEEDED", 1), status
+    begins, over = [event for event in status["events"] if event["kind"] == "slow"]
+    assert (begins["rank"], over["rank"]) == (1, 1)
+    assert "rank 1 (pid " in begins["text"] and "is slow: its compute takes " in begins["text"]
+    assert begins["ratio"] > 2
+    assert over["text"].endswith("is no longer slow")
+    metrics = (Path(status["run_folder"]) / "metrics.jsonl").read_text()
+    assert "ring_compute_by_rank" not in metrics

@@ -29,7 +29,7 @@ def ring_figures(stats: Iterable[RingStats], rank: int, world_size: int) -> torc
     return found
 
 
-def ring_record(figures: torch.Tensor) -> dict[str, float]:
+def ring_record(figures: torch.Tensor) -> dict[str, float | list[float]]:
     """A step's ring figures for the metric log.
 
     Args:
@@ -37,7 +37,7 @@ def ring_record(figures: torch.Tensor) -> dict[str, float]:
 
     Returns:
         The mean over the ranks and the most of any; ``ring_slowest_rank`` computed longest, so that
-        its peers wait for it.
+        its peers wait for it. ``ring_compute_by_rank`` is for who watches the gang, not for the log.
     """
     compute, wait, sent = figures.mean(0).tolist()
     most = figures.max(0).values.tolist()
@@ -49,4 +49,5 @@ def ring_record(figures: torch.Tensor) -> dict[str, float]:
         "ring_bytes_sent": sent,
         "ring_bytes_sent_max": most[2],
         "ring_slowest_rank": int(figures[:, 0].argmax()),
+        "ring_compute_by_rank": [round(seconds, 6) for seconds in figures[:, 0].tolist()],
     }
