@@ -37,7 +37,8 @@ def ring_record(figures: torch.Tensor) -> dict[str, float | list[float]]:
 
     Returns:
         The mean over the ranks and the most of any; ``ring_slowest_rank`` computed longest, so that
-        its peers wait for it. ``ring_compute_by_rank`` is for who watches the gang, not for the log.
+        its peers wait for it. ``ring_compute_by_rank`` is for whoever watches the gang, and no part
+        of the log.
     """
     compute, wait, sent = figures.mean(0).tolist()
     most = figures.max(0).values.tolist()
