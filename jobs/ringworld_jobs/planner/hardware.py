@@ -152,6 +152,7 @@ GPUS: dict[str, Device] = {
 }
 _ALIASES = {name.partition("-")[0]: name for name in GPUS} | {"A100": "A100-80GB"}
 _WRITTEN = re.compile(r"\s*(?:(\d+)\s*[x*]\s*)?([A-Za-z][\w-]*)\s*")
+_TURNED = re.compile(r"([A-Za-z][\w-]*)x(\d+)")
 
 
 def parse_gpus(text: str) -> Hardware:
@@ -172,6 +173,8 @@ def parse_gpus(text: str) -> Hardware:
     by_lower |= {key.lower(): device for key, device in GPUS.items()}
     device = by_lower.get(name.lower())
     if device is None:
+        if turned := _TURNED.fullmatch(name):
+            name, count = turned[1], int(turned[2])
         meant = nearest(name, GPUS) or nearest(name, _ALIASES)
         meant = _ALIASES.get(meant, meant)
         hint = f"; did you mean {count}x{meant}?" if meant else ""
