@@ -103,6 +103,11 @@ class DecodeSession:
         return self._ring
 
     @property
+    def device(self) -> torch.device:
+        """Where tokens must be: the model's."""
+        return self._shape.device
+
+    @property
     def rows(self) -> list[int]:
         """Numbers of the rows, in the order in which they were made."""
         return list(self._rows)
@@ -208,7 +213,7 @@ class DecodeSession:
         """
         before, before_next = list(self._rows), self._next_row
         try:
-            with self._agreement() as terms:
+            with self.agreement() as terms:
                 modality = check_tokens("prompts", tokens, modality, (-1, -1), self._shape.device)
                 counts = check_lengths(lengths, len(tokens), tokens.shape[1])
                 if rows is None and not self._rows:
@@ -271,7 +276,7 @@ class DecodeSession:
         Raises:
             ValueError: as ``prefill``.
         """
-        with self._agreement() as terms:
+        with self.agreement() as terms:
             modality = check_tokens("tokens", tokens, modality, (-1,), self._shape.device)
             numbers = self._numbers(rows, len(tokens), "tokens")
             for number in numbers:
@@ -352,8 +357,14 @@ class DecodeSession:
         return whole.to(last.dtype)
 
     @contextmanager
-    def _agreement(self) -> Iterator[list[str]]:
-        """Raise what is wrong within on every rank, and let ranks that differ say so."""
+    def agreement(self) -> Iterator[list[str]]:
+        """Raise what is wrong within on every rank; a collective.
+
+        Gives a list for words that must be the same on all ranks, which else say how they differ.
+
+        Raises:
+            ValueError: something within raised on some rank, or the words differ.
+        """
         terms: list[str] = []
         problem = None
         try:
