@@ -158,6 +158,11 @@ class _Blocked:
     demand: Demand
     left: dict[str, Room]
 
+    def gains(self, left: dict[str, Room], holding: Holding) -> None:
+        """A run that was taken to stay goes: if it is behind this one, its room is left too."""
+        if holding.order > self.demand.order:
+            _give(left, holding.bundle, holding.places)
+
 
 class _Decision:
     """One pass over the line."""
@@ -171,6 +176,7 @@ class _Decision:
     ) -> None:
         self.plan = Plan()
         self._nodes, self._growth = nodes, dict(growth or {})
+        self._kinds = [*nodes.values(), *self._growth.values()]
         self._may_ask = growth is None
         self._staying = sorted((h for h in holdings if not h.leaving), key=lambda h: h.order)
         self._leaving = [h for h in holdings if h.leaving]
@@ -232,18 +238,22 @@ class _Decision:
             self._staying.remove(victim)
             self._leaving.append(victim)
             _give(self._soon, victim.bundle, victim.places)
+            for blocked in self._blocked:
+                blocked.gains(blocked.left, victim)
         self._reserve(demand, found)
         self.plan.kept[demand.run_id] = found
         going = [h.run_id for h in self._leaving if any(node in found for node in h.places)]
         return f"{missing}; {', '.join(going[:3])} makes way" if going else missing
 
-    def _find(self, demand: Demand, rooms: Rooms) -> Places | None:
-        """Places that no run ahead needs."""
+    def _find(self, demand: Demand, rooms: Rooms, going: Sequence[Holding] = ()) -> Places | None:
+        """Places that no run ahead needs, once these have gone."""
         found = place(demand.size, demand.bundle, rooms, demand.places)
         if found is None:
             return None
         for blocked in self._blocked:
             left = dict(blocked.left)
+            for holding in going:
+                blocked.gains(left, holding)
             take(left, demand.bundle, found)
             if place(blocked.demand.size, blocked.demand.bundle, left) is None:
                 return None
@@ -286,16 +296,16 @@ class _Decision:
             if holding.priority >= demand.priority:
                 return None, []
             chosen.append(holding)
-            if self._find(demand, self._without(chosen)) is not None:
+            if self._find(demand, self._without(chosen), chosen) is not None:
                 break
         else:
             return None, []
         # Taken from the line's end, some may be of no help: the first in line is spared first.
         for holding in reversed(chosen[:]):
             fewer = [other for other in chosen if other is not holding]
-            if self._find(demand, self._without(fewer)) is not None:
+            if self._find(demand, self._without(fewer), fewer) is not None:
                 chosen = fewer
-        return self._find(demand, self._without(chosen)), chosen
+        return self._find(demand, self._without(chosen), chosen), chosen
 
     def _without(self, holdings: Sequence[Holding]) -> Rooms:
         rooms = dict(self._soon)
@@ -314,10 +324,8 @@ class _Decision:
         """What stands between a run and its start."""
         bundle = demand.bundle
         parts = [f"needs {bundle.named(demand.size)}"]
-        most = max(
-            (room.gpus if bundle.gpus else room.cpus for room in self._nodes.values()), default=0
-        )
-        parts.append(f"the largest node has {_counted(most, 'GPU' if bundle.gpus else 'CPU')}")
+        what = "node type" if len(self._kinds) > len(self._nodes) else "node"
+        parts.append(f"the largest {what} has {self._largest(bundle)}")
         total = count(bundle, self._nodes.values())
         free = count(bundle, self._free.values())
         if total < demand.size:
@@ -328,6 +336,15 @@ class _Decision:
             more = f" and {len(self._ahead) - 1} more" if len(self._ahead) > 1 else ""
             parts.append(f"behind {self._ahead[0]}{more}")
         return "; ".join(parts)
+
+    def _largest(self, bundle: Bundle) -> str:
+        """What the node has, there or possible, that holds the most of these bundles."""
+        if not bundle.gpus:
+            return _counted(max((kind.cpus for kind in self._kinds), default=0), "CPU")
+        most = max(self._kinds, key=lambda r: (bundle.count_in(r), r.gpus, r.cpus), default=Room())
+        gpus, cpus = _counted(most.gpus, "GPU"), _counted(most.cpus, "CPU")
+        # A node may have GPUs enough, and too few CPUs to feed them.
+        return f"{gpus} and {cpus}" if most.cpus < bundle.cpus * most.gpus else gpus
 
     def _estimate(self, waiting: Sequence[Demand]) -> None:
         """When each would start, if nobody came and nobody were let past."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ringworld_jobs.spec import JobSpec
@@ -94,6 +94,18 @@ def test_what_is_missing_is_said() -> None:
     assert plan.waits["lwm-3"].reason == (
         "needs 8 GPU bundles of 8 CPUs; the largest node has 8 GPUs; 3 of 16 are free; behind lwm-2"
     )
+
+
+def test_what_is_missing_may_be_cpus_beside_the_gpus_or_a_larger_kind_of_node() -> None:
+    poor = decide({"a": Room(4, 8)}, [wants("one", 1, bundle=GPU)], [])
+    none = decide({"a": Room(16)}, [wants("one", 1, bundle=GPU)], [])
+    more = {"big 1": Room(64, 8)}
+    grows = decide({"a": Room(16)}, [wants("many", 16, bundle=GPU)], [], more)
+
+    few = "needs 1 GPU bundle of 8 CPUs; the largest node has 8 GPUs and 4 CPUs; all nodes"
+    assert poor.waits["one"].reason.startswith(few)
+    assert "the largest node has 0 GPUs; all nodes together hold 0" in none.waits["one"].reason
+    assert "the largest node type has 8 GPUs; all nodes" in grows.waits["many"].reason
 
 
 # --- letting others past ---
@@ -263,7 +275,23 @@ def used(rooms: dict[str, Room], held: list[tuple[Bundle, Places]]) -> dict[str,
     return left
 
 
+# Room that is made for the fourth in line must not go to the one before it.
+IN_VAIN = (
+    nodes(1, 8, 1, 2),
+    [
+        *(wants("d0", 1, 1), wants("d1", 6, 1), wants("d2", 2, 1, at=1), wants("d3", 1)),
+        *(
+            wants("d4", 2, 2),
+            wants("d5", 2, 1, bundle=Bundle(2)),
+            wants("d6", 1, 2, bundle=Bundle(2)),
+        ),
+    ],
+    [holds("h0", on={"n1": 3}), holds("h1", on={"n1": 3}), holds("h2", 2, on={"n1": 2, "n3": 1})],
+)
+
+
 @settings(max_examples=300, deadline=None)
+@example(IN_VAIN)
 @given(situations())
 def test_nothing_is_given_twice_and_nobody_makes_way_in_vain(
     situation: tuple[dict[str, Room], list[Demand], list[Holding]],
