@@ -2,7 +2,8 @@
 
 ``failure.json`` has the first cause, every rank's failure and last sign of life, and the nodes;
 ``stacks.txt`` the Python stacks of all ranks that could be reached; ``records.jsonl`` the last
-lines of the metric log; ``log.txt`` the last lines of the odd rank.
+lines of the metric log; ``log.txt`` the last lines of the odd rank. Beside it, what a rank has
+found out of a step that diverged: ``attempt-N-step-S-KIND.json``.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ class Evidence:
     stacks: Mapping[int, str]
     nodes: Sequence[Mapping[str, Any]]
 
+    def step_of(self, rank: int | None) -> int:
+        """The step that a rank was last heard of in; of no rank, the last that any was in."""
+        steps = [facts.step for facts in self.ranks if rank is None or facts.rank == rank]
+        return max(steps, default=0)
+
 
 def gather(
     size: int,
@@ -155,6 +161,27 @@ def save(
         log.warning("no evidence of %s is kept: %s", failure.text, error)
         return None
     return folder.relative_to(run_folder).as_posix()
+
+
+def keep(run_folder: Path, name: str, data: Mapping[str, Any]) -> str | None:
+    """Write what a rank has found out into ``evidence/NAME.json``.
+
+    Args:
+        run_folder: the run's.
+        name: of the file, without its ending.
+        data: plain JSON.
+
+    Returns:
+        The file, relative to the run's folder; None if it could not be written.
+    """
+    path = run_folder / EVIDENCE_FOLDER / f"{Path(name).name}.json"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
+    except OSError as error:
+        log.warning("%s is not kept: %s", path, error)
+        return None
+    return path.relative_to(run_folder).as_posix()
 
 
 def _write(

@@ -43,8 +43,9 @@ class Suspect:
 
 def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
     """A worker whose process is gone."""
-    text = str(error)
+    text, kind = str(error), FailureKind.WORKER_LOST
     if "running low on memory" in text:
+        kind = FailureKind.OUT_OF_MEMORY
         why = "it was killed because its node ran out of memory"
     elif "node has died" in text or "node was terminated" in text:
         why = "its node is gone"
@@ -53,17 +54,17 @@ def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
     else:
         # Ray lists the same guesses whatever happened: none says more than this.
         why = "its process ended without a Python error (killed, out of memory, or crashed)"
-    failure = Failure(FailureKind.WORKER_LOST, f"rank {rank} ({where}) was lost: {why}", rank, text)
+    failure = Failure(kind, f"rank {rank} ({where}) was lost: {why}", rank, text)
     return Suspect(rank, failure, lost=True, echo=False, time=0.0)
 
 
 def raised(rank: int, error: WorkerFailure) -> Suspect:
     """A worker whose code raised."""
-    kind = kind_of(error.types)
+    kind = kind_of(error.types, error.message, error.facts)
     text = f"rank {rank}: {error.types[0]}: {_one_line(error.message)}"
     message = error.message.lower()
     echo = kind is FailureKind.ERROR and any(word in message for word in _ECHOES)
-    failure = Failure(kind, text, rank, error.traceback)
+    failure = Failure(kind, text, rank, error.traceback, error.facts)
     return Suspect(rank, failure, lost=False, echo=echo, time=error.time)
 
 

@@ -27,7 +27,9 @@ from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.live_run import LiveRun, OwnershipLost
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
 from ringworld_platform.pace import Pace
-from ringworld_platform.recovery import Failure, FailureKind, decide
+from ringworld_platform.recovering import Recovering
+from ringworld_platform.recovery import Failure, FailureKind
+from ringworld_platform.repeats import Repeats
 from ringworld_platform.room import Bundle
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
@@ -67,6 +69,8 @@ class JobRunner:
         self._turn = Turn(live, line, one_shot=config.one_shot)
         self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
         self._warnings = Warnings(drains)
+        self._repeats = Repeats()
+        self._recovering = Recovering(live)
         self._hearing = Hearing(
             live,
             self._warnings,
@@ -220,20 +224,14 @@ class JobRunner:
         kind = "drain" if failure.kind is FailureKind.TAKEN_AWAY else "failure"
         told = {"failure": failure.kind.value, "rank": failure.rank, "evidence": kept}
         live.event(kind, failure.text, **told)
-        decision = decide(
-            failure,
-            restarts=live.record.restarts,
-            max_restarts=self.spec.recovery.max_restarts,
-        )
+        step = evidence.step_of(failure.rank) if evidence is not None else live.record.step
+        if hopeless := self._repeats.explain(failure, live.record.stage_index, step):
+            raise JobFailed(hopeless)
+        plan = self._recovering.plan(failure)
+        decision = plan.decision
         if not decision.restart:
             raise JobFailed(decision.text)
-        live.set_state(
-            RunState.RECOVERING,
-            decision.text,
-            restarts=live.record.restarts + (0 if decision.free else 1),
-            attempt=next_attempt(live.record),
-            error=None if decision.free else failure.text,
-        )
+        live.set_state(RunState.RECOVERING, decision.text, **plan.fields)
         deadline = time.monotonic() + decision.delay_seconds
         while (left := deadline - time.monotonic()) > 0:
             self._stop.wait(min(TURN_SECONDS, left))
@@ -289,7 +287,7 @@ class JobRunner:
             if (taken := self._warnings.ended(results[0])) and not self._stop.is_set():
                 raise GangFailed(taken)
             raise JobStopped(results[0].get("unsaved", ""))
-        live.set_fields(stages_done=index + 1, restarts=0, error=None)
+        live.set_fields(stages_done=index + 1, restarts=0, rollbacks=0, error=None)
         live.event("stage", f"stage {stage.name} is done", stage_index=index)
         live.save()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 MAX_DELAY_SECONDS = 30.0
 
@@ -19,9 +21,14 @@ USER_ERRORS = frozenset(
         "NotImplementedError",
         "CheckpointError",
         "ParityFailed",
-        "TrainingDiverged",
     }
 )
+
+
+# torch's, Ray's and Python's own.
+MEMORY_ERRORS = frozenset({"OutOfMemoryError", "MemoryError"})
+# How torch words it where the exception has no class of its own.
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 class FailureKind(StrEnum):
@@ -35,6 +42,12 @@ class FailureKind(StrEnum):
     """An exception in a worker that may not come back."""
     USER_ERROR = "user error"
     """An exception that comes back: the spec, the data or the code must change."""
+    DIVERGED = "diverged"
+    """A loss, the gradient or the state is not finite, or jumped."""
+    OUT_OF_MEMORY = "out of memory"
+    """A device or a node had less memory than the stage wanted."""
+    STORE = "store away"
+    """The store of the checkpoints did not answer; it may come back."""
     TAKEN_AWAY = "taken away"
     """The gang was warned that it would lose workers, and has: nobody's fault."""
 
@@ -48,12 +61,14 @@ class Failure:
         text: one line for the user: the first cause.
         rank: the rank that failed first, where one did.
         details: a traceback or the ranks' stacks; for the logs.
+        facts: what the exception carried, as plain data.
     """
 
     kind: FailureKind
     text: str
     rank: int | None = None
     details: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +82,25 @@ class Decision:
     """Whether the restart counts for nothing."""
 
 
-def kind_of(types: tuple[str, ...]) -> FailureKind:
-    """Kind of an exception, from the names of its class and bases, nearest first."""
+def kind_of(
+    types: tuple[str, ...], message: str = "", facts: Mapping[str, Any] | None = None
+) -> FailureKind:
+    """Kind of an exception.
+
+    Args:
+        types: names of its class and bases, nearest first.
+        message: its text.
+        facts: that it carries.
+    """
+    if "TrainingDiverged" in types:
+        return FailureKind.DIVERGED
+    if facts and facts.get("store_away"):
+        return FailureKind.STORE
+    words = message.lower()
+    if MEMORY_ERRORS & set(types) or (
+        "RuntimeError" in types and any(told in words for told in MEMORY_WORDS)
+    ):
+        return FailureKind.OUT_OF_MEMORY
     return FailureKind.USER_ERROR if USER_ERRORS & set(types) else FailureKind.ERROR
 
 
@@ -95,6 +127,11 @@ def decide(failure: Failure, *, restarts: int, max_restarts: int) -> Decision:
             f"{failure.text}; given up after {restarts} restarts without a new checkpoint "
             f"(recovery.max_restarts={max_restarts})",
         )
-    delay = 0.0 if restarts == 0 else min(2.0 ** (restarts - 1), MAX_DELAY_SECONDS)
+    delay = delay_after(restarts)
     when = "at once" if delay == 0 else f"in {delay:g} s"
     return Decision(True, delay, f"{failure.text}; restart {restarts + 1} of {max_restarts} {when}")
+
+
+def delay_after(restarts: int) -> float:
+    """Seconds to wait after so many restarts that have brought nothing."""
+    return 0.0 if restarts == 0 else min(2.0 ** (restarts - 1), MAX_DELAY_SECONDS)

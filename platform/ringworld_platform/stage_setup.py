@@ -62,6 +62,7 @@ def stage_job(
         spec_digest=record.spec_digest,
         run_uid=record.uid,
         take_older=record.take_older,
+        skip_steps=tuple(record.left_out.get(index, ())),
         proved=is_proved(
             live.folder.path,
             spec.stages[index].name,

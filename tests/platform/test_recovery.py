@@ -47,7 +47,9 @@ def test_a_spent_budget_is_named() -> None:
     [
         (("DataError", "ValueError", "Exception"), FailureKind.USER_ERROR),
         (("JobSpecError", "Exception"), FailureKind.USER_ERROR),
-        (("TrainingDiverged", "RuntimeError"), FailureKind.USER_ERROR),
+        (("TrainingDiverged", "RuntimeError"), FailureKind.DIVERGED),
+        (("OutOfMemoryError", "RuntimeError"), FailureKind.OUT_OF_MEMORY),
+        (("MemoryError", "Exception"), FailureKind.OUT_OF_MEMORY),
         (("ParityFailed", "RuntimeError"), FailureKind.USER_ERROR),
         (("ModuleNotFoundError", "ImportError"), FailureKind.USER_ERROR),
         (("RuntimeError", "Exception"), FailureKind.ERROR),

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -55,19 +55,22 @@ class WorkerFailure:
         message: its text.
         traceback: the whole trace.
         time: when it was caught, seconds since the epoch.
+        facts: plain data that the exception carries for who judges it.
     """
 
     types: tuple[str, ...]
     message: str
     traceback: str
     time: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, error: BaseException) -> WorkerFailure:
         """Describe ``error``; call inside its except block."""
         types = tuple(c.__name__ for c in type(error).__mro__ if c is not object)
         text = str(error).strip() or type(error).__name__
-        return cls(types, text, traceback.format_exc(), time.time())
+        facts = dict(getattr(error, "facts", {}))
+        return cls(types, text, traceback.format_exc(), time.time(), facts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,11 @@ class StoreError(RuntimeError):
         self.operation, self.key, self.reason = operation, key, reason
         self.transient, self.attempts = transient, attempts
 
+    @property
+    def facts(self) -> dict[str, bool]:
+        """What those who judge the failure need to know, as plain data."""
+        return {"store_away": self.transient}
+
     def __reduce__(self) -> tuple[object, ...]:
         """Survive pickling: Ray carries errors between processes."""
         fields = (self.operation, self.key, self.reason, self.transient, self.attempts)
