@@ -40,7 +40,6 @@ from ringworld_workers.micro_batch import (
     plan_stage_rows,
     prepare_micro_batch,
 )
-from ringworld_workers.parity.preflight import prove_ring
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.ring_figures import ring_figures
 from ringworld_workers.stage_job import StageJob
@@ -76,6 +75,9 @@ def run_stage(job: StageJob, mesh: Mesh, reporter: Reporter) -> dict[str, Any]:
     started = time.monotonic()
     loader = open_loader(job, mesh)
     if stage.preflight is not None and not job.proved:
+        # Here, for it brings along what builds data: a tenth of a worker's start.
+        from ringworld_workers.parity.preflight import prove_ring
+
         # Before the engine: what the proof needs is free again when the model is built.
         prove_ring(job, mesh, reporter, loader, stage.preflight)
     with torch.device("meta"):  # the engine makes the parameters, of each no more than it keeps
