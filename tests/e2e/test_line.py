@@ -149,6 +149,21 @@ def test_the_ring_is_measured_on_all_workers(undisturbed: tuple[Project, str]) -
     assert "ring compute" in log.read_text()
 
 
+def test_each_stage_is_compared_with_its_prediction(undisturbed: tuple[Project, str]) -> None:
+    project, output = undisturbed
+    events = [e for e in project.lines("small-1", "events.jsonl") if e["kind"] == "plan"]
+    assert [event["stage"] for event in events] == list(NUM_STEPS)
+    for event in events:
+        assert event["text"] in output
+        # How long a step takes depends on what else the machine does.
+        assert 0 < event["predicted_step_seconds"] < 10 * event["step_seconds"]
+        assert event["memory_bytes"] == pytest.approx(event["predicted_memory_bytes"], rel=0.15)
+    code, shown = project.command("status", "small-1")
+    assert code == 0 and events[-1]["text"] in " ".join(shown.split())
+    report = (project.folder / "runs" / "small-1" / "report.html").read_text()
+    assert "<h2>Predicted and measured</h2>" in report
+
+
 def test_prepared_data_is_found_again(undisturbed: tuple[Project, str]) -> None:
     project, output = undisturbed
     assert "built in" in output
