@@ -17,7 +17,7 @@ from ringworld_platform.cli import app
 
 COMMANDS = (
     *("validate", "run", "submit", "stop", "resume", "status", "list", "watch", "logs", "report"),
-    *("doctor", "up", "down", "data", "parity", "dev"),
+    *("doctor", "up", "down", "data", "parity", "dev", "plan"),
 )
 IN_GROUPS = {"data": "build", "dev": "s3"}
 """A command of each group."""
