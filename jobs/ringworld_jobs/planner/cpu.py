@@ -16,7 +16,7 @@ WAIT_SECONDS = 20.0
 # Of the rate of numpy's fp32 product of 256 x 256 on one thread: what the decoder's layers and
 # heads reach, elementwise work included, and torch's flash kernel. Fitted to the quickstart's
 # records on two AVX-512 cores, see docs/planner.md.
-LAYER_EFFICIENCY, ATTENTION_EFFICIENCY = 0.42, 0.68
+LAYER_EFFICIENCY, ATTENTION_EFFICIENCY = 0.42, 0.60
 # Of gloo between two processes of one machine; from the same records.
 EXCHANGE_BANDWIDTH = 0.5 * GB
 # Of a worker that has imported torch, Ray and DeepSpeed, before it holds a model: the same.

@@ -33,10 +33,8 @@ def _ring(stage: StageSpec, resources: ResourcesSpec, mesh: MeshSize) -> str:
     if stage.mesh.sequence_parallel != "auto":
         return f"{each}, as mesh.sequence_parallel says"
     if local > LOCAL_TOKENS:
-        return (
-            f"{each}, for a ring of all {mesh.sequence_parallel_size} workers is not enough for "
-            f"{format_tokens(LOCAL_TOKENS)}"
-        )
+        all_there = f"for a ring of all {mesh.sequence_parallel_size} workers"
+        return f"{each}, {all_there} is not enough for {format_tokens(LOCAL_TOKENS)}"
     wanted = max(1, -(-stage.context_length // LOCAL_TOKENS))
     if mesh.ring_size > wanted:
         return f"{each}: the ring grows until resources.workers.min {resources.workers.min} is met"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,15 +39,17 @@ def plan(
     Exit code 1 if a stage does not fit; then the cheapest change of the job that helps is shown.
     """
     from ringworld_jobs.load import load_job
-    from ringworld_jobs.plan import model_config
-    from ringworld_jobs.planner.estimate import PlanError, estimate_job
-    from ringworld_jobs.planner.levers import find_remedy
 
     if gpus is not None and (cluster or address):
         raise typer.BadParameter("give --gpus or --cluster, one of them", param_hint="--gpus")
     spec = load_job(job, check_files=False)
-    hardware = _hardware(spec, gpus, cluster or address is not None, address)
+    measured = _hardware(spec, gpus, cluster or address is not None, address)
+    from ringworld_jobs.plan import model_config
+    from ringworld_jobs.planner.estimate import PlanError, estimate_job
+    from ringworld_jobs.planner.levers import find_remedy
+
     model = model_config(spec)
+    hardware = measured()
     try:
         estimate = estimate_job(spec, hardware, model)
     except PlanError as error:
@@ -69,15 +72,19 @@ def plan(
         raise typer.Exit(FAILED)
 
 
-def _hardware(spec: JobSpec, gpus: str | None, cluster: bool, address: str | None) -> Hardware:
+def _hardware(
+    spec: JobSpec, gpus: str | None, cluster: bool, address: str | None
+) -> Callable[[], Hardware]:
+    """What to plan for; the function waits for what is measured meanwhile."""
     from ringworld_jobs.planner.hardware import HardwareError, parse_gpus
     from ringworld_platform.plan_hardware import cluster_hardware, hardware_of
 
     if cluster:
-        return cluster_hardware(spec, address)
+        return lambda: cluster_hardware(spec, address)
     if gpus is None:
-        return hardware_of(spec)()
+        return hardware_of(spec)
     try:
-        return parse_gpus(gpus)
+        found = parse_gpus(gpus)
     except HardwareError as error:
         raise typer.BadParameter(str(error), param_hint="--gpus") from None
+    return lambda: found
