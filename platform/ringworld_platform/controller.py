@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Controller:
         )
         self._lock = self._adoption.lock
         self._intake = Intake(self._adoption)
+        self._states = cache(RunStates)
         self._closing = threading.Event()
         self._roots = RootList(Path(config.roots_file or self._own_list()))
         with self._line.closed():
@@ -105,7 +106,7 @@ class Controller:
             RunConflictError: another controller has a run of this very job in hand.
         """
         parsed = JobSpec.model_validate(spec)
-        job = Submission(parsed, spec_digest(parsed), RunStates(Path(runs_root)), request)
+        job = Submission(parsed, spec_digest(parsed), self._states(Path(runs_root)), request)
         with self._lock:
             same = self._intake.same(job)
         if same is None:
@@ -128,7 +129,7 @@ class Controller:
         """State of every run, oldest first."""
         found = [
             self._status(states, record)
-            for states in map(RunStates, self._known_roots())
+            for states in map(self._states, self._known_roots())
             for record in states.all()
         ]
         return sorted(found, key=lambda status: float(status["submitted"]))
@@ -220,7 +221,7 @@ class Controller:
 
     def _take_up(self) -> None:
         """Adopt what is ours; and, unless this is a one-shot cluster, what is nobody's."""
-        for states in map(RunStates, self._known_roots()):
+        for states in map(self._states, self._known_roots()):
             for record in states.all():
                 if self._adoption.is_mine(record) or not self._config.runner.one_shot:
                     self._adoption.take_up(states, record)
@@ -235,7 +236,7 @@ class Controller:
     def _find(self, name: str) -> tuple[JobRecord, RunStates]:
         problem: UnknownRunError | None = None
         found: list[tuple[JobRecord, RunStates]] = []
-        for states in map(RunStates, self._known_roots()):
+        for states in map(self._states, self._known_roots()):
             try:
                 found.append((states.find(name), states))
             except UnknownRunError as error:

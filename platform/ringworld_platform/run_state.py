@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.run_claims import RunClaims
 from ringworld_platform.run_records import STATE_FILE
+from ringworld_platform.seen_files import SeenFiles
 from ringworld_workers.store.base import Conflict, StoreError
 from ringworld_workers.store.opening import open_store
 
@@ -187,7 +188,7 @@ class JobRecord(BaseModel):
 
 
 class RunStates:
-    """The runs of one folder."""
+    """The runs of one folder. It remembers what ``all`` has read: keep it, to ask often."""
 
     def __init__(self, root: Path) -> None:
         """Take the folder of runs; it need not exist yet.
@@ -197,6 +198,7 @@ class RunStates:
         """
         self.root = root
         self._store = open_store(f"file://{root}")
+        self._seen = SeenFiles[JobRecord]()
 
     def create(
         self,
@@ -301,14 +303,13 @@ class RunStates:
 
     def _scan(self) -> Iterator[JobRecord]:
         # The folder, not the store's list: a run's folder holds thousands of objects.
-        if not self.root.is_dir():
-            return
-        for folder in self.root.iterdir():
-            if (folder / STATE_FILE).is_file():
-                try:
-                    yield self.get(folder.name)
-                except PlatformError:
-                    continue
+        for folder in self.root.iterdir() if self.root.is_dir() else ():
+            read = partial(self.get, folder.name)
+            try:
+                # A copy, because the next one to ask is given the same.
+                yield self._seen.get(folder / STATE_FILE, read).model_copy()
+            except (PlatformError, OSError):
+                continue
 
     def _read(self, run_id: str) -> tuple[JobRecord, str]:
         if not (self.root / run_id / STATE_FILE).is_file():

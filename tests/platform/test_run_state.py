@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ringworld_platform.errors import (
 )
 from ringworld_platform.live_run import claim, this_owner
 from ringworld_platform.run_folder import RunFolder
+from ringworld_platform.run_records import STATE_FILE
 from ringworld_platform.run_state import LEASE_SECONDS, JobRecord, Owner, RunState, RunStates
 
 
@@ -65,6 +67,31 @@ def test_no_update_is_lost_under_a_race(tmp_path: Path) -> None:
         list(pool.map(work, range(4)))
 
     assert RunStates(tmp_path).get(run_id).step == 40
+
+
+def test_states_that_stand_are_not_read_again_and_those_that_change_are(tmp_path: Path) -> None:
+    states = RunStates(tmp_path)
+    run_id = states.create("job", record).run_id
+    path = tmp_path / run_id / STATE_FILE
+    old, young = path.read_text(), path.read_text().replace('"step": 0', '"step": 7')
+    assert old != young
+
+    states.all()
+    path.write_text(young)
+    assert states.all()[0].step == 7, "its stamp may be the same, but it was too young to trust"
+
+    long_ago = time.time() - 60
+    os.utime(path, (long_ago, long_ago))
+    states.all()[0].step = 9
+    path.write_text(old)
+    os.utime(path, (long_ago, long_ago))
+    assert states.all()[0].step == 7, "remembered, and no caller has changed it"
+
+    other = RunStates(tmp_path)
+    other.update(run_id, lambda found: found.model_copy(update={"step": 8}))
+    assert states.all()[0].step == 8
+    other.forget(run_id)
+    assert states.all() == []
 
 
 def test_of_two_controllers_one_claims_a_run(tmp_path: Path) -> None:
