@@ -241,7 +241,7 @@ def _zero(work: Workload, device: Device, beside: float) -> Transfer:
         total = turns * gradients + weights
     else:
         # Gathered for the forward pass, and again for the backward pass unless all still are there.
-        gathers = 1 if number <= LIVE_PARAMETERS and not device.is_cpu else 2
+        gathers = 1 if number <= LIVE_PARAMETERS else 2
         total = turns * (gathers * weights + gradients)
     sent = total * (world - 1) / world
     link, bandwidth = "node", device.link_bandwidth
