@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured kills of a worker")
     parser.add_argument("--kills", type=int, default=0, help="kills at any moment, in one run")
-    parser.add_argument("--steps", type=int, default=4000, help="of the run with --kills")
+    parser.add_argument("--steps", type=int, default=6000, help="of the run with --kills")
     parser.add_argument("--every", type=int, default=5, help="steps between its checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

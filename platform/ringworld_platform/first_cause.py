@@ -6,6 +6,7 @@ The line that a user needs is the first one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ _ECHOES = (
     "socket timeout",
     "timed out",
 )
+# How Ray words what its memory monitor saw.
+_NODE_MEMORY = re.compile(r"was ([\d.]+)GB used / ([\d.]+)GB limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,9 @@ def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
     text, kind = str(error), FailureKind.WORKER_LOST
     if "running low on memory" in text:
         kind = FailureKind.OUT_OF_MEMORY
-        why = "it was killed because its node ran out of memory"
+        used = _NODE_MEMORY.search(text)
+        how_much = f" ({used[1]} of {used[2]} GB were in use)" if used else ""
+        why = f"Ray killed it because its node ran out of memory{how_much}"
     elif "node has died" in text or "node was terminated" in text:
         why = "its node is gone"
     elif "creation task" in text or "__init__" in text or "No module named" in text:

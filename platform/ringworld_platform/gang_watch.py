@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from ringworld_platform.evidence import Evidence, gather
 from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
@@ -143,7 +143,7 @@ class GangWatch:
         """A rank's reply, or what it is suspected of."""
         try:
             reply = result()
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:
             return lost_worker(rank, self._where(rank), error)
         except RayError as error:
             return raised(rank, WorkerFailure.of(error))

@@ -50,15 +50,18 @@ def slow_run(client: Client, store: Path) -> str:
 
 def submitted(client: Client, store: Path, kind: str) -> str:
     store.mkdir()
-    fault = {"kind": kind, "rank": 1, "step": 3}
+    comes_back = kind == "raise"
+    fault = {"kind": kind, "rank": 1, "step": 3, "attempts": 9}
     (store / "fault.json").write_text(json.dumps(fault))
     name = kind.replace("_", "-")
-    spec = mini_job(store, name=name, stages=(("1k", 2, 6),), max_restarts=0, stall_timeout="2s")
+    spec = mini_job(
+        store, name=name, stages=(("1k", 2, 6),), max_restarts=5 * comes_back, stall_timeout="2s"
+    )
     return client.submit(spec)
 
 
 def evidence_of(status: dict[str, Any]) -> Path:
-    (failure,) = [event for event in status["events"] if event["kind"] == "failure"]
+    failure = next(event for event in status["events"] if event["kind"] == "failure")
     assert failure["rank"] == 1
     return Path(status["run_folder"]) / str(failure["evidence"])
 
@@ -83,6 +86,13 @@ def test_the_odd_rank_is_named_and_all_that_is_known_is_kept(
     assert "===== rank 0 (pid" in stacks and "===== rank 1 (pid" in stacks
     records = (folder / "records.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["step"] >= 2
+
+
+def test_an_exception_that_comes_back_uses_up_one_restart(ended: dict[str, dict[str, Any]]) -> None:
+    status = ended["raise"]
+
+    assert status["attempt"] == 2
+    assert "given up, for it is the same exception in the same step (3)" in status["error"]
 
 
 def test_stalls_say_how_long_and_where_the_others_wait(ended: dict[str, dict[str, Any]]) -> None:

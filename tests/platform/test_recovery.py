@@ -91,6 +91,11 @@ def test_an_own_error_comes_before_lost_workers_and_later_errors() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
+        (
+            "1 worker(s) were killed due to the node running low on memory. Memory on the node "
+            "(IP: 10.0.0.1, ID: ab) was 22.41GB used / 23.54GB limit (0.95)",
+            "Ray killed it because its node ran out of memory (22.41 of 23.54 GB were in use)",
+        ),
         ("Task was killed due to the node running low on memory.", "ran out of memory"),
         ("The actor died because its node has died.", "its node is gone"),
         ("died in its creation task:\nModuleNotFoundError: No module named 'x'", "could not start"),
