@@ -103,7 +103,7 @@ def _details(stage: StageEstimate, remedy: Remedy | None) -> Table:
     step = step_duration(remedy.after.step_seconds)
     size = bytes_text(remedy.after.memory.device_bytes)
     devices = f"on {remedy.count} devices, " if remedy.count > stage.mesh.world_size else ""
-    what = f"{devices}{size} a device, {step} a step, with"
+    what = f"{devices}{size} a device, {step} a step, with these in the job:"
     grid.add_row("  it fits", Text(what, style="green"))
     for line in remedy.yaml:
         grid.add_row("", Text(line, style="green"))
