@@ -26,6 +26,9 @@ from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import SPEC_FILE
 from ringworld_platform.run_state import JobRecord, Owner, RunStates, next_attempt
 from ringworld_platform.stored_run import StoredRun
+from ringworld_workers.store.base import Store
+from ringworld_workers.store.opening import open_store
+from ringworld_workers.store.retry import HASTE
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class Adoption:
         self.lock = threading.RLock()
         self.runners: dict[Path, JobRunner] = {}
         self._troubles: dict[str, str] = {}
+        # To connect to a store takes longer than to ask it.
+        self._stores: dict[str, Store] = {}
 
     def owner(self) -> Owner:
         """This controller, as the owner that a run's folder names."""
@@ -108,7 +113,7 @@ class Adoption:
         runner = self.runner_of(states, record)
         if record.store is None or (runner is not None and runner.active):
             return record
-        newest = StoredRun(record.store).refreshed(record)
+        newest = self._stored(record.store).refreshed(record)
         if newest.epoch == record.epoch:
             return record
         return states.update(
@@ -127,7 +132,7 @@ class Adoption:
             RunConflictError: another run of that name is here.
             PlatformError: the store does not answer, or the folder cannot be written.
         """
-        run, states = StoredRun(url), RunStates(root)
+        run, states = self._stored(url), RunStates(root)
         here = next((found for found in states.all() if found.run_id == run.run_id), None)
         if here is not None:
             return self.refreshed(states, here.model_copy(update={"store": run.url}))
@@ -148,7 +153,7 @@ class Adoption:
         """
         copy = None
         if on_s3(spec):
-            run = StoredRun(record.store or run_url(spec, record.run_id))
+            run = self._stored(record.store or run_url(spec, record.run_id))
             taken, etag = run.take(record, this_owner(self._id, self._store_lease))
             # Its owner here renews another lease.
             here = {"owner": record.owner, "moved_to": None}
@@ -204,7 +209,7 @@ class Adoption:
         self, states: RunStates, record: JobRecord, spec: JobSpec, folder: RunFolder
     ) -> tuple[JobRecord, int]:
         """A claimed run's newest record, and the last attempt that has written checkpoints."""
-        run = StoredRun(record.store or run_url(spec, record.run_id))
+        run = self._stored(record.store or run_url(spec, record.run_id))
         newest = run.refreshed(record)
         if newest.epoch > record.epoch:
             folder.close()
@@ -212,3 +217,9 @@ class Adoption:
             newest.owner = None if newest.terminal else record.owner
             states.update(record.run_id, lambda _: newest)
         return newest, run.last_attempt()
+
+    def _stored(self, url: str) -> StoredRun:
+        above = url.rstrip("/").rpartition("/")[0]
+        if above not in self._stores:
+            self._stores[above] = open_store(above, HASTE)
+        return StoredRun(url, self._stores[above])

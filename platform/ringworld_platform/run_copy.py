@@ -54,7 +54,8 @@ class RunCopy:
         self._epoch = taken.epoch
         self._lease = taken.owner.lease_seconds
         self._beat_seconds = self._lease / BEATS_PER_LEASE
-        self._renewed = time.monotonic()
+        # From the beat that others read, which is older than its sending.
+        self._renewed = time.monotonic() - max(0.0, time.time() - taken.owner.beat)
         self._newest, self._last_state = taken, taken.state
         self._ends: dict[str, int] | None = None
         self._whole: dict[str, tuple[int, int]] = {}
@@ -157,7 +158,8 @@ class RunCopy:
         if finishing or hurry or time.monotonic() >= self._logs_due:
             self._copy_logs()
             self._copy_whole()
-            self._logs_due = time.monotonic() + LOGS_SECONDS
+            if self._may_write():
+                self._logs_due = time.monotonic() + LOGS_SECONDS
         return self._renew(ended=True) if finishing else True
 
     def _renew(self, *, ended: bool) -> bool:
@@ -203,14 +205,14 @@ class RunCopy:
     def _copy_logs(self) -> None:
         """Copy the whole lines that the store lacks, in pieces of bounded size."""
         if self._ends is None:
-            self._ends = lengths(find_parts(self._run.store))
+            self._ends = lengths(find_parts(self._run.store, self._run.run_id))
         for name in logs_in(self._folder):
             while piece := self._read(name, self._ends.get(name, 0)):
                 if not self._may_write():
                     return
                 start = self._ends.get(name, 0)
                 part = Part(name, self._epoch, start, len(piece))
-                self._run.store.put(part.key, [piece])
+                self._run.store.put(self._run.key(part.key), [piece])
                 self._ends[name] = start + len(piece)
 
     def _read(self, name: str, start: int) -> bytes:
@@ -229,7 +231,8 @@ class RunCopy:
             version = (about.st_mtime_ns, about.st_size)
             if self._whole.get(name) == version or not self._may_write():
                 continue
-            self._run.store.put(whole_key(name, self._epoch), [path.read_bytes()])
+            key = self._run.key(whole_key(name, self._epoch))
+            self._run.store.put(key, [path.read_bytes()])
             self._whole[name] = version
 
     def _may_write(self) -> bool:

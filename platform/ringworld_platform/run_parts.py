@@ -49,7 +49,7 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Its object."""
+        """Its object, in the run's part of the store."""
         stem, dot, suffix = self.name.rpartition(".")
         return f"{RECORDS}/{stem}-{self.epoch:04d}-{self.offset:012d}{dot}{suffix}"
 
@@ -96,36 +96,42 @@ def lengths(parts: Iterable[Part]) -> dict[str, int]:
     return ends
 
 
-def find_parts(store: Store) -> list[Part]:
+def find_parts(store: Store, run_id: str) -> list[Part]:
     """Every piece of a run's logs.
 
     Args:
-        store: of the run: its root is the run's folder in the job's store.
+        store: of the job.
+        run_id: the run; its objects lie under this prefix.
 
     Raises:
         StoreError: the store failed.
     """
-    infos = store.list(RECORDS)
-    return [part for info in infos if (part := Part.parse(info.key, info.size)) is not None]
+    found = []
+    for info in store.list(f"{run_id}/{RECORDS}"):
+        part = Part.parse(info.key.removeprefix(f"{run_id}/"), info.size)
+        if part is not None:
+            found.append(part)
+    return found
 
 
-def pull(store: Store, folder: Path) -> None:
+def pull(store: Store, run_id: str, folder: Path) -> None:
     """Bring a run's folder up to what its store holds.
 
     A log that is longer here stays as it is, if it begins as the one in the store: its last lines
     had not been copied. One that went another way is replaced.
 
     Args:
-        store: of the run.
+        store: of the job.
+        run_id: the run.
         folder: the run's; it must exist.
 
     Raises:
         StoreError: the store failed.
         OSError: the folder cannot be written.
     """
-    parts = _standing(find_parts(store))
+    parts = _standing(find_parts(store, run_id))
     with ThreadPoolExecutor(_READERS) as pool:
-        pieces = list(pool.map(lambda part: store.get(part.key), parts))
+        pieces = list(pool.map(lambda part: store.get(f"{run_id}/{part.key}"), parts))
     logs: dict[str, bytearray] = {}
     for part, piece in zip(parts, pieces, strict=True):
         log = logs.setdefault(part.name, bytearray())
@@ -133,19 +139,19 @@ def pull(store: Store, folder: Path) -> None:
         log += piece
     for name, data in logs.items():
         _put_log(folder / name, bytes(data))
-    for name, key in _newest_whole(store).items():
+    for name, key in _newest_whole(store, run_id).items():
         _replace(folder / name, store.get(key))
 
 
 def whole_key(name: str, epoch: int) -> str:
-    """Object of a file that is no log."""
+    """Object of a file that is no log, in the run's part of the store."""
     return f"{RECORDS}/{WHOLE}/{epoch:04d}/{name}"
 
 
-def _newest_whole(store: Store) -> dict[str, str]:
+def _newest_whole(store: Store, run_id: str) -> dict[str, str]:
     found = {}
-    for info in store.list(f"{RECORDS}/{WHOLE}"):
-        name = info.key.split("/", 3)[3]
+    for info in store.list(f"{run_id}/{RECORDS}/{WHOLE}"):
+        name = info.key.split("/", 4)[4]
         if name in _WHOLE or name.partition("/")[0] in _WHOLE_FOLDERS:
             found[name] = info.key  # sorted by key: later epochs come later
     return found

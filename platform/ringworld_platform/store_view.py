@@ -9,6 +9,8 @@ from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import Record
 from ringworld_platform.run_state import JobRecord
 from ringworld_platform.stored_run import StoredRun, plain_errors, runs_in
+from ringworld_workers.store.opening import open_store
+from ringworld_workers.store.retry import HASTE
 
 # The view has a method called list.
 Rows = list[Record]
@@ -42,6 +44,7 @@ class StoreView:
             scratch: an empty folder, for the logs that are asked for.
         """
         self._url, self._scratch = url.rstrip("/"), scratch
+        self._store = open_store(self._url, HASTE)
         self._folders: dict[str, RunFolder] = {}
 
     def status(self, name: str) -> Record:
@@ -75,7 +78,7 @@ class StoreView:
 
     def _find(self, name: str) -> JobRecord:
         with plain_errors(self._url):
-            found = StoredRun(f"{self._url}/{name}").read()
+            found = StoredRun(f"{self._url}/{name}", self._store).read()
         if found is not None:
             return found[0]
         ofjob = [record for record in self._records(name) if record.job == name]
@@ -93,6 +96,6 @@ class StoreView:
     def _folder(self, name: str) -> RunFolder:
         run_id = self._find(name).run_id
         if run_id not in self._folders:
-            StoredRun(f"{self._url}/{run_id}").restore(self._scratch / run_id)
+            StoredRun(f"{self._url}/{run_id}", self._store).restore(self._scratch / run_id)
             self._folders[run_id] = RunFolder(self._scratch / run_id)
         return self._folders[run_id]

@@ -21,8 +21,7 @@ from ringworld_platform.run_folder import LOGS_FOLDER
 from ringworld_platform.run_parts import pull
 from ringworld_platform.run_records import SPEC_FILE, STATE_FILE
 from ringworld_platform.run_state import JobRecord, Owner
-from ringworld_workers.checkpoint.fence import read_writer
-from ringworld_workers.checkpoint.layout import CheckpointError
+from ringworld_workers.checkpoint.fence import WRITER
 from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
 from ringworld_workers.store.opening import open_store
 from ringworld_workers.store.retry import HASTE
@@ -34,15 +33,20 @@ _MAX_RACES = 20
 class StoredRun:
     """One run's part of its store."""
 
-    def __init__(self, url: str) -> None:
-        """Take the run's own url, ``s3://BUCKET/PREFIX/RUN``; nothing is asked yet."""
-        self.url = url.rstrip("/")
-        self.store: Store = open_store(self.url, HASTE)
+    def __init__(self, url: str, store: Store | None = None) -> None:
+        """Take a run; nothing is asked yet.
 
-    @property
-    def run_id(self) -> str:
-        """Id of the run: the last part of its url."""
-        return self.url.rpartition("/")[2]
+        Args:
+            url: the run's own, ``s3://BUCKET/PREFIX/RUN``.
+            store: ``s3://BUCKET/PREFIX``, where it is open already.
+        """
+        self.url = url.rstrip("/")
+        above, _, self.run_id = self.url.rpartition("/")
+        self.store: Store = store or open_store(above, HASTE)
+
+    def key(self, name: str) -> str:
+        """Of an object of the run, in the store."""
+        return f"{self.run_id}/{name}"
 
     def read(self) -> tuple[JobRecord, str] | None:
         """The record and its etag; None where there is none.
@@ -52,7 +56,7 @@ class StoredRun:
             StoreError: the store failed.
         """
         try:
-            data, etag = self.store.get_with_etag(STATE_FILE)
+            data, etag = self.store.get_with_etag(self.key(STATE_FILE))
         except NotFound:
             return None
         try:
@@ -67,7 +71,8 @@ class StoredRun:
             Conflict: somebody else has written it since.
             StoreError: the store failed.
         """
-        return self.store.put_if_match(STATE_FILE, record.model_dump_json(indent=1).encode(), etag)
+        data = record.model_dump_json(indent=1).encode()
+        return self.store.put_if_match(self.key(STATE_FILE), data, etag)
 
     def take(self, record: JobRecord, owner: Owner) -> tuple[JobRecord, str]:
         """Make a controller the run's owner.
@@ -139,9 +144,12 @@ class StoredRun:
 
         The record may lag behind it, and a gang of the same attempt would be refused.
         """
-        with plain_errors(self.url), contextlib.suppress(CheckpointError):
-            written = read_writer(open_store(f"{self.url}/{CHECKPOINTS}", HASTE))
-            return written.attempt if written is not None else 0
+        with plain_errors(self.url):
+            try:
+                written = json.loads(self.store.get(self.key(f"{CHECKPOINTS}/{WRITER}")))
+                return int(written["attempt"])
+            except (NotFound, ValueError, KeyError, TypeError):
+                return 0  # a damaged one is said where it is to be written
         return 0
 
     def _fetched(self, record: JobRecord, folder: Path) -> JobRecord:
@@ -151,10 +159,10 @@ class StoredRun:
             (folder / LOGS_FOLDER).mkdir(exist_ok=True)
             if not (folder / SPEC_FILE).exists():
                 scratch = folder / f"{SPEC_FILE}.tmp"
-                scratch.write_bytes(self.store.get(SPEC_FILE))
+                scratch.write_bytes(self.store.get(self.key(SPEC_FILE)))
                 scratch.replace(folder / SPEC_FILE)
             # The logs of a long run are many objects: not in haste.
-            pull(open_store(self.url), folder)
+            pull(open_store(self.store.url), self.run_id, folder)
         except OSError as error:
             raise PlatformError(
                 f"cannot write the run folder {folder}: {error.strerror or error}"
@@ -195,16 +203,17 @@ def runs_in(store_url: str, job: str | None = None, most: int | None = None) -> 
     """
     numbered = re.compile(rf"{re.escape(job)}-(\d+)" if job else r".*-(\d+)")
     with plain_errors(store_url):
-        matches = [numbered.fullmatch(name) for name in open_store(store_url, HASTE).folders()]
+        store = open_store(store_url, HASTE)
+        matches = [numbered.fullmatch(name) for name in store.folders()]
     found = sorted((int(match[1]), match[0]) for match in matches if match)
     last = found if most is None else found[-most:]
-    return [StoredRun(f"{store_url.rstrip('/')}/{name}") for _, name in last]
+    return [StoredRun(f"{store.url}/{name}", store) for _, name in last]
 
 
 def claimed_digest(run: StoredRun) -> tuple[str, float]:
     """Digest of the spec of a run whose id was taken, and when: it may have no record yet."""
     try:
-        claim = json.loads(run.store.get(CLAIM_FILE))
+        claim = json.loads(run.store.get(run.key(CLAIM_FILE)))
         return str(claim["spec_digest"]), float(claim["created"])
     except (NotFound, ValueError, KeyError, TypeError):
         return "", 0.0

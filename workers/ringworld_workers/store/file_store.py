@@ -42,6 +42,8 @@ _PATIENCE = Patience(attempts=8)
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR, errno.EBUSY}
 _NO_FILE = {errno.EISDIR, errno.ENOTDIR}
 _READS = {"get", "read"}
+# They make the object's folder first, and whoever empties that at the same moment removes it.
+_MAKES = {"put", "put_if_absent"}
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free space, then retry",
     errno.EDQUOT: "the disk quota is used up; free space, then retry",
@@ -263,6 +265,8 @@ class FileStore:
                 return action()
             except OSError as error:
                 number = error.errno or 0
+                if number == errno.ENOENT and effort.operation in _MAKES:
+                    raise Passing("its folder was removed while it was written") from error
                 absent = number in _NO_FILE and effort.operation in _READS
                 if absent or number == errno.ENOENT:
                     reason = "there is no such object"
