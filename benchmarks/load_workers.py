@@ -149,6 +149,7 @@ class LoadHost:
         """There are no ranks yet."""
         self._ranks: dict[str, LoadRank] = {}
 
+    @ray.method(enable_task_events=False)
     async def call(self, key: str, method: str, *args: Any) -> Any:
         """Call a rank's method; the rank is made by its first call."""
         if method == "end":

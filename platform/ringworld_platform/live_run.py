@@ -167,7 +167,7 @@ class LiveRun:
                 self.record.stop_requested |= stored.stop_requested and not self.record.terminal
                 mine.beat = time.time()
                 self._changed = False
-                return self.record.model_copy(deep=True)
+                return self._copied()
 
         saved = self.states.update(self.run_id, put)
         self.record.updated = saved.updated
@@ -333,6 +333,12 @@ class LiveRun:
         self.save()
         if self._copy is not None:
             self._copy.tell(self.record.model_copy(deep=True), hurry=True)
+
+    def _copied(self) -> JobRecord:
+        """The record as it is now: only rows and owner change in place. A deep copy takes long."""
+        rows = [row.model_copy() for row in self.record.workers]
+        owner = self.record.owner.model_copy() if self.record.owner is not None else None
+        return self.record.model_copy(update={"workers": rows, "owner": owner})
 
     def _tokens_left(self, step: int) -> int:
         index = self.record.stage_index

@@ -93,7 +93,7 @@ def test_a_controller_asks_and_saves_no_more_than_agreed(runs: int, workers: int
 
 
 def test_a_small_controller_hears_of_every_rank_five_times_a_second() -> None:
-    assert Rhythm.of(4, 40) == Rhythm(first_rank=0.2, other_rank=0.2, save=1.0, look=0.1)
+    assert Rhythm.of(4, 20) == Rhythm(first_rank=0.2, other_rank=0.2, save=1.0, look=0.1)
     assert Rhythm.of(0, 0) == Rhythm()
 
 

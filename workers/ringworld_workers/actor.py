@@ -278,7 +278,8 @@ class RingWorker:
         except Exception as error:
             return self._failed(error)
 
-    @ray.method(concurrency_group="control")
+    # Asked all the time: an event of Ray's for each would tell nobody anything.
+    @ray.method(concurrency_group="control", enable_task_events=False)
     def drain(self, after_seq: int) -> Drained:
         """Records since ``after_seq``, and the heartbeat; see ``Recorder.drain``."""
         entries = self._recorder.drain(after_seq)
