@@ -71,7 +71,7 @@ def resolve_mesh(stage: StageSpec, resources: ResourcesSpec) -> MeshSize:
     Raises:
         MeshError: no mesh divides the batch and fits the workers; names the field and the remedy.
     """
-    fewest, most = resources.workers.min, resources.workers.max
+    fewest, most = resources.workers.min or 1, resources.workers.max
     data_parallel = stage.mesh.data_parallel
     for ring_size, heads_size in _ring_sizes(stage, most):
         if data_parallel == "auto":
@@ -100,18 +100,22 @@ def shrink_mesh(
 
     Args:
         stage: the stage; what it says of its mesh is a wish here.
-        resources: the workers that it may use; ``workers.min`` is how far it may shrink.
+        resources: the workers that it may use; ``workers.min`` is how far it may shrink, one whole
+            ring where it is empty.
         available: workers that there are.
         may_split: whether that many workers can share the model's heads.
 
     Returns:
-        The wanted mesh where it fits; None where less than ``resources.workers.min`` would be left.
+        The wanted mesh where it fits; None where less than that would be left.
         More workers never give a smaller mesh.
 
     Raises:
         MeshError: not even the wanted mesh is possible; see ``resolve_mesh``.
     """
     wanted = resolve_mesh(stage, resources)
+    fewest = resources.workers.min
+    if fewest is None:
+        fewest = wanted.sequence_parallel_size
     for heads_size in range(wanted.heads_size, 0, -1):
         splits = heads_size == wanted.heads_size or may_split(heads_size)
         if wanted.heads_size % heads_size or not splits:
@@ -120,7 +124,7 @@ def shrink_mesh(
         for ring_size in range(longest, 0, -1):
             limit = min(wanted.data_parallel_size, available // (ring_size * heads_size))
             mesh = MeshSize(ring_size, _most_rings(stage, limit), heads_size)
-            if mesh.world_size >= resources.workers.min:
+            if mesh.world_size >= fewest:
                 return mesh
     return None
 
@@ -186,7 +190,7 @@ def _check_rows(stage: StageSpec, num_rings: int) -> None:
 
 
 def _misfit(mesh: MeshSize, stage: StageSpec, resources: ResourcesSpec) -> MeshError:
-    fewest, most = resources.workers.min, resources.workers.max
+    fewest, most = resources.workers.min or 1, resources.workers.max
     world_size = mesh.world_size
     given = stage.mesh.sequence_parallel != "auto"
     field = "mesh.sequence_parallel" if given else "mesh.data_parallel"

@@ -72,15 +72,16 @@ class OptimizerSpec(Spec):
 class WorkersSpec(Spec):
     """How many worker processes (one a device) the job may use."""
 
-    min: Size = 1
+    min: Size | None = None
     """Fewest workers that a stage may run on. Where nodes are lacking, a stage shrinks down to
-    this: see recovery.shrink_after."""
+    this: see recovery.shrink_after. Empty: to one whole ring; a shorter ring would leave each
+    worker more of the context than the mesh was chosen for, and it might run out of memory."""
     max: Size = 1
     """Most workers that a stage may take."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersSpec:
-        if self.min > self.max:
+        if self.min is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}; lower min or raise max")
         return self
 
@@ -182,7 +183,8 @@ class RecoverySpec(Spec):
     gang is built again."""
     shrink_after: Seconds = Field(default=60.0, validate_default=False)
     """A stage that the cluster is too small for waits so long for nodes before it goes on with
-    fewer workers, down to resources.workers.min: `60s`, `10min`."""
+    fewer workers, down to resources.workers.min: `60s`, `10min`. Where an autoscaler adds nodes,
+    longer than these take to come."""
 
 
 class LearningRateSpec(Spec):

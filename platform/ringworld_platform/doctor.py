@@ -246,7 +246,7 @@ def _cores(spec: JobSpec | None) -> Finding:
     if spec is None:
         return Finding("cpu", text)
     resources = spec.resources
-    least, most = resources.workers.min, resources.workers.max
+    least, most = resources.workers.min or 1, resources.workers.max
     each = resources.cpus_per_worker
     problem = ""
     if least * each > (cores or 1):

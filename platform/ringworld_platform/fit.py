@@ -42,8 +42,9 @@ def refuse_unfit(spec: JobSpec, cluster: Cluster, *, gpus: bool) -> None:
     for index, stage in enumerate(spec.stages):
         size = choice.begin(index, there).world_size
         if size > there:
+            least = spec.resources.workers.min or "empty: one whole ring"
             raise JobTooLarge(
                 f"stages[{index}] ({stage.name}) needs {bundle.named(size)}, and {nodes} together "
                 f"hold {there}; shrink its mesh, allow a smaller one (resources.workers.min is "
-                f"{spec.resources.workers.min}), or add nodes"
+                f"{least}), or add nodes"
             )

@@ -118,6 +118,10 @@ def test_a_chosen_mesh_always_fits(
     assert ring_size * LOCAL_TOKENS >= spec.context_length or ring_size == fewest + more
 
 
+WHOLE_RINGS = ResourcesSpec.model_validate({"workers": {"max": 64}})
+"""No minimum given."""
+
+
 @pytest.mark.parametrize(
     ("spec", "resources", "available", "mesh"),
     [
@@ -125,6 +129,8 @@ def test_a_chosen_mesh_always_fits(
         (stage(2**19, 4), workers(1, 64), 31, (16, 1)),
         (stage(2**19, 4), workers(1, 64), 15, (15, 1)),
         (stage(2**19, 4), workers(16, 64), 15, None),
+        (stage(2**19, 4), WHOLE_RINGS, 31, (16, 1)),
+        (stage(2**19, 4), WHOLE_RINGS, 15, None),
         (stage(2**19, 4), workers(1, 64), 0, None),
         (stage(2**12, 8, sequence_parallel=4, data_parallel=2), workers(1, 8), 7, (4, 1)),
         # One ring of 4 would leave too few workers: the minimum goes before the order.

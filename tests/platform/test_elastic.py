@@ -121,7 +121,7 @@ def test_nothing_shrinks_below_the_minimum(tmp_path: Path) -> None:
 
 def test_where_no_node_can_come_nothing_is_waited_for(tmp_path: Path) -> None:
     split = {"sequence_parallel": {"heads": 8}}
-    spec = job(tmp_path, workers={"max": 8}, mesh=split)
+    spec = job(tmp_path, workers={"min": 1, "max": 8}, mesh=split)
     choice = MeshChoice(spec, patient=False)
 
     assert choice.begin(0, 5) == MeshSize(1, 1, 4), "8 heads, 2 key heads: 4 workers can split them"

@@ -123,9 +123,10 @@ def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
         )
     console.print(table)
     if shrinks:
+        least = spec.resources.workers.min or "one whole ring"
         console.print(
             f"where nodes are lacking for {format_seconds(spec.recovery.shrink_after)}, a stage "
-            f"goes on with fewer workers (resources.workers.min is {spec.resources.workers.min})",
+            f"goes on with fewer workers, down to {least} (resources.workers.min)",
             style="dim",
         )
 
