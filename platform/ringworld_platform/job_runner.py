@@ -62,7 +62,9 @@ class JobRunner:
         self._release = threading.Event()
         self._thread = threading.Thread(target=self._main, name=live.run_id, daemon=True)
         self._tracker: Tracker | None = None
+        self._present: Gang | None = None
         self._training: Gang | None = None
+        """The present gang, once it trains."""
         self._stop_sent = False
         self._way: Demand | None = None
         """The run that the gang makes way for."""
@@ -308,9 +310,10 @@ class JobRunner:
         self._warnings.forget()
         try:
             with Gang(spec, self._hearing) as gang:
+                self._present = gang
                 yield gang
         finally:
-            self._training = None
+            self._training = self._present = None
             # Its room is kept until it asks again, or leaves.
             self._line.pause(self.live.run_id)
 
@@ -372,11 +375,15 @@ class JobRunner:
         return f"{by} before its first step"
 
     def _look_for_drains(self) -> None:
-        gang = self._training
+        gang = self._present
         notice = self._warnings.look(gang.identities) if gang is not None else None
-        if notice is not None:
-            self.live.event("drain", notice.text)
-            self._heed(notice)
+        if notice is None:
+            return
+        if self._training is None:
+            # It builds data, or starts: there is nothing to save.
+            raise GangFailed(Failure(FailureKind.TAKEN_AWAY, notice.text))
+        self.live.event("drain", notice.text)
+        self._heed(notice)
 
     def _heed(self, notice: Notice) -> None:
         """Use the time that is left: save, and end the gang."""
