@@ -22,6 +22,9 @@ CALL_SECONDS = 60.0
 LONG_SECONDS = 300.0
 WAIT_PAUSE_SECONDS = 0.2
 CONTROLLER_THREADS = 16
+# A node that an autoscaler has added could not go as long as the controller lived there, or would
+# take it along; of the head, which Ray marks with this resource, neither is true.
+ON_THE_HEAD = {"node:__internal_head__": 0.001}
 STATUSES = builtins.list[dict[str, Any]]
 
 T = TypeVar("T")
@@ -91,6 +94,7 @@ class Client:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            resources=ON_THE_HEAD,
             max_restarts=-1,
             max_concurrency=CONTROLLER_THREADS,
         ).remote(config)

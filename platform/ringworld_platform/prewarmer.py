@@ -72,10 +72,18 @@ class RayAutoscaler:
 
 @dataclass(frozen=True, slots=True)
 class _Begin:
-    """When a run's next stage is expected to begin, in monotonic seconds."""
+    """A run's next stage.
+
+    Attributes:
+        index: its place among the stages.
+        moment: when it is expected to begin, in monotonic seconds.
+        has: workers of the stage before it.
+        bundle: resources of each.
+    """
 
     index: int
     moment: float
+    has: int
     bundle: Bundle
 
 
@@ -202,15 +210,15 @@ class Prewarmer:
             if moment is None:
                 self._begins.pop(run_id, None)
                 return None
-            self._begins[run_id] = _Begin(done + 1, moment, holding.bundle)
+            has = sum(holding.places.values())
+            self._begins[run_id] = _Begin(done + 1, moment, has, holding.bundle)
         begin = self._begins.get(run_id)
         if begin is None or begin.index not in (done, done + 1):
             return None
         lead_seconds = self._starts.expected_seconds if lead == "auto" else lead
         if not -lead_seconds <= begin.moment - now <= lead_seconds:
             return None
-        has = sum(holding.places.values()) if holding is not None else 0
-        sizes = tuple(size for size in _sizes(spec, begin.index) if size > has)
+        sizes = tuple(size for size in _sizes(spec, begin.index) if size > begin.has)
         if not sizes:
             return None
         order = (-record.priority, record.submitted, run_id)

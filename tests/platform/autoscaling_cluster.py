@@ -26,7 +26,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 
 from ringworld_platform.cluster import NAMESPACE
 
-START_SECONDS = 60.0
+START_SECONDS = 120
 END_SECONDS = 20.0
 UPDATE_SECONDS = 1
 HEAD, WORKER = "ray.head.default", "worker"

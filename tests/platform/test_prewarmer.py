@@ -101,6 +101,9 @@ def test_nodes_are_asked_for_before_the_stage_and_let_go_when_it_has_them(world:
     world.take("a", 2)
     assert world.requests == [2, 0]
     world.train("a", 99)
+    world.line.pause("a")
+    record.stages_done, record.step = 2, 0
+    world.pass_time(1.0)
     assert world.requests == [2, 0], "the third stage wants fewer"
 
 
