@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_RANKS_A_SECOND = 200
+FIRST_RANKS_A_SECOND = 100
 """Questions to first ranks, whose records the logs and the state show."""
-OTHER_RANKS_A_SECOND = 100
+OTHER_RANKS_A_SECOND = 80
 SAVES_A_SECOND = 20
 LOOKS_A_SECOND = 400
 """Looks of all runs at what is asked of them: to stop, to make way."""
