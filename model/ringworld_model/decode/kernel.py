@@ -32,6 +32,7 @@ class Partial:
         exact = accumulator(like.dtype)
         self.out = like.new_zeros((1, heads, queries, width), dtype=exact)
         self.lse = like.new_full((1, heads, queries), -torch.inf, dtype=exact)
+        self._all, self._fresh = slice(0, queries), True
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, at: slice | Tensor, diagonal: bool, scale: float
@@ -63,9 +64,13 @@ class Partial:
 
     def merge(self, out: Tensor, lse: Tensor) -> None:
         """Add another's sums over other keys, for all queries."""
-        merge_(self.out, self.lse, out, lse)
+        self._merge(self._all, out, lse)
 
     def _merge(self, at: slice | Tensor, out: Tensor, lse: Tensor) -> None:
+        fresh, self._fresh = self._fresh, False
+        if fresh and isinstance(at, slice) and at == self._all:
+            self.out, self.lse = out.to(self.out.dtype), lse.to(self.lse.dtype)
+            return
         if isinstance(at, slice):
             merge_(self.out[:, :, at], self.lse[:, :, at], out, lse)
             return

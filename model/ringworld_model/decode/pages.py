@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ringworld_model.decode.deal import Deal
 
-MOST_NEW_SLOTS = 4096
-"""Slots that a row makes beyond what it needs at the moment, at most; it doubles below that."""
+MOST_SPARE_SLOTS = 1024
+"""Slots of a page beyond what its row needs at the moment, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ class RowCache:
     def reserve(self, length: int, most: int) -> None:
         """Make room for the row's first ``length`` tokens.
 
-        The pages that are there stay where they are, so growing copies nothing. A new page makes
-        room for as many tokens as all before it together, up to ``MOST_NEW_SLOTS`` a rank, or for
-        as many as needed; all ranks make theirs for the same tokens.
+        The pages that are there stay where they are, so growing copies nothing. A new page has room
+        for as many tokens again as the row has of its own, up to ``MOST_SPARE_SLOTS`` a rank: few
+        pages, since each is a kernel call. All ranks make theirs for the same tokens.
 
         Args:
             length: tokens of the row.
@@ -97,8 +97,8 @@ class RowCache:
         begin, first = (self._pages[-1].reach, self._pages[-1].stop) if self._pages else (0, 0)
         if length <= begin:
             return
-        spare = min(begin, MOST_NEW_SLOTS * self._deal.ring_size)
-        reach = max(length, min(begin + spare, most))
+        spare = min(length - self._shared, MOST_SPARE_SLOTS * self._deal.ring_size)
+        reach = max(length, min(length + spare, most))
         shape = self._shape
         memory = torch.empty(
             (shape.layers, 2, shape.kv_heads, self.held(reach) - first, shape.head_dim),

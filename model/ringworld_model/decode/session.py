@@ -242,6 +242,8 @@ class DecodeSession:
         )
         done, total = 0, sum(counts)
         try:
+            for cache, start, count in zip(caches, starts, counts, strict=True):
+                cache.reserve(start + count, self.max_length)
             for passing in _passes(starts, counts, self.chunk):
                 segments = [Segment(caches[at], start, stop) for at, start, stop in passing]
                 places = [(at, starts[at], starts[at] + counts[at]) for at, *_ in passing]
@@ -284,6 +286,8 @@ class DecodeSession:
             check_ids("tokens", tokens, modality, self.model.config)
             terms.append(describe("step", numbers, tokens, modality))
         caches = [self._rows[number] for number in numbers]
+        for cache in caches:
+            cache.reserve(cache.length + 1, self.max_length)
         segments = [Segment(cache, cache.length, cache.length + 1) for cache in caches]
         places = [(at, cache.length, cache.length + 1) for at, cache in enumerate(caches)]
         found = torch.empty(
@@ -321,8 +325,6 @@ class DecodeSession:
             way = "copied"
         heads = self.model.config.num_heads
         chosen = way or self._way or choose_way(self._shape, heads, self._deal, segments)
-        for row, _, stop in segments:
-            row.reserve(stop, self.max_length)
         passing = CachePass(self._ring, self._deal, self._shape, segments, chosen, self.stats)
         device = tokens.device
         ats, positions, ends = [], [], []

@@ -69,23 +69,30 @@ def rectangles(
         (segment, rectangle of query numbers and slots). The cache from before the pass is one
         rectangle a segment.
     """
-    for number, (row, start, _) in enumerate(segments):
-        mine = [each for each in queries if each.segment == number]
+    by_segment: dict[int, list[Queries]] = {}
+    for each in queries:
+        by_segment.setdefault(each.segment, []).append(each)
+    for number, (row, start, stop) in enumerate(segments):
+        mine = by_segment.get(number, [])
         if not mine:
             continue
-        before = deal.held(start, key_rank, row.first)
+        # One new token sees itself, too: a diagonal of one is no call of its own.
+        alone = stop - start == 1
+        before = deal.held(stop if alone else start, key_rank, row.first)
         if before:
             yield number, Rectangle(mine[0].at, count_queries(mine), 0, before, False)
+        if alone:
+            continue
         strips: list[tuple[int, int, int]] = []
         for _, at, begin, end, owner in mine:
             seen = deal.held(begin, key_rank, row.first)
-            stop = at + end - begin
+            last = at + end - begin
             if owner == key_rank:
-                yield number, Rectangle(at, stop, seen, seen + end - begin, True)
+                yield number, Rectangle(at, last, seen, seen + end - begin, True)
             if strips and strips[-1][2] == seen:
-                strips[-1] = (strips[-1][0], stop, seen)
+                strips[-1] = (strips[-1][0], last, seen)
             elif seen > before:
-                strips.append((at, stop, seen))
+                strips.append((at, last, seen))
         for rectangle in cover_staircase(strips, before) if strips else ():
             yield number, rectangle
 
