@@ -278,6 +278,10 @@ def test_a_run_leaves_a_drained_node_and_outlives_a_dead_one(cluster: Any, tmp_p
     assert final["state"] == "SUCCEEDED", final
 
     events = client.events(run_id)
+    (lost,) = [event for event in events if event["kind"] == "failure"]
+    told = json.loads((Path(final["run_folder"]) / lost["evidence"] / "failure.json").read_text())
+    assert told["ranks"][lost["rank"]]["node"] == dying.node_id
+    assert {node["node"] for node in told["nodes"]} >= {node.node_id for node in added}
     texts = {kind: [e["text"] for e in events if e["kind"] == kind] for kind in ("drain", "mesh")}
     assert ["is being drained" in text for text in texts["drain"]] == [True, True]
     assert "saved step" in texts["drain"][1]
