@@ -141,7 +141,7 @@ def kill_often(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def kill_once(log: RunLog, folder: Path, kind: str, moments: random.Random) -> dict[str, Any]:
     """SIGKILL a process of the run's at a moment of this kind."""
-    store = folder / "runs" / log.run_id
+    store = folder / "runs" / log.run_id / "checkpoints"
     if kind in ("step", "save", "controller"):
         log.until(lambda: log.steps(log.status()["attempt"]), "a step of the newest gang")
         time.sleep(moments.uniform(0.0, 1.5))
