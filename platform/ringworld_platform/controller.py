@@ -172,7 +172,8 @@ class Controller:
             if record.state is RunState.SUCCEEDED:
                 raise RunConflictError(f"{record.run_id} has succeeded; nothing is left to do")
             runner = self._adoption.runner_of(states, record)
-            ended_here = runner is not None and not runner.active
+            mine = self._adoption.is_mine(record)
+            ended_here = runner is not None and not runner.active and mine
             if not (record.terminal or ended_here or record.abandoned() or record.moved_to):
                 by = f" in the hands of {record.owner}" if record.owner else ""
                 raise RunConflictError(f"{record.run_id} is {record.state}{by}; it needs no resume")
