@@ -148,7 +148,8 @@ def test_memory_that_was_not_enough_is_tried_once_more(make_live: MakeLive) -> N
         f"rank 0: OutOfMemoryError: {message}; stage 4k trains 1,024 tokens of context on 2 "
         "workers, where rank 0 used 3.0 GiB of host memory at step 7; the cheapest remedies are "
         "memory.activation_checkpointing: full, then memory.mlp_tile_tokens: 4096, then loss."
-        "tile_tokens: 1024; given up after 1 restarts without a new checkpoint (recovery.max_restarts=1)"
+        "tile_tokens: 1024; given up after 1 restarts without a new checkpoint "
+        "(recovery.max_restarts=1)"
     )
     assert levers(live.spec.stages[1], live.record)[0] == "memory.activation_checkpointing: full"
 

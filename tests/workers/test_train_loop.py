@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,10 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from train_jobs import (
+    CONTEXT_LENGTH,
+    MODEL,
+    NUM_STEPS,
+    ROWS_PER_STEP,
+    Collector,
+    make_sources,
+    stage_job,
+)
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_model.batch import TEXT, VISION
-from ringworld_model.config import ModelConfig
 from ringworld_model.hf import from_pretrained, save_pretrained
 from ringworld_model.hf_sink import FolderSink
 from ringworld_model.ring import RingContext, plan_rows
@@ -26,7 +32,6 @@ from ringworld_workers.checkpoint.layout import CheckpointError, Manifest
 from ringworld_workers.checkpoint.reader import RangeReader, committed, newest, read_manifest
 from ringworld_workers.checkpoint_tools.choose import choose_newest
 from ringworld_workers.data.loader import StageLoader
-from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
 from ringworld_workers.engine.base import OwnedRange
 from ringworld_workers.export import export_checkpoint
 from ringworld_workers.learning_rate import learning_rate_at
@@ -35,141 +40,21 @@ from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.opening import open_store
 from ringworld_workers.train_loop import run_stage
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    text_vocab_size=50,
-    vision_codebook_size=16,
-)
-CONTEXT_LENGTH = 96
-ROWS_PER_STEP = 4
-NUM_STEPS = 6
 Gang = Callable[..., list[Any]]
 Outcome = dict[str, Any]
 
 
-class Collector:
-    """A reporter that keeps everything, and asks to stop once ``stop_after`` steps are done."""
-
-    def __init__(self, stop_after: int | None) -> None:
-        self.records: list[dict[str, Any]] = []
-        self._stop_after, self._step = stop_after, 0
-
-    def phase(self, name: str, step: int) -> None:
-        self._step = step
-
-    def metrics(self, record: dict[str, Any]) -> None:
-        json.dumps(record)
-        self.records.append(record)
-
-    def event(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def position(self) -> int:
-        return len(self.records)
-
-    def stored(self, position: int) -> bool:
-        return position <= len(self.records)
-
-    def should_stop(self) -> bool:
-        return self._stop_after is not None and self._step > self._stop_after
-
-
-def write_source(folder: Path, examples: list[tuple[Any, Any]], longer: str) -> str:
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(len(examples))
-    num_vision = 0
-    shards = {}
-    for split, chosen in (("train", examples[5:]), ("held_out", examples[:5])):
-        with ShardWriter(folder, split) as shard:  # type: ignore[arg-type]
-            for tokens, modality in chosen:
-                loss = (generator.random(len(tokens)) < 0.9).astype(np.uint8)
-                shard.add(tokens, modality, loss, "made up")
-                num_vision += int(modality.sum())
-        shards[split] = {"shards": shard.entries()}
-    meta = {
-        "format": FORMAT_VERSION,
-        "longer": longer,
-        "pack_apart": False,
-        "tokenizer": {"size": MODEL.text_vocab_size, "digest": "t"},
-        "codebook": {"size": MODEL.vision_codebook_size, "digest": "c"},
-        "splits": shards | {"train": shards["train"] | {"vision_tokens": num_vision}},
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("sources")
-    generator = np.random.default_rng(0)
-    documents, clips = [], []
-    for length in generator.integers(20, 250, 25):
-        ids = generator.integers(0, MODEL.text_vocab_size, length).astype(np.int32)
-        documents.append((ids, np.full(length, TEXT, np.uint8)))
-    for length in generator.integers(30, 60, 25):
-        ids = generator.integers(0, MODEL.vision_codebook_size, length).astype(np.int32)
-        modality = (np.arange(length) >= 8).astype(np.uint8) * VISION
-        clips.append((ids, modality))
-    return {
-        "documents": write_source(folder / "documents", documents, longer="split"),
-        "clips": write_source(folder / "clips", clips, longer="refuse"),
-    }
+    return make_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture
 def job(sources: dict[str, str], tmp_path: Path) -> Callable[..., StageJob]:
     """Makes jobs of this test's store."""
 
-    def make(
-        *,
-        sequence_parallel: int = 1,
-        heads: int = 1,
-        data_parallel: int = 1,
-        store: str = "store",
-        stage_index: int = 0,
-        attempt: int = 1,
-        every: str = "2 steps",
-        **stage: Any,
-    ) -> StageJob:
-        first = {
-            "name": "first",
-            "context_length": str(CONTEXT_LENGTH),
-            "rope_theta": 1e4,
-            "steps": NUM_STEPS,
-            "global_batch_tokens": CONTEXT_LENGTH * ROWS_PER_STEP,
-            "mixture": {"documents": 0.5, "clips": 0.5},
-            "learning_rate": {"peak": 3e-3, "schedule": "cosine", "warmup_steps": 2},
-            "validation_rows": 3,
-        } | stage
-        second = first | {"name": "second", "steps": 2, "optimizer_state": "inherit"}
-        spec = {
-            "kind": "train",
-            "name": "small",
-            "data": {},
-            "optimizer": {"eps": 1e-6},
-            "checkpoint": {"every": every, "keep": 9},
-            "stages": [first, second],
-        }
-        return StageJob(
-            run_id="small-1",
-            spec=JobSpec.model_validate(spec),
-            stage_index=stage_index,
-            attempt=attempt,
-            world_size=sequence_parallel * data_parallel,
-            sequence_parallel_size=sequence_parallel,
-            heads_size=heads,
-            data_parallel_size=data_parallel,
-            device="cpu",
-            data_dir="",
-            sources=sources,
-            model_config=MODEL,
-            checkpoint_url=f"file://{tmp_path}/{store}",
-            spec_digest="d",
-        )
+    def make(*, store: str = "store", **changes: Any) -> StageJob:
+        return stage_job(sources, f"file://{tmp_path}/{store}", **changes)
 
     return make
 

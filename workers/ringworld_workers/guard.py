@@ -84,7 +84,8 @@ class NumericGuard:
         """Know of no step yet: a resumed run learns anew what is usual."""
         self._recovery, self._spike = recovery, recovery.loss_spike
         self._windows: dict[str, deque[float]] = {}
-        self._spiking: set[str] = set()
+        self._limits: dict[str, float] = {}
+        """Of the numbers that are above what was usual before they jumped."""
         self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_STEPS)
         """Numbers of the newest steps, the one judged last included."""
 
@@ -114,22 +115,19 @@ class NumericGuard:
     def over(self) -> set[str]:
         """Numbers whose jump has ended with the step judged last; each is told once."""
         now = self.history[-1] if self.history else {}
-        ended = {
-            name
-            for name in self._spiking
-            if name in now and not self._above(name, now[name], self._windows[name])
-        }
-        self._spiking -= ended
+        ended = {name for name, limit in self._limits.items() if now.get(name, limit + 1) <= limit}
+        for name in ended:
+            del self._limits[name]
         return ended
 
     def _jump(self, name: str, value: float) -> Finding | None:
         window = self._windows.setdefault(name, deque(maxlen=self._spike.window))
         above = self._above(name, value, window)
         window.append(value)
-        if above is None or name in self._spiking:
+        if above is None or name in self._limits:
             return None
-        self._spiking.add(name)
         usual, limit = above
+        self._limits[name] = limit
         action = self._spike.action
         return Finding(
             "spike",
