@@ -114,10 +114,10 @@ class Adoption:
         if record.store is None or (runner is not None and runner.active):
             return record
         newest = self._stored(record.store).refreshed(record)
-        if newest.epoch == record.epoch:
+        if newest is record:
             return record
         return states.update(
-            record.run_id, lambda found: newest if found.epoch < newest.epoch else found
+            record.run_id, lambda found: newest if found.epoch <= newest.epoch else found
         )
 
     def bring(self, url: str, root: Path) -> JobRecord:
@@ -211,7 +211,7 @@ class Adoption:
         """A claimed run's newest record, and the last attempt that has written checkpoints."""
         run = self._stored(record.store or run_url(spec, record.run_id))
         newest = run.refreshed(record)
-        if newest.epoch > record.epoch:
+        if newest is not record:
             folder.close()
             folder.open()
             newest.owner = None if newest.terminal else record.owner

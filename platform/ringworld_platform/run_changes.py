@@ -30,6 +30,7 @@ def fresh_start(older: bool, request: str, record: JobRecord) -> JobRecord:
     record.state, record.reason, record.error = RunState.QUEUED, "resumed", None
     record.stop_requested, record.restarts, record.owner = False, 0, None
     record.take_older, record.request, record.moved_to = older, request, None
+    record.fetched = False
     # Looked up again: the cache may have been cleared since.
     record.prepared = None
     return record

@@ -30,7 +30,7 @@ _MAX_RACES = 50
 _HIDDEN = frozenset(
     {
         *("spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner"),
-        *("uid", "take_older", "rollbacks", "epoch", "request", "moved_to"),
+        *("uid", "take_older", "rollbacks", "epoch", "fetched", "request", "moved_to"),
     }
 )
 
@@ -151,6 +151,8 @@ class JobRecord(BaseModel):
     """Where this record and the run's logs are kept besides its folder; None: in that alone."""
     epoch: int = 0
     """How often a controller has taken the run, counted in its store."""
+    fetched: bool = False
+    """It came from the store as somebody else wrote it there, and that may have changed since."""
     moved_to: str | None = None
     """That and by whom it was taken over elsewhere; its folder here is as old as that."""
     request: str = ""

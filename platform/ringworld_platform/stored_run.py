@@ -95,9 +95,8 @@ class StoredRun:
                 if found is not None:
                     self._refuse(found[0], record, owner)
                 epoch = found[0].epoch if found else 0
-                taken = record.model_copy(
-                    update={"owner": owner, "epoch": epoch + 1, "store": self.url}, deep=True
-                )
+                update = {"owner": owner, "epoch": epoch + 1, "store": self.url, "fetched": False}
+                taken = record.model_copy(update=update, deep=True)
                 try:
                     return taken, self.write(taken, found[1] if found else None)
                 except Conflict:
@@ -119,7 +118,8 @@ class StoredRun:
             if found is None:
                 return record
             self._refuse_stranger(found[0], record)
-            if found[0].epoch <= record.epoch:
+            ours = found[0].epoch == record.epoch and not record.fetched
+            if found[0].epoch < record.epoch or ours:
                 return record
             return self._fetched(found[0], Path(record.run_folder))
 
@@ -167,7 +167,7 @@ class StoredRun:
             raise PlatformError(
                 f"cannot write the run folder {folder}: {error.strerror or error}"
             ) from error
-        update = {"run_folder": str(folder), "store": self.url, "moved_to": None}
+        update = {"run_folder": str(folder), "store": self.url, "moved_to": None, "fetched": True}
         return record.model_copy(update=update, deep=True)
 
     def _refuse(self, found: JobRecord, record: JobRecord, owner: Owner) -> None:

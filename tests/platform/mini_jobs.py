@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ringworld_platform.runner_config import RunnerConfig
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CONFIG = RunnerConfig(stage_function="mini_stage:run_stage", prepare_function="mini_stage:build")
+LOGGED = replace(CONFIG, stage_function="mini_stage:run_logged_stage")
 
 
 def worker_environment() -> dict[str, str]:

@@ -14,18 +14,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ringworld_workers.checkpoint.fence import Fence
+from ringworld_workers.store.opening import open_store
+
 CHECKPOINT_EVERY = 5
 
 
-def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
+def run_logged_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
+    """As real stages do: a checkpoint exists only once the records before it are in the log."""
+    return run_stage(job, mesh, reporter, logged=True)
+
+
+def run_stage(job: Any, mesh: Any, reporter: Any, logged: bool = False) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
     stage = job.stage
-    folder = Path(job.checkpoint_url.removeprefix("file://"))
-    folder = folder / f"{job.stage_index:02d}-{stage.name}"
-    saved = sorted(folder.glob("step-*")) if folder.exists() else []
-    start = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    saves = Saves(job, mesh.rank)
+    origin = saves.newest()
+    start = int(origin.removeprefix("step-")) if origin else 0
     first = sum(s.num_steps for s in job.spec.stages[: job.stage_index])
 
     def record(kind: str, step: int, **more: Any) -> None:
@@ -35,14 +42,14 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
             reporter.metrics({"kind": kind, **about, **when, **more})
 
     def save(step: int) -> str:
-        key = f"{folder.name}/step-{step:08d}"
+        key, position = f"{saves.folder}/step-{step:08d}", reporter.position()
         if mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"step-{step:08d}").touch()
+            while logged and not reporter.stored(position):
+                time.sleep(0.01)
+            saves.put(key)
             record("checkpoint", step, key=key, bytes=0)
         return key
 
-    origin = saved[-1].name if saved else None
     record("stage_start", start, resumed_from=origin, uid=job.run_uid, older=job.take_older)
     computed = 0.0
     for step in range(start + 1, stage.num_steps + 1):
@@ -76,6 +83,28 @@ def run_stage(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
             save(step)
     key = save(stage.num_steps)
     return {"status": "finished", "step": stage.num_steps, "checkpoint": key}
+
+
+class Saves:
+    """A stage's checkpoints: empty objects. In a store that gangs may share, they are fenced."""
+
+    def __init__(self, job: Any, rank: int) -> None:
+        self._store = open_store(job.checkpoint_url)
+        self.folder = f"{job.stage_index:02d}-{job.stage.name}"
+        about = {"attempt": job.attempt, "stage_index": job.stage_index}
+        self._fence = Fence(self._store, run_uid=job.run_uid, **about)
+        self._shared = self._store.url.startswith("s3://")
+        if self._shared and rank == 0:
+            self._fence.take()
+
+    def newest(self) -> str | None:
+        names = [info.key.rpartition("/")[2] for info in self._store.list(self.folder)]
+        return max(names, default=None)
+
+    def put(self, key: str) -> None:
+        if self._shared:
+            self._fence.check()
+        self._store.put(key, [b""])
 
 
 def _fault(job: Any) -> dict[str, Any]:
