@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from ringworld_jobs.planner.hardware import GB, GIB, Device
+from ringworld_jobs.planner.hardware import GB, Device
 
 MATMUL_SIZE = 256
 SECONDS = 0.08
@@ -20,7 +20,11 @@ LAYER_EFFICIENCY, ATTENTION_EFFICIENCY = 0.42, 0.60
 # Of gloo between two processes of one machine; from the same records.
 EXCHANGE_BANDWIDTH = 0.5 * GB
 # Of a worker that has imported torch, Ray and DeepSpeed, before it holds a model: the same.
-PROCESS_BYTES = 0.62 * GIB
+PROCESS_BYTES = 600 * 2**20
+# What the C library keeps of the memory that comes and goes in a step; the same.
+RESERVE_SHARE = 0.25
+# Of the model tiny on 32 tokens: the Python and the kernel calls of a layer.
+LAYER_SECONDS = 5e-3
 
 # Prints the median rate in FLOPs a second. OPENBLAS_NUM_THREADS and its like say on how many
 # threads.
@@ -126,6 +130,8 @@ def cpu_device(flops: float, workers: int, memory_bytes: float | None = None) ->
         devices_per_node=workers,
         process_bytes=PROCESS_BYTES,
         context_bytes=0.0,
+        layer_seconds=LAYER_SECONDS,
+        reserve_share=RESERVE_SHARE,
         overlaps=False,  # the threads that send share the cores with those that compute
         unmeasured="bf16",
     )

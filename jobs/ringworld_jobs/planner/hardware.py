@@ -42,6 +42,8 @@ class Device:
         devices_per_node: workers of a whole node.
         process_bytes: host memory of a worker before it holds a model.
         context_bytes: device memory that the driver and the communication take.
+        layer_seconds: the least that a layer takes, forward and backward, however few its tokens.
+        reserve_share: what the allocator holds unused, of what comes and goes in a step.
         overlaps: transfers run beside the computation.
         unmeasured: what of this is neither in a data sheet nor measured.
     """
@@ -62,6 +64,8 @@ class Device:
     devices_per_node: int = 8
     process_bytes: float = 3.0 * GIB
     context_bytes: float = 1.2 * GIB
+    layer_seconds: float = 0.4e-3
+    reserve_share: float = 0.06
     overlaps: bool = True
     unmeasured: str = ""
 

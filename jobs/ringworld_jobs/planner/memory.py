@@ -23,8 +23,6 @@ PREFETCHED_STEPS = 3
 """Steps whose rows are in host memory: two ahead and the one at hand."""
 ROW_BYTES = 30
 """Of one token in a batch: two ids of 8 bytes, and segment, position, weight and modalities."""
-FRAGMENTATION = 0.06
-"""Share of what comes and goes in a step that the allocator holds without using it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +71,7 @@ def memory_of(spec: JobSpec, work: Workload, device: Device) -> Memory:
     kept = kept_bytes(work, copies_wait=device.overlaps)
     parts = {**states(work), "activations": kept, "working": max(working.values())}
     parts["driver"] = device.context_bytes
-    parts["reserve"] = FRAGMENTATION * (parts["activations"] + parts["working"])
-    if device.is_cpu:
-        parts["reserve"] = 0.0  # malloc gives large blocks back
+    parts["reserve"] = device.reserve_share * (parts["activations"] + parts["working"])
     host = {"process": device.process_bytes}
     if levers.optimizer_offload:
         host["offloaded optimizer"] = _per_worker(work, _optimizer_bytes(work) + 4)

@@ -15,8 +15,6 @@ TRANSFER_EFFICIENCY = 0.8
 """Share of a link's nominal bandwidth that large messages reach."""
 MESSAGE_SECONDS = 20e-6
 """What one exchange costs however small it is."""
-LAYER_SECONDS = 0.4e-3
-"""Launching the kernels of one layer, forward and backward, where they are too small to hide it."""
 OPTIMIZER_BYTES = 32
 """Read and written of a parameter: master, gradient, moments; the weight."""
 
@@ -126,7 +124,7 @@ def step_time(work: Workload, device: Device) -> StepTime:
     layers = matrices / matrix_rate
     if not device.is_cpu:
         layers += elementwise_bytes(work) / device.memory_bandwidth
-        layers = max(layers, work.model.num_layers * LAYER_SECONDS)
+    layers = max(layers, work.model.num_layers * device.layer_seconds)
     forwards = 2 if again == "full" else 1
     forward = work.attention_flops / (peak * device.forward_efficiency)
     # Five products, where the forward pass has two: the scores are computed again.
