@@ -24,7 +24,7 @@ from ringworld_model.decode.deal import Deal
 from ringworld_model.decode.next_logits import NextLogits
 from ringworld_model.decode.pages import CacheShape, RowCache
 from ringworld_model.decode.passes import CachePass, Way, choose_way
-from ringworld_model.decode.visible import Segment
+from ringworld_model.decode.visible import Segment, cut_passes
 from ringworld_model.ring.check import agree
 from ringworld_model.ring.comm import Ring, RingStats
 from ringworld_model.transformer import WorldModel
@@ -244,7 +244,7 @@ class DecodeSession:
         try:
             for cache, start, count in zip(caches, starts, counts, strict=True):
                 cache.reserve(start + count, self.max_length)
-            for passing in _passes(starts, counts, self.chunk):
+            for passing in cut_passes(starts, counts, self.chunk):
                 segments = [Segment(caches[at], start, stop) for at, start, stop in passing]
                 places = [(at, starts[at], starts[at] + counts[at]) for at, *_ in passing]
                 self._run(segments, places, tokens, modality, last)
@@ -388,22 +388,3 @@ class DecodeSession:
         if number not in self._rows:
             raise ValueError(f"row {number} is not one of the session's: {self.rows}")
         return self._rows[number]
-
-
-def _passes(
-    starts: Sequence[int], counts: Sequence[int], chunk: int
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut prompts into passes of at most ``chunk`` tokens: (prompt, start, stop) by position."""
-    passing: list[tuple[int, int, int]] = []
-    room = chunk
-    for prompt, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        stop = start + count
-        while start < stop:
-            taken = min(room, stop - start)
-            passing.append((prompt, start, start + taken))
-            start, room = start + taken, room - taken
-            if room == 0:
-                yield passing
-                passing, room = [], chunk
-    if passing:
-        yield passing

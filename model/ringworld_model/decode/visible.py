@@ -43,6 +43,25 @@ class Call(NamedTuple):
     diagonal: bool
 
 
+def cut_passes(
+    starts: Sequence[int], counts: Sequence[int], chunk: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut prompts into passes of at most ``chunk`` tokens: (prompt, start, stop) by position."""
+    passing: list[tuple[int, int, int]] = []
+    room = chunk
+    for prompt, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        stop = start + count
+        while start < stop:
+            taken = min(room, stop - start)
+            passing.append((prompt, start, start + taken))
+            start, room = start + taken, room - taken
+            if room == 0:
+                yield passing
+                passing, room = [], chunk
+    if passing:
+        yield passing
+
+
 def list_queries(deal: Deal, segments: Sequence[Segment], rank: int | None) -> list[Queries]:
     """The queries of a pass: a rank's, or all where ``rank`` is None."""
     found: list[Queries] = []
