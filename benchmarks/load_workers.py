@@ -26,6 +26,7 @@ from ringworld_workers.stage_job import StageJob
 STEP_SECONDS = 1.0
 LOG_STEPS = 10
 CHECKPOINT_STEPS = 30
+THREADS_SECONDS = 10.0
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
@@ -185,6 +186,26 @@ class _Call:
         return self._handle.host.call.remote(self._handle.key, self._method, *args)
 
 
+def _tell_threads(folder: Path) -> None:
+    """Write down now and then what CPU time the threads took; runners are counted as one."""
+    before: dict[str, float] = {}
+    while True:
+        time.sleep(THREADS_SECONDS)
+        used: dict[str, float] = {}
+        for thread in threading.enumerate():
+            name = "runners" if thread.name.startswith("load-") else thread.name
+            about = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+            seconds = int(about.read_text().split()[0]) / 1e9 if about.exists() else 0.0
+            used[name] = used.get(name, 0.0) + seconds
+        share = {
+            name: round(100 * (seconds - before.get(name, 0.0)) / THREADS_SECONDS, 2)
+            for name, seconds in used.items()
+        }
+        lines = [f"{percent:6.2f} % {name}" for name, percent in share.items() if percent > 0.1]
+        (folder / "threads.txt").write_text("\n".join(sorted(lines, reverse=True)) + "\n")
+        before = used
+
+
 class LoadWorkers:
     """Makes ranks in the hosts, in turns; lives in the controller."""
 
@@ -205,6 +226,8 @@ class LoadWorkers:
         if not self._hosts:
             # Here, because handles would make the controller's arguments too large to restart it.
             self._hosts = [ray.get_actor(name, namespace="ringworld") for name in self._names]
+            if self._profile is not None:
+                threading.Thread(target=_tell_threads, args=[self._profile], daemon=True).start()
         self._made += 1
         thread = threading.current_thread().name
         if self._profile is not None and thread not in self._profiles:

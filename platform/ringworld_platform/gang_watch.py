@@ -118,9 +118,15 @@ class GangWatch:
             self._mailbox.expect(call)
         replies: list[Any] = [None] * len(calls)
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        look = 0.0
         while waiting:
-            self._listener.tick()
-            pause = min(self._outboxes.ask(), self._listener.rhythm.look)
+            # Not after each reply: with many gangs these looks would cost more than the replies.
+            if (now := time.monotonic()) >= look:
+                self._listener.tick()
+                look = now + self._listener.rhythm.look
+                if pace is not None:
+                    self._refuse_stall(pace, waiting.values(), may_be_busy)
+            pause = min(self._outboxes.ask(), look - now)
             for call, reply in self._mailbox.take(pause):
                 rank = waiting.pop(call, None)
                 if rank is None:
@@ -135,8 +141,6 @@ class GangWatch:
                 text = f"rank {ranks} of {self._name} not ready after {timeout_seconds:g} s"
                 failure = Failure(FailureKind.STALL, text, min(waiting.values()))
                 raise GangFailed(failure, self._evidence(self._inquire().answers(ANSWER_SECONDS)))
-            if pace is not None and waiting:
-                self._refuse_stall(pace, waiting.values(), may_be_busy)
         return replies
 
     def _reply(self, rank: int, result: Callable[[], Any]) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 FIRST_RANKS_A_SECOND = 100
 """Questions to first ranks, whose records the logs and the state show."""
 OTHER_RANKS_A_SECOND = 80
-SAVES_A_SECOND = 20
+SAVES_A_SECOND = 10
 LOOKS_A_SECOND = 400
 """Looks of all runs at what is asked of them: to stop, to make way."""
 MOST_SECONDS = 10.0

@@ -164,7 +164,7 @@ def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
 
 
 def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
-    spec = mini_job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.05)
+    spec = mini_job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.1)
     run_id = client.submit(spec)
     reached(client, run_id, 3)
 
