@@ -42,6 +42,8 @@ from ringworld_workers.mesh import Mesh, build_mesh
 from ringworld_workers.stage_job import StageJob
 from ringworld_workers.store.base import StoreError
 from ringworld_workers.store.opening import open_store
+from ringworld_workers.store.retry import Patience
+from ringworld_workers.store.s3_store import S3Store
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class Listener:
     def __init__(self, committed: Callable[[int], None] = lambda step: None) -> None:
         self.events: list[str] = []
         self._committed = committed
+        self._actions: dict[str, Callable[[], object]] = {}
+        self._stop = False
 
     def phase(self, name: str, step: int) -> None:
         pass
@@ -65,9 +69,19 @@ class Listener:
 
     def event(self, record: dict[str, Any]) -> None:
         self.events.append(record["text"])
+        for words in list(self._actions):
+            if words in record["text"]:
+                self._actions.pop(words)()
+
+    def when(self, words: str, action: Callable[[], object]) -> None:
+        """Do it once, when an event has these words."""
+        self._actions[words] = action
+
+    def stop(self) -> None:
+        self._stop = True
 
     def should_stop(self) -> bool:
-        return False
+        return self._stop
 
     def position(self) -> int:
         return 0
@@ -383,6 +397,15 @@ class Run:
             save(self.checkpoints, self.step)
         return self.diary.last_committed()
 
+    def end(self) -> int:
+        """Train a step and end the stage; returns the newest step that is committed."""
+        self.step += 1
+        train(self.engine, self.mesh, self.step)
+        self.diary.about_to_save(self.step, digest(self.engine))
+        saved = self.checkpoints.save_last(self.step, self.step, bookmark=None, metrics={})
+        assert saved == (self.diary.last_committed() == self.step)
+        return self.diary.last_committed()
+
     def check(self) -> int:
         self.checkpoints.writer.wait()  # old ones are being removed
         return check(self.job, self.mesh, self.diary)
@@ -488,6 +511,50 @@ def test_a_disk_that_is_full(mesh: Mesh, tmp_path: Path) -> None:
         filler.unlink()
         assert run.save() == run.check() == 3
         check_tidy(run.job)
+
+
+def test_a_stage_ends_while_its_disk_is_full(mesh: Mesh, tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        run = Run(f"file://{disk}/store", mesh, tmp_path, max_failures=0)
+        assert run.save() == 1
+        filler = disk / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        run.listener.when("waits for its store up to 3600 s", filler.unlink)
+        assert run.end() == 2, "it waited, and lost nothing"
+        assert any("the disk is full; free space" in told for told in run.listener.events)
+        # In the middle of a stage, too, once no more saves may fail.
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        run.listener.when("step 3 of stage a waits for its store", filler.unlink)
+        assert run.save() == run.check() == 3
+
+
+def test_a_stage_ends_while_its_server_is_away(
+    mortal: Any, mortal_server: MortalServer, mesh: Mesh, tmp_path: Path
+) -> None:
+    url = "s3://runs/away"
+    run = Run(url, mesh, tmp_path)
+    assert run.save() == 1
+    run.checkpoints.writer._store = S3Store(
+        f"{url}/job-1/checkpoints", patience=Patience(outage_seconds=0.5, attempts=2)
+    )
+    mortal_server.kill()
+    run.listener.when("waits for its store up to 3600 s", mortal_server.start)
+    assert run.end() == run.check() == 2
+
+
+def test_a_stop_does_not_wait_for_a_store_that_is_away(mesh: Mesh, tmp_path: Path) -> None:
+    with small_disk(tmp_path) as disk:
+        run = Run(f"file://{disk}/store", mesh, tmp_path, max_failures=0)
+        assert run.save() == 1
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        run.listener.when("waits for its store", run.listener.stop)
+        assert run.end() == 1, "it is not saved"
 
 
 @contextmanager
