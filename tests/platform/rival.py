@@ -38,6 +38,11 @@ class Waiting:
 class Rival(Controller):
     """Knows of one node, and starts no gang."""
 
+    def __init__(self, config: ControllerConfig) -> None:
+        super().__init__(config)
+        room = Room(4, 0)
+        self._cluster = lambda: Cluster({"here": NodeRoom(room, room)}, {})
+
     def _runner(self, live: LiveRun) -> Any:
         return Waiting(live)
 
@@ -60,8 +65,6 @@ def answer(me: Rival, name: str, ask: dict[str, Any]) -> str:
 
 def main(name: str, folder: str) -> None:
     me = Rival(ControllerConfig(name, folder, RunnerConfig(one_shot=True)))
-    room = Room(4, 0)
-    me._cluster = lambda: Cluster({"here": NodeRoom(room, room)}, {})
     print(json.dumps("ready"), flush=True)  # noqa: T201 - its answer
     for line in sys.stdin:
         try:

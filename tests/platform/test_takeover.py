@@ -19,7 +19,7 @@ from rival import Rival
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client, absolute_paths
 from ringworld_platform.controller import ControllerConfig
-from ringworld_platform.errors import RunConflictError
+from ringworld_platform.errors import ClusterError, RunConflictError
 from ringworld_platform.live_run import this_owner
 from ringworld_platform.local_s3 import LocalS3
 from ringworld_platform.run_records import effective_steps, read_run
@@ -91,6 +91,8 @@ def test_a_frozen_controller_loses_its_run_and_writes_no_more(
     assert frozen is not None and gang
     os.kill(frozen.pid, signal.SIGSTOP)
     try:
+        with pytest.raises(ClusterError, match="is there but has not answered for 1 s"):
+            client._call(lambda controller: controller.status.remote(run_id), 1.0)
         wait_until(lambda: lease_is_over(run), "its lease runs out")
         elsewhere = run.restore(tmp_path / "third" / run_id)
         taken, etag = run.take(elsewhere, this_owner("third"))
