@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ringworld_workers.checkpoint.fence import Fence
+from ringworld_workers.guard import TrainingDiverged
+from ringworld_workers.store.base import StoreError
 from ringworld_workers.store.opening import open_store
 
 CHECKPOINT_EVERY = 5
@@ -127,6 +129,12 @@ def _maybe_fail(job: Any, rank: int, step: int) -> str | None:
         raise RuntimeError(f"injected at step {step}")
     if fault["kind"] == "value":
         raise ValueError(f"row {step} has no tokens; rebuild the dataset")
+    if fault["kind"] == "nan" and step not in job.skip_steps:
+        _diverge(step)
+    if fault["kind"] == "memory":
+        raise MemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    if fault["kind"] == "store":
+        raise StoreError("get", "s3://b/writer.json", "nothing answers there", transient=True)
     if fault["kind"] == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault["kind"] == "kill":
@@ -137,6 +145,11 @@ def _maybe_fail(job: Any, rank: int, step: int) -> str | None:
         # C code that never lets go of Python's lock: no other thread of this process can answer.
         ctypes.PyDLL(None).sleep(120)
     return str(fault["kind"])
+
+
+def _diverge(step: int) -> None:
+    facts = {"kind": "nan", "action": "rollback", "step": step, "skip_steps": [step]}
+    raise TrainingDiverged(f"loss_text is nan at step {step} of stage 1k", facts)
 
 
 def _wait_for_nothing() -> None:

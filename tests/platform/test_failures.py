@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mini_jobs import mini_client, mini_cluster, mini_job
+from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
+from small_disk import fill, small_disk
 
 from ringworld_platform.client import Client
 
@@ -26,17 +27,30 @@ OTHERS = {
 }
 
 
+# What the run does about, by what it knows of itself.
+JUDGED = ("nan", "store", "memory")
+
+
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> Iterator[Client]:
+    with mini_cluster(num_cpus=12), mini_client(root) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def ended(client: Client, root: Path) -> dict[str, dict[str, Any]]:
     """A job for each fault, all at once, each on two ranks; rank 1 has the fault in step 3."""
-    root = tmp_path_factory.mktemp("runs")
-    with mini_cluster(num_cpus=12), mini_client(root) as client:
-        slow = slow_run(client, root / "slow")
-        runs = {kind: submitted(client, root / kind, kind) for kind in (*STALLS, *OTHERS)}
-        yield {
-            kind: {**client.wait(run, timeout_seconds=WAIT_SECONDS), "events": client.events(run)}
-            for kind, run in {**runs, "slow": slow}.items()
-        }
+    slow = slow_run(client, root / "slow")
+    runs = {kind: submitted(client, root / kind, kind) for kind in (*STALLS, *OTHERS, *JUDGED)}
+    return {
+        kind: {**client.wait(run, timeout_seconds=WAIT_SECONDS), "events": client.events(run)}
+        for kind, run in {**runs, "slow": slow}.items()
+    }
 
 
 def slow_run(client: Client, store: Path) -> str:
@@ -50,8 +64,8 @@ def slow_run(client: Client, store: Path) -> str:
 
 def submitted(client: Client, store: Path, kind: str) -> str:
     store.mkdir()
-    comes_back = kind == "raise"
-    fault = {"kind": kind, "rank": 1, "step": 3, "attempts": 9}
+    comes_back = kind in ("raise", "memory")
+    fault = {"kind": kind, "rank": 1, "step": 3, "attempts": 2 if kind == "store" else 9}
     (store / "fault.json").write_text(json.dumps(fault))
     name = kind.replace("_", "-")
     spec = mini_job(
@@ -131,3 +145,52 @@ def test_a_slow_rank_is_told_once_and_fails_nothing(ended: dict[str, dict[str, A
     assert over["text"].endswith("is no longer slow")
     metrics = (Path(status["run_folder"]) / "metrics.jsonl").read_text()
     assert "ring_compute_by_rank" not in metrics
+
+
+def events(status: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [event for event in status["events"] if event["kind"] == kind]
+
+
+def test_rows_that_diverge_are_left_out_by_the_next_gang(ended: dict[str, dict[str, Any]]) -> None:
+    status = ended["nan"]
+    assert (status["state"], status["attempt"]) == ("SUCCEEDED", 2), "and max_restarts is 0"
+    (told,) = events(status, "rollback")
+    assert told["text"] == (
+        "goes back to the initial weights and leaves out step 3 (rows 2 to 2) of stage 1k"
+    )
+    assert events(status, "failure")[0]["failure"] == "diverged"
+    assert status["left_out"] == {"0": [3]}
+
+
+def test_a_store_that_is_away_costs_no_restart(ended: dict[str, dict[str, Any]]) -> None:
+    status = ended["store"]
+    assert (status["state"], status["attempt"]) == ("SUCCEEDED", 3), "and max_restarts is 0"
+    waits = [event["text"] for event in events(status, "state") if "waits for" in event["text"]]
+    assert [text[-12:] for text in waits] == ["again in 1 s", "again in 2 s"]
+
+
+def test_too_little_memory_is_tried_once_more(ended: dict[str, dict[str, Any]]) -> None:
+    status = ended["memory"]
+    assert (status["state"], status["attempt"]) == ("FAILED", 2)
+    assert "MemoryError: CUDA out of memory" in status["error"]
+    assert "stage 1k trains 1,024 tokens of context on 2 workers" in status["error"]
+    assert "the cheapest remedies are memory.activation_checkpointing: full" in status["error"]
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
+    client: Client, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path) as disk:
+        spec = mini_job(disk / "runs", name="full", stages=(("1k", 1, 60),), step_seconds=0.1)
+        run = client.submit(spec)
+        wait_until(lambda: client.status(run)["step"] >= 6, "the first checkpoint")
+        filler = fill(disk)
+        status = client.wait(run, timeout_seconds=WAIT_SECONDS)
+        assert status["state"] == "FAILED"
+        assert "free space" in status["error"], "of the logs or of the checkpoints"
+        filler.unlink()
+        client.resume(run)
+        again = client.wait(run, timeout_seconds=WAIT_SECONDS)
+        assert (again["state"], again["step"]) == ("SUCCEEDED", 60)
+        starts = [r for r in client.metrics(run).items if r["kind"] == "stage_start"]
+        assert starts[-1]["step"] >= 5, "from what was committed"

@@ -14,12 +14,10 @@ import math
 import multiprocessing
 import os
 import random
-import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_jobs import STEPS, stage_job
+from small_disk import fill, small_disk
 from torch import nn
 
 from ringworld_platform.local_s3 import LocalS3
@@ -501,10 +500,7 @@ def test_a_disk_that_is_full(mesh: Mesh, tmp_path: Path) -> None:
     with small_disk(tmp_path) as disk:
         run = Run(f"file://{disk}/store", mesh, tmp_path)
         assert run.save() == 1
-        filler = disk / "filler"
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(2**16))
+        filler = fill(disk)
         assert run.save() == 1
         assert "the disk is full; free space" in run.listener.events[-1]
         assert [ref.step for ref in committed(open_store(run.job.checkpoint_url))] == [1]
@@ -517,17 +513,12 @@ def test_a_stage_ends_while_its_disk_is_full(mesh: Mesh, tmp_path: Path) -> None
     with small_disk(tmp_path) as disk:
         run = Run(f"file://{disk}/store", mesh, tmp_path, max_failures=0)
         assert run.save() == 1
-        filler = disk / "filler"
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(2**16))
+        filler = fill(disk)
         run.listener.when("waits for its store up to 3600 s", filler.unlink)
         assert run.end() == 2, "it waited, and lost nothing"
         assert any("the disk is full; free space" in told for told in run.listener.events)
         # In the middle of a stage, too, once no more saves may fail.
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(2**16))
+        fill(disk)
         run.listener.when("step 3 of stage a waits for its store", filler.unlink)
         assert run.save() == run.check() == 3
 
@@ -550,30 +541,9 @@ def test_a_stop_does_not_wait_for_a_store_that_is_away(mesh: Mesh, tmp_path: Pat
     with small_disk(tmp_path) as disk:
         run = Run(f"file://{disk}/store", mesh, tmp_path, max_failures=0)
         assert run.save() == 1
-        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(2**16))
+        fill(disk)
         run.listener.when("waits for its store", run.listener.stop)
         assert run.end() == 1, "it is not saved"
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 4 MiB; it lasts as long as the process in whose sight alone it lies."""
-    place = folder / "disk"
-    place.mkdir()
-    script = f"mount -t tmpfs -o size=4m none {place} && echo ready && exec cat"
-    with subprocess.Popen(
-        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as holder:
-        assert holder.stdin is not None and holder.stdout is not None
-        if holder.stdout.readline() != b"ready\n":
-            pytest.skip("this machine lets nobody mount a file system of his own")
-        yield Path(f"/proc/{holder.pid}/root{place}")
-        holder.stdin.close()
 
 
 # What is changed on its way from the store.
