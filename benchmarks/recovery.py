@@ -124,7 +124,8 @@ def kill_often(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
     while len(kills) < options.kills:
         kind = MOMENTS[len(kills) % len(MOMENTS)]
-        kills.append(kill_once(log, folder, kind, moments))
+        done = kills[-1]["attempt"] if kills else 0
+        kills.append(kill_once(log, folder, kind, moments, done))
         say(f"kill {len(kills)}: {kills[-1]['target']} in {kills[-1]['phase']}")
     expect_success(client.wait(run_id, timeout_seconds=None))
     return {
@@ -139,11 +140,13 @@ def kill_often(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def kill_once(log: RunLog, folder: Path, kind: str, moments: random.Random) -> dict[str, Any]:
-    """SIGKILL a process of the run's at a moment of this kind."""
+def kill_once(
+    log: RunLog, folder: Path, kind: str, moments: random.Random, after: int
+) -> dict[str, Any]:
+    """SIGKILL a process of the run's at a moment of this kind; ``after`` is the last attempt's."""
     store = folder / "runs" / log.run_id / "checkpoints"
     if kind in ("step", "save", "controller"):
-        log.until(lambda: log.steps(log.status()["attempt"]), "a step of the newest gang")
+        log.until(lambda: log.records("step") and log.last("step")["attempt"] > after, "a step")
         time.sleep(moments.uniform(0.0, 1.5))
     if kind == "save":
         quick(lambda: unfinished_save(store), "a save on its way")
@@ -156,21 +159,22 @@ def kill_once(log: RunLog, folder: Path, kind: str, moments: random.Random) -> d
     name = "ray::Controller" if kind == "controller" else "ray::RingWorker"
     while True:
         found = quick(lambda: processes(name), name)
-        phase = phase_of(log)
+        attempt, phase = phase_of(log)
         with contextlib.suppress(ProcessLookupError):
             os.kill(moments.choice(found), signal.SIGKILL)
-            return {"target": target, "wanted": kind, "phase": phase, "time": time.time()}
+            about = {"target": target, "wanted": kind, "phase": phase, "attempt": attempt}
+            return {**about, "time": time.time()}
 
 
-def phase_of(log: RunLog) -> str:
-    """What the run was doing, as far as its state file tells."""
+def phase_of(log: RunLog) -> tuple[int, str]:
+    """Attempt and doings of the run, as far as its state file tells."""
     status = json.loads((Path(log.folder) / "state.json").read_text())
     if status["state"] == "SUCCEEDED":
         raise SystemExit("the run has ended before the last kill: give it more --steps")
     workers = status["workers"]
     if workers:
-        return f"{workers[0]['phase']} of step {workers[0]['step']}"
-    return f"{status['state'].lower()}, no workers yet"
+        return status["attempt"], f"{workers[0]['phase']} of step {workers[0]['step']}"
+    return status["attempt"], f"{status['state'].lower()}, no workers yet"
 
 
 def unfinished_save(store: Path) -> bool:
@@ -232,6 +236,7 @@ def job(folder: Path, name: str, *, steps: int, every: int) -> JobSpec:
                     "global_batch_tokens": CONTEXT,
                     "mesh": {"sequence_parallel": 2, "data_parallel": 1},
                     "mixture": {"books": 1.0},
+                    "validation_rows": 4,
                     "learning_rate": {"peak": 1e-3},
                 }
             ],
