@@ -26,6 +26,8 @@ LONGEST_SECONDS = 1800.0
 MARGIN_SECONDS = 2.0
 """On top of what nodes took: how late the autoscaler and we look."""
 STEPS_SEEN = 20
+EARLIER = 2.0
+"""A stage that turns out to begin later than so many leads is asked for too early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Coming:
         bundle: resources of each.
         left_seconds: until it begins; below zero: it should have begun.
         lead_seconds: so long before it begins it is asked for.
+        asked: whether it is in the present request.
     """
 
     run_id: str
@@ -47,6 +50,7 @@ class Coming:
     bundle: Bundle
     left_seconds: float
     lead_seconds: float
+    asked: bool = False
 
     @property
     def due(self) -> bool:
@@ -55,7 +59,9 @@ class Coming:
         One that is overdue by as much as it was asked for early is asked for no longer: its
         estimate was wrong, and nodes would idle. Once it waits in the line it asks for itself.
         """
-        return -self.lead_seconds <= self.left_seconds <= self.lead_seconds
+        # An estimate that moves a little must not call back the nodes that it called.
+        earliest = self.lead_seconds * (EARLIER if self.asked else 1.0)
+        return -self.lead_seconds <= self.left_seconds <= earliest
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from ringworld_model.config import can_split_heads
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.prewarm import (
+    EARLIER,
     NOTHING,
     Coming,
     Request,
@@ -216,13 +217,14 @@ class Prewarmer:
         if begin is None or begin.index not in (done, done + 1):
             return None
         lead_seconds = self._starts.expected_seconds if lead == "auto" else lead
-        if not -lead_seconds <= begin.moment - now <= lead_seconds:
+        left, asked = begin.moment - now, run_id in self._held.runs
+        if abs(left) > EARLIER * lead_seconds:
             return None
         sizes = tuple(size for size in _sizes(spec, begin.index) if size > begin.has)
         if not sizes:
             return None
         order = (-record.priority, record.submitted, run_id)
-        return Coming(run_id, order, sizes, begin.bundle, begin.moment - now, lead_seconds)
+        return Coming(run_id, order, sizes, begin.bundle, left, lead_seconds, asked)
 
     def _see_request(self, request: Request, holdings: Mapping[str, Holding], now: float) -> None:
         """Learn how long the nodes took that the request was for."""

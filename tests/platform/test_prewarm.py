@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +53,12 @@ def test_nodes_are_asked_for_so_long_before_and_held_no_longer_after(
     assert bool(request.bundles) == due
     if due:
         assert (request.bundles, request.runs, request.new_nodes) == ({CPU: 2}, {"a": 2}, 1)
+
+
+def test_an_estimate_that_moves_does_not_call_back_nodes() -> None:
+    asked = replace(coming("a", 2, left=15.0), asked=True)
+    assert asked.due and not replace(asked, asked=False).due
+    assert not replace(asked, left_seconds=20.1).due
 
 
 def test_one_request_holds_what_the_others_have_and_what_comes() -> None:
