@@ -60,20 +60,25 @@ class AutoscalingCluster:
     Attributes:
         address: of its head.
         head_pid: the process that all others come from.
+        most: nodes besides the head.
     """
 
     address: str
     head_pid: int
+    most: int
 
     def nodes(self) -> NodeCounts:
         """How many nodes there are now."""
         status = get_cluster_status(self.address)
-        return NodeCounts(
-            busy=sum(node.node_id != FAKE_HEAD_NODE_ID for node in status.active_nodes),
-            idle=sum(node.node_id != FAKE_HEAD_NODE_ID for node in status.idle_nodes),
-            pending=sum(node.ray_node_type_name == WORKER for node in status.pending_nodes)
-            + sum(launch.count for launch in status.pending_launches),
-        )
+        busy = sum(node.node_id != FAKE_HEAD_NODE_ID for node in status.active_nodes)
+        idle = sum(node.node_id != FAKE_HEAD_NODE_ID for node in status.idle_nodes)
+        # The autoscaler's word is a second or two older than the nodes': some are in both.
+        there = {node.instance_id for node in (*status.active_nodes, *status.idle_nodes)}
+        pending = sum(
+            node.ray_node_type_name == WORKER and node.instance_id not in there
+            for node in status.pending_nodes
+        ) + sum(launch.count for launch in status.pending_launches)
+        return NodeCounts(busy, idle, min(pending, self.most - busy - idle))
 
     def requested(self) -> int:
         """Bundles that ``request_resources`` holds."""
@@ -130,7 +135,7 @@ def autoscaling_cluster(
         address = f"{_ip()}:{port}"
         _await(head, output, address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
-        yield AutoscalingCluster(address, head.pid)
+        yield AutoscalingCluster(address, head.pid, most)
     finally:
         ray.shutdown()
         end_family(head.pid)
