@@ -169,7 +169,7 @@ def test_rays_memory_monitor_is_believed() -> None:
     said = RuntimeError("Task was killed due to the node running low on memory.")
     failure = lost_worker(1, "pid 7 on 10.0.0.1", said).failure
     assert failure.kind is FailureKind.OUT_OF_MEMORY
-    assert "rank 1 (pid 7 on 10.0.0.1) was lost: it was killed because its node" in failure.text
+    assert "rank 1 (pid 7 on 10.0.0.1) was lost: Ray killed it because its node" in failure.text
 
 
 def test_what_a_rank_found_is_kept_inside_the_runs_folder(tmp_path: Path) -> None:

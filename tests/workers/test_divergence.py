@@ -164,7 +164,13 @@ def test_rows_with_nan_are_found_and_left_out(run_gang: Gang, tmp_path: Path) ->
 
     def job(store: str, **changes: Any) -> StageJob:
         url = f"file://{tmp_path}/{store}"
-        return stage_job({"documents": source}, url, data_parallel=2, **stage(5, **changes))
+        # Sharded, computed again and cut into tiles: nothing of that hides who was first.
+        hard = {
+            "zero_stage": 3,
+            "precision": "bf16",
+            "memory": {"activation_checkpointing": "full", "mlp_tile_tokens": 32},
+        }
+        return stage_job({"documents": source}, url, data_parallel=2, **stage(5, **hard, **changes))
 
     first, second = run_gang(train, 2, job("run"), "poison")
     assert first["result"] == second["result"]

@@ -119,7 +119,8 @@ class StepProbe:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    # Detached: what autograd keeps of this would not be there when the layer is computed again.
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
