@@ -11,6 +11,7 @@ from ringworld_platform.commands import (
     checkpoints,
     data,
     data_look,
+    deploy,
     dev,
     export,
     look,
@@ -254,6 +255,14 @@ _add(
 )
 _add(app, MACHINES, machines.up, "ringworld up", "ringworld up --cpus 4 --no-dashboard")
 _add(app, MACHINES, machines.down, "ringworld down")
+_add(
+    app,
+    MACHINES,
+    deploy.deploy,
+    "ringworld deploy --list",
+    "ringworld deploy bucket --bucket my-runs --region us-east-1 --to deploy",
+    "ringworld deploy kubernetes --bucket my-runs --image REGISTRY/ringworld:1",
+)
 
 dev_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Servers to try with.")
 _add(
