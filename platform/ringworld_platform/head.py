@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +27,6 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 78_643_200
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
-# In the environment of all that a head starts: its own, unlike those of any other's.
-MARK = "RINGWORLD_CLUSTER"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -77,8 +74,7 @@ def up(
     check_free(port, "Ray's head")
     if dashboard:
         check_free(dashboard_port, "the dashboard")
-    mark = uuid.uuid4().hex
-    environment = {**_head_environment(), "RAY_USAGE_STATS_ENABLED": "0", MARK: mark}
+    environment = {**_head_environment(), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [*_RAY, "start", "--head", "--block"]
     command += [f"--port={port}", "--disable-usage-stats"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
@@ -94,7 +90,7 @@ def up(
     try:
         _await_head(head, info)
         started = psutil.Process(head.pid).create_time()
-        record = {**asdict(info), "started": started, "mark": mark}
+        record = {**asdict(info), "started": started}
         _record_file().write_text(json.dumps(record))
     except BaseException as error:
         # Ctrl-C, a full disk: a head that nobody knows of could not be ended by `down`.
@@ -139,7 +135,6 @@ def _read_record() -> tuple[ClusterInfo, float] | None:
     """What is known of the cluster, and when its head started."""
     try:
         record = json.loads(_record_file().read_text())
-        record.pop("mark", None)
         started = float(record.pop("started"))
         return ClusterInfo(**record), started
     except (OSError, ValueError, KeyError, TypeError):
@@ -157,23 +152,25 @@ def _is_alive(info: ClusterInfo, started: float) -> bool:
 
 
 def _end_left() -> None:
-    """End what a killed head has left: by the mark that its processes have inherited.
+    """End what a killed head has left: the members of its session, which nothing leaves.
 
     They end by themselves within seconds, when they miss it; a worker that is stopped does not.
     """
-    try:
-        mark = str(json.loads(_record_file().read_text())["mark"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                left.append(process)
+    found = _read_record()
+    if found is None or (head := found[0].pid) is None or psutil.pid_exists(head):
+        return  # as long as the session has members, no other process gets its number
+    left = [process for process in psutil.process_iter() if _session_of(process.pid) == head]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=STOP_SECONDS)
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
 
 
 def auth_token() -> str | None:
