@@ -149,17 +149,16 @@ class JobRunner:
         error = reason if state is RunState.FAILED else None
         # The tracker's last words may take longer than a silent owner's lease.
         self._try(live.save)
-        self._finish_tracking(state)
+        self._try(lambda: self._finish_tracking(state))
         try:
             live.conclude(state, reason, error)
         except OwnershipLost:
             self._try(live.let_go)
-            return
-        except PlatformError as problem:
+        except Exception as problem:
             log.warning("%s: %s", live.run_id, problem)
-        # The disk may have refused; the state in memory must be terminal even so.
-        live.set_fields(state=state, reason=reason, error=error)
-        self._try(live.save)
+            # The disk may have refused; the state in memory must be terminal even so.
+            live.set_fields(state=state, reason=reason, error=error)
+            self._try(live.save)
 
     def _finish_tracking(self, state: RunState) -> None:
         tracker = self._tracker

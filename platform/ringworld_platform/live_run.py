@@ -152,11 +152,15 @@ class LiveRun:
             self.save()
 
     def save(self) -> None:
-        """Put the state into the store.
+        """Put the state into the folder, and tell the run's store.
 
         Raises:
             OwnershipLost: another controller has taken the run over.
         """
+        self._save({})
+
+    def _save(self, end: Mapping[str, Any]) -> None:
+        """Put the state into the folder, with these fields of a run that ends."""
 
         def put(stored: JobRecord) -> JobRecord:
             mine, theirs = self.record.owner, stored.owner
@@ -167,7 +171,7 @@ class LiveRun:
                 self.record.stop_requested |= stored.stop_requested and not self.record.terminal
                 mine.beat = time.time()
                 self._changed = False
-                return self._copied()
+                return self._copied().model_copy(update=end)
 
         saved = self.states.update(self.run_id, put)
         self.record.updated = saved.updated
@@ -205,8 +209,9 @@ class LiveRun:
                     f"{self._copy.problem or f'it took more than {CLOSE_SECONDS:g} s'}; it is sent "
                     "when the store answers, or by `ringworld resume` from this machine",
                 )
-        self.set_fields(**end)
-        self.save()
+        # In the folder before in memory: whoever hears of the end may resume the run at once.
+        self._save(end)
+        self.show(**end)
 
     def release(self) -> None:
         """Let go of the run, so that any controller may go on with it."""

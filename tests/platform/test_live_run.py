@@ -1,0 +1,68 @@
+"""A run's state in memory beside the one in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mini_jobs import mini_job
+
+from ringworld_platform.live_run import LiveRun, claim
+from ringworld_platform.run_folder import RunFolder
+from ringworld_platform.run_state import JobRecord, RunState, RunStates
+
+
+class Watched(RunStates):
+    """Looks at the run's status in memory before each write of its state."""
+
+    look: Callable[[], str] | None = None
+    seen: list[str]
+
+    def update(self, run_id: str, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
+        if self.look is not None:
+            self.seen.append(self.look())
+        return super().update(run_id, change)
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> Watched:
+    made = Watched(tmp_path)
+    made.seen = []
+    return made
+
+
+@pytest.fixture
+def live(states: Watched, tmp_path: Path) -> LiveRun:
+    """A run at work, which was asked to stop."""
+
+    def record(run_id: str, path: Path) -> JobRecord:
+        place = {"run_folder": str(path), "spec_digest": "d", "num_stages": 2}
+        return JobRecord(job="mini", run_id=run_id, **place)
+
+    run_id = states.create("mini", record).run_id
+    folder = RunFolder(tmp_path / run_id)
+    folder.open("kind: train\n")
+    live = LiveRun(claim(states, run_id, "controller"), mini_job(tmp_path), states, folder)
+    live.set_state(RunState.RUNNING, "stage 1k on 1 worker", stop_requested=True)
+    states.look = lambda: str(live.status()["state"])
+    return live
+
+
+def test_nobody_hears_of_an_end_before_it_is_in_the_folder(states: Watched, live: LiveRun) -> None:
+    live.conclude(RunState.STOPPED, "stopped at step 3", None)
+
+    assert states.seen == ["RUNNING"], "a resume at that moment would find it still at work"
+    for record in (live.record, states.get(live.run_id)):
+        assert (record.state, record.reason) == (RunState.STOPPED, "stopped at step 3")
+        assert not record.stop_requested
+
+
+def test_an_end_keeps_what_has_changed_since_the_last_save(states: Watched, live: LiveRun) -> None:
+    live.set_fields(checkpoint="00-1k/step-00000003", step=3)
+    live.conclude(RunState.FAILED, "rank 1 fell", "rank 1 fell")
+
+    record = states.get(live.run_id)
+    assert (record.checkpoint, record.step, record.error) == (
+        "00-1k/step-00000003", 3, "rank 1 fell",
+    )  # fmt: skip
