@@ -33,7 +33,7 @@ class Hearer(Protocol):
 
 
 class Outboxes:
-    """The ranks' outboxes. At most one question a rank is open at a time.
+    """The ranks' outboxes. At most one question a rank is open at a time, until the last.
 
     Attributes:
         progressed: when any rank last made progress (monotonic seconds).
@@ -109,7 +109,7 @@ class Outboxes:
         if drained.awaited:
             # Asked again at once: the rank waits to hear that its records are in the log.
             self._due[rank] = 0.0
-        if drained.progress.count != self._progress[rank].count:
+        if drained.progress.count > self._progress[rank].count:
             self.progressed = time.monotonic()
             self._progress[rank] = drained.progress
             self._hearer.progress(rank, drained.progress)
@@ -124,14 +124,10 @@ class Outboxes:
     def drain(self, ranks: Collection[int], timeout_seconds: float) -> None:
         """Fetch what these ranks have said since the last question."""
         deadline = time.monotonic() + timeout_seconds
-        # An open question may have been answered before the last records were written: ask anew.
-        self._take_all(ranks, deadline)
+        # Whoever has an open question too: it may have been answered before the last records came.
         for rank in ranks:
             if rank < len(self._actors):
                 self._ask(rank)
-        self._take_all(ranks, deadline)
-
-    def _take_all(self, ranks: Collection[int], deadline: float) -> None:
         while any(rank in ranks for rank in self._questions.values()):
             left = deadline - time.monotonic()
             if left <= 0:

@@ -156,3 +156,16 @@ def test_a_lost_answer_loses_no_record_and_a_late_one_doubles_none() -> None:
     listen(outboxes, mailbox, 0.05)
 
     assert heard.lines == [(0, "one")]
+
+
+def test_a_rank_that_is_silent_keeps_back_nobodys_last_words() -> None:
+    heard, mailbox = Heard(Rhythm(first_rank=60.0, other_rank=60.0)), Mailbox()
+    workers = [Worker(), Worker(answers=False)]
+    outboxes = Outboxes(heard, mailbox)
+    outboxes.open(workers)
+    listen(outboxes, mailbox, 0.05)
+    workers[0].recorder.log_line("why it failed")
+
+    outboxes.drain(range(2), 0.05)
+
+    assert heard.lines == [(0, "why it failed")]
