@@ -17,7 +17,7 @@ from ringworld_platform.mailbox import Mailbox
 from ringworld_platform.outboxes import Hearer, Outboxes
 from ringworld_platform.pace import Limit, Pace
 from ringworld_platform.recovery import Failure, FailureKind
-from ringworld_platform.stall import diagnose
+from ringworld_platform.stall import diagnose, moved_on
 from ringworld_workers.actor import Examined, Identity, WorkerFailure
 from ringworld_workers.stacks import ProcessLook
 
@@ -189,7 +189,8 @@ class GangWatch:
             return
         answers = self._inquire().answers(ANSWER_SECONDS)
         silent = [rank for rank in sorted(waiting) if rank not in answers]
-        if may_be_busy and not silent:
+        busy = may_be_busy and not silent
+        if busy or moved_on(answers, self._outboxes.heartbeats()):
             self._outboxes.reset_clock()
             return
         self._stalled(answers, silent, waiting, limit)

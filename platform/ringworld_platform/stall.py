@@ -13,9 +13,20 @@ from collections.abc import Collection, Mapping, Sequence
 from ringworld_platform.pace import Limit
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_workers.actor import Examined
+from ringworld_workers.recorder import Progress
 from ringworld_workers.stacks import ProcessLook
 
 MOST_GROUPS = 4
+
+
+def moved_on(answers: Mapping[int, Examined], heard: Sequence[Progress]) -> bool:
+    """Whether a rank has done what nobody has heard of yet: the listener was slow, not the gang.
+
+    Args:
+        answers: of the ranks that answer.
+        heard: the last heartbeat that was heard of each rank, by rank.
+    """
+    return any(found.progress.count > heard[rank].count for rank, found in answers.items())
 
 
 def diagnose(

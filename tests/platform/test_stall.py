@@ -6,7 +6,7 @@ import pytest
 
 from ringworld_platform.pace import Limit
 from ringworld_platform.recovery import Failure
-from ringworld_platform.stall import diagnose
+from ringworld_platform.stall import diagnose, moved_on
 from ringworld_workers.actor import Examined
 from ringworld_workers.recorder import Progress
 from ringworld_workers.stacks import ProcessLook, Stacks
@@ -71,3 +71,10 @@ def test_else_the_rank_that_is_behind_is(waits_in: str) -> None:
 
     assert failure.rank == 5
     assert "rank 5 (pid 105 on 10.0.0.5) is behind: it is in backward of step 6" in failure.text
+
+
+def test_progress_that_was_not_heard_of_yet_is_no_stall() -> None:
+    heard = [WAITING.progress] * 8
+    answers = dict.fromkeys(range(7), WAITING)
+    assert not moved_on(answers, heard)
+    assert moved_on({**answers, 2: doing(8)}, heard), "the controller itself was stopped, say"
