@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from ringworld_jobs.planner.predict import Prediction, predict
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.formatting import bytes_text, step_duration
 from ringworld_platform.run_records import Record
+
+log = logging.getLogger(__name__)
 
 EVENT = "plan"
 MEASURED_STEPS = 5
@@ -96,7 +99,12 @@ class Predictions:
         if len(self._steps) <= MEASURED_STEPS:
             return None
         self._waiting = False
-        return self._compare(self._steps[1:])
+        try:
+            return self._compare(self._steps[1:])
+        except Exception as error:
+            # A comparison is nice to have; the run goes on without it.
+            log.warning("no prediction of stage %s: %s", self._start.get("stage"), error)
+            return None
 
     def _compare(self, steps: list[Record]) -> Comparison | None:
         start = self._start
@@ -110,14 +118,11 @@ class Predictions:
         )
         hardware = Hardware(device, mesh.world_size, "the run's workers")
         index = int(start.get("stage_index", 0))
-        try:
-            model = self.spec.model.config(
-                text_vocab_size=self._prepared.get("tokenizer_size"),
-                codebook_size=self._prepared.get("codebook_size"),
-            )
-            predicted = predict(self.spec, index, hardware, model=model, mesh=mesh)
-        except (KeyError, ValueError):
-            return None  # what is wrong with the spec is said by those who run it
+        model = self.spec.model.config(
+            text_vocab_size=self._prepared.get("tokenizer_size"),
+            codebook_size=self._prepared.get("codebook_size"),
+        )
+        predicted = predict(self.spec, index, hardware, model=model, mesh=mesh)
         where = "memory_host_bytes" if device.is_cpu else "memory_device_bytes"
         return Comparison(
             self.spec.stages[index].name,

@@ -222,6 +222,12 @@ def test_nothing_is_said_of_hardware_that_is_not_known(start: dict[str, Any]) ->
     assert [predictions.step(step_record(0.4)) for _ in range(8)] == [None] * 8
 
 
+def test_a_comparison_that_fails_does_not_fail_the_run() -> None:
+    predictions = Predictions(load_job(QUICKSTART, check_files=False))
+    predictions.begin(start_record(device_name="CPU", matmul_flops="many"), ["here"], None)
+    assert [predictions.step(step_record(0.4)) for _ in range(8)] == [None] * 8
+
+
 def test_a_gpus_prediction_is_of_what_its_allocator_reports() -> None:
     spec = load_job(TEXT, check_files=False)
     predictions = Predictions(spec)
