@@ -102,7 +102,9 @@ class Hearing:
     def progress(self, rank: int, progress: Progress) -> None:
         """Show a heartbeat."""
         self._live.progress(rank, progress)
-        if not self._live.record.workers and self._live.record.prepared is None:
+        record = self._live.record
+        builds = self._live.spec.data.recipe is not None and record.prepared is None
+        if builds and not record.workers:
             self._live.set_fields(reason=f"preparing data: {progress.phase}")
 
     def limit(self, seconds: float) -> None:
