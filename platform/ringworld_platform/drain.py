@@ -23,6 +23,8 @@ LOOK_SECONDS = 1.0
 # Ray ends workers by SIGTERM and, a moment later, SIGKILL; also those that eat up the memory.
 # Whoever is lost so soon was not warned but killed.
 WARNING_SECONDS = 1.0
+# What a gang ends of that loses a worker. Its numbers, rows, store and memory are its own affair.
+_OF_LOSS = frozenset({FailureKind.WORKER_LOST, FailureKind.STALL, FailureKind.ERROR})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,8 @@ class Warnings:
 
     def explain(self, failure: Failure) -> Failure:
         """A loss that was announced, as what it is; any other failure as it is."""
-        notice, kind = self._notice, failure.kind
-        if notice is None or kind in (FailureKind.USER_ERROR, FailureKind.TAKEN_AWAY):
+        notice = self._notice
+        if notice is None or failure.kind not in _OF_LOSS:
             return failure
         if not notice.explains_loss(time.monotonic()):
             return failure

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ringworld_platform.live_run import LiveRun
@@ -39,6 +39,8 @@ class Recovering:
         self._away_since = 0.0
         self._away_at: tuple[str | None, int] | None = None
         self._num_away = 0
+        self._short_at: tuple[int, str | None] | None = None
+        """Stage and checkpoint of the last gang that had not memory enough."""
 
     def plan(self, failure: Failure) -> Plan:
         """What follows from a failure, and what it changes.
@@ -53,7 +55,7 @@ class Recovering:
         elif failure.kind is FailureKind.OUT_OF_MEMORY:
             plan = Plan(self._with_less_memory(failure))
         else:
-            plan = Plan(self._decide(failure, self._spec.recovery.max_restarts))
+            plan = Plan(self._decide(failure))
         decision = plan.decision
         if not decision.restart:
             return plan
@@ -64,9 +66,9 @@ class Recovering:
         }
         return Plan(decision, common | plan.fields)
 
-    def _decide(self, failure: Failure, max_restarts: int) -> Decision:
-        restarts = self._live.record.restarts
-        return decide(failure, restarts=restarts, max_restarts=max_restarts)
+    def _decide(self, failure: Failure) -> Decision:
+        limit = self._spec.recovery.max_restarts
+        return decide(failure, restarts=self._live.record.restarts, max_restarts=limit)
 
     def _roll_back(self, failure: Failure) -> Plan:
         """Leave rows out from the newest checkpoint on, unless that did not help the last time."""
@@ -134,7 +136,13 @@ class Recovering:
         return Decision(True, delay, text, free=True)
 
     def _with_less_memory(self, failure: Failure) -> Decision:
-        """Once more at most: what one gang has not room for, the next has not either."""
-        told = describe_memory(self._live.folder.path, self._spec, self._live.record)
-        failure = Failure(failure.kind, f"{failure.text}; {told}", failure.rank, failure.details)
-        return self._decide(failure, min(1, self._spec.recovery.max_restarts))
+        """Once more at most: what two gangs have not room for, a third has not either."""
+        record = self._live.record
+        told = describe_memory(self._live.folder.path, self._spec, record)
+        failure = replace(failure, text=f"{failure.text}; {told}")
+        place = record.stage_index, record.checkpoint
+        again, self._short_at = place == self._short_at, place
+        if again:
+            text = f"{failure.text}; given up, for a gang before it had not enough either"
+            return Decision(False, 0.0, text)
+        return self._decide(failure)

@@ -11,6 +11,7 @@ import mini_jobs
 import pytest
 import torch
 
+from ringworld_platform.drain import DrainWatch, Warnings
 from ringworld_platform.evidence import keep
 from ringworld_platform.first_cause import lost_worker, raised
 from ringworld_platform.live_run import LiveRun
@@ -19,7 +20,7 @@ from ringworld_platform.recovering import Recovering
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_state import JobRecord, RunStates
-from ringworld_workers.actor import WorkerFailure
+from ringworld_workers.actor import Identity, WorkerFailure
 from ringworld_workers.checkpoint.layout import CheckpointError
 from ringworld_workers.guard import TrainingDiverged
 from ringworld_workers.store.base import StoreError
@@ -130,7 +131,9 @@ def test_a_store_that_is_away_is_waited_for(make_live: MakeLive) -> None:
 
 
 def test_memory_that_was_not_enough_is_tried_once_more(make_live: MakeLive) -> None:
-    live = make_live()
+    live = make_live(max_restarts=3)
+    # Others' failures before it use up nothing of its own second try.
+    live.set_fields(restarts=2)
     live.folder.append_metrics(
         [
             {"kind": "step", "stage": "4k", "step": 7, "memory_host_bytes": 3 << 30},
@@ -140,16 +143,17 @@ def test_memory_that_was_not_enough_is_tried_once_more(make_live: MakeLive) -> N
     message = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79 GiB"
     failure = failed(torch.OutOfMemoryError(message))
     assert failure.kind is FailureKind.OUT_OF_MEMORY
-    first = Recovering(live).plan(failure)
-    assert first.decision.restart and first.fields["restarts"] == 1
-    live.set_fields(restarts=1)
-    text = Recovering(live).plan(failure).decision.text
-    assert text == (
+    judge = Recovering(live)
+    first = judge.plan(failure)
+    assert first.decision.restart and first.fields["restarts"] == 3
+    live.set_fields(restarts=0)
+    again = judge.plan(failure).decision
+    assert not again.restart
+    assert again.text == (
         f"rank 0: OutOfMemoryError: {message}; stage 4k trains 1,024 tokens of context on 2 "
         "workers, where rank 0 used 3.0 GiB of host memory at step 7; the cheapest remedies are "
         "memory.activation_checkpointing: full, then memory.mlp_tile_tokens: 4096, then loss."
-        "tile_tokens: 1024; given up after 1 restarts without a new checkpoint "
-        "(recovery.max_restarts=1)"
+        "tile_tokens: 1024; given up, for a gang before it had not enough either"
     )
     assert levers(live.spec.stages[1], live.record)[0] == "memory.activation_checkpointing: full"
 
@@ -163,6 +167,18 @@ def test_memory_that_was_not_enough_is_tried_once_more(make_live: MakeLive) -> N
 )
 def test_memory_errors_without_a_class_of_their_own(error: Exception) -> None:
     assert failed(error).kind is FailureKind.OUT_OF_MEMORY
+
+
+def test_a_warning_explains_only_what_the_loss_of_a_worker_brings() -> None:
+    warnings = Warnings(DrainWatch(lambda: {"n1": None}))
+    assert warnings.look([Identity("n1", "10.0.0.1", 7, ())]) is not None
+    lost = Failure(FailureKind.WORKER_LOST, "rank 0 was lost", 0)
+    explained = warnings.explain(lost)
+    assert explained.kind is FailureKind.TAKEN_AWAY
+    assert explained.text == "node 10.0.0.1 is being drained; rank 0 was lost"
+    short = Failure(FailureKind.OUT_OF_MEMORY, "rank 0: MemoryError", 0)
+    for own in (diverged(6), short, Failure(FailureKind.USER_ERROR, "rank 0: ValueError", 0)):
+        assert warnings.explain(own) is own, "it would come back on other nodes"
 
 
 def test_rays_memory_monitor_is_believed() -> None:
