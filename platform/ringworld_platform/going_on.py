@@ -20,12 +20,8 @@ def unfinished(roots_file: str = USERS_LIST) -> list[JobRecord]:
     return [record for record in found if record.abandoned() and not record.stop_requested]
 
 
-def go_on(*, roots_file: str = USERS_LIST, runner: Any = None) -> list[str]:
+def go_on() -> list[str]:
     """Start the controller of the cluster of ``up``, if there is anything for it to go on with.
-
-    Args:
-        roots_file: list of folders of runs.
-        runner: how runs behave (``RunnerConfig``), in place of the default.
 
     Returns:
         Ids of the runs that it takes up.
@@ -33,16 +29,30 @@ def go_on(*, roots_file: str = USERS_LIST, runner: Any = None) -> list[str]:
     Raises:
         ClusterError: the cluster does not answer.
     """
-    left = unfinished(roots_file)
+    left = unfinished()
     if not left:
         return []
     from ringworld_platform import cluster
-    from ringworld_platform.client import Client
 
     cluster.connect()
     try:
-        root = Path(left[0].run_folder).parent
-        Client.attach(root, runner=runner, roots_file=roots_file).list()
+        return take_up(left)
     finally:
         cluster.disconnect()
+
+
+def take_up(left: list[JobRecord], *, runner: Any = None) -> list[str]:
+    """Start the controller of the cluster that is connected: it finds these runs by itself.
+
+    Args:
+        left: at least one.
+        runner: how runs behave (``RunnerConfig``), in place of the default.
+
+    Returns:
+        Their ids.
+    """
+    from ringworld_platform.client import Client
+
+    root = Path(left[0].run_folder).parent
+    Client.attach(root, runner=runner, roots_file=USERS_LIST).list()
     return [record.run_id for record in left]

@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
@@ -357,10 +358,10 @@ def this_machine() -> str:
 
 
 def _process_exists(pid: int) -> bool:
+    """Whether it is alive: one that has ended may stay listed until its parent hears of it."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,36 +24,56 @@ from ringworld_platform.run_state import RunState, RunStates
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 STEPS = 120
+# Connected before anything imports Ray, as commands do.
 START = """
-    from mini_jobs import LOGGED, mini_job
-    from pathlib import Path
     from ringworld_platform import cluster, head
-    from ringworld_platform.client import Client
     head.up(num_cpus=2, port={port}, dashboard=False)
     cluster.connect()
+    from mini_jobs import LOGGED, mini_job
+    from pathlib import Path
+    from ringworld_platform.client import Client
     spec = mini_job(Path("runs").absolute(), stages=(("1k", 2, {steps}),), step_seconds=0.05)
     client = Client.attach(Path("elsewhere"), runner=LOGGED, roots_file="~/.ringworld/runs.json")
     print(client.submit(spec))
 """
 AGAIN = """
-    from mini_jobs import LOGGED
-    from ringworld_platform import head
-    from ringworld_platform.going_on import go_on
+    from ringworld_platform import cluster, head
     head.up(num_cpus=2, port={port}, dashboard=False)
-    print(*go_on(runner=LOGGED))
+    cluster.connect()
+    from mini_jobs import LOGGED
+    from ringworld_platform.going_on import take_up, unfinished
+    print(*take_up(unfinished(), runner=LOGGED))
+"""
+ALONE = """
+    import time
+    from mini_jobs import LOGGED, mini_job, worker_environment
+    from pathlib import Path
+    from dataclasses import replace
+    from ringworld_platform.client import Client
+    from ringworld_platform.cluster import local_cluster
+    spec = mini_job(Path("runs").absolute(), stages=(("1k", 1, 2000),), step_seconds=0.05)
+    with local_cluster(num_cpus=1, env_vars=worker_environment()):
+        Client.attach(Path("runs"), runner=replace(LOGGED, one_shot=True)).submit(spec)
+        time.sleep(100)
 """
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """What the cluster of that mark has started and is alive."""
+def members(session: int) -> list[psutil.Process]:
+    """What its leader has started and is alive. Ray's workers overwrite their environment."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(head.MARK) == mark and process.status() != "zombie":
+        with suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == session and process.status() != "zombie":
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
+
+
+def any_named(session: int, names: tuple[str, ...]) -> bool:
+    for process in members(session):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(names):
+                return True
+    return False
 
 
 @pytest.fixture
@@ -84,14 +105,15 @@ def script(home: Path) -> Callable[..., str]:
 def test_another_head_goes_on_where_a_killed_one_was(
     home: Path, script: Callable[..., str], unused_ports: tuple[int, int]
 ) -> None:
-    states, record = RunStates(home / "runs"), home / ".ringworld" / "cluster.json"
+    states = RunStates(home / "runs")
     try:
         run_id = script(START, port=unused_ports[0], steps=STEPS)
         wait_until(lambda: states.get(run_id).step >= 8, "it has a checkpoint")
-        mark, lost = json.loads(record.read_text())["mark"], head.find_running()
-        assert lost is not None and head.find_lost() is None
-        family = marked(mark)
-        assert len(family) > 4, "head, gcs, raylet, controller, two workers"
+        lost = head.find_running()
+        assert lost is not None and lost.pid is not None and head.find_lost() is None
+        family = members(lost.pid)
+        names = {process.name() for process in family}
+        assert {"raylet", "gcs_server"} <= names and len(family) > 5, names
         of_head = [p for p in family if p.pid == lost.pid or p.name() in ("raylet", "gcs_server")]
         for process in of_head:
             process.kill()
@@ -105,7 +127,7 @@ def test_another_head_goes_on_where_a_killed_one_was(
         assert "no controller runs it any more" in states.get(run_id).to_status()["reason"]
 
         assert script(AGAIN, port=unused_ports[1]) == run_id
-        assert marked(mark) == [], "nothing of the old cluster trains on"
+        assert members(lost.pid) == [], "nothing of the old cluster trains on"
         wait_until(lambda: states.get(run_id).terminal, "it ends", 120.0)
     finally:
         head.down()
@@ -127,3 +149,24 @@ def unused_ports() -> tuple[int, int]:
         for listener in (one, other):
             listener.bind(("127.0.0.1", 0))
         return one.getsockname()[1], other.getsockname()[1]
+
+
+def test_a_killed_command_leaves_no_gang_and_a_run_to_resume(home: Path) -> None:
+    states = RunStates(home / "runs")
+    environment = {**os.environ, **worker_environment()}
+    command = [sys.executable, "-c", textwrap.dedent(ALONE)]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as alone:
+        try:
+            wait_until(lambda: [r for r in states.all() if r.checkpoint], "it has a checkpoint")
+        finally:
+            alone.kill()
+
+    try:
+        trains = partial(any_named, alone.pid, ("ray::Controller", "ray::RingWorker"))
+        wait_until(lambda: not trains(), "controller and gang have missed it")
+        (left,) = states.all()
+        assert left.abandoned()
+        assert f"`ringworld resume {left.run_id}` continues it" in left.to_status()["reason"]
+    finally:
+        for process in members(alone.pid):  # Ray's own agents may take minutes
+            process.kill()
