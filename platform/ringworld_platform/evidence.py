@@ -201,7 +201,8 @@ def _write(
         "nodes": list(evidence.nodes),
     }
     (folder / "failure.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-    (folder / "stacks.txt").write_text(_stacks_text(failure, evidence), encoding="utf-8")
+    # Names of files that are no UTF-8 come along in exceptions.
+    (folder / "stacks.txt").write_bytes(_stacks_text(failure, evidence).encode("utf-8", "replace"))
     records = _tail(run_folder / METRICS_FILE, LAST_RECORDS)
     (folder / "records.jsonl").write_text(records, encoding="utf-8")
     if failure.rank is not None:

@@ -79,7 +79,9 @@ def first_cause(suspects: Sequence[Suspect]) -> Failure:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:1000]
+    # A file's name may be no UTF-8, and then no state could hold it.
+    plain = text.encode("utf-8", "replace").decode()
+    return " ".join(plain.split())[:1000]
 
 
 def _last_line(text: str) -> str:

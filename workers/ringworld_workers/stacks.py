@@ -127,18 +127,16 @@ def look_at_process(pid: int, errors_file: str) -> ProcessLook:
     told = STATES.get(state)
     if told is not None:
         return ProcessLook(told)
-    return ProcessLook("is alive and does not let Python run", _made_to_write(pid, errors_file))
-
-
-def _made_to_write(pid: int, errors_file: str) -> str:
-    file = Path(errors_file)
-    if not errors_file or not file.is_file():
-        return ""
-    before = file.stat().st_size
     try:
-        os.kill(pid, signal.SIGUSR1)
-    except OSError:
-        return ""
+        stacks = _made_to_write(pid, Path(errors_file)) if errors_file else ""
+    except OSError as error:
+        stacks = f"its stacks cannot be had: {error}"
+    return ProcessLook("is alive and does not let Python run", stacks)
+
+
+def _made_to_write(pid: int, file: Path) -> str:
+    before = file.stat().st_size
+    os.kill(pid, signal.SIGUSR1)
     deadline = time.monotonic() + SIGNAL_SECONDS
     size = before
     while time.monotonic() < deadline:
