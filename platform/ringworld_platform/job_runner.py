@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.2
 # Shorter than LEASE_SECONDS: nobody takes a run over while its last metrics are sent.
 FINISH_SECONDS = 20.0
-# A collective may fail by itself only after the watch has had its chance to name the culprit.
-COLLECTIVE_TIMEOUT_FACTOR = 2.0
 
 
 class JobRunner:
@@ -268,11 +266,8 @@ class JobRunner:
             workers = "1 worker" if world_size == 1 else f"{world_size} workers"
             running = f"stage {stage.name} on {workers}, attempt {job.attempt}"
             live.set_state(RunState.RUNNING, f"{running}: starting")
-            gang.start(
-                job,
-                num_threads=threads,
-                collective_timeout_seconds=COLLECTIVE_TIMEOUT_FACTOR * pace.most_seconds,
-            )
+            timeout = pace.collective_seconds
+            gang.start(job, num_threads=threads, collective_timeout_seconds=timeout)
             live.gang_started(gang.identities, device)
             if apart := heads_apart(mesh, [found.node for found in gang.identities]):
                 live.event("mesh", apart)

@@ -17,6 +17,8 @@ STEPS_SEEN = 20
 FLOOR_SECONDS = 30.0
 START_SECONDS = 300.0
 CEILING_SECONDS = 1800.0
+COLLECTIVE_FACTOR = 2.0
+LEAST_COLLECTIVE_SECONDS = 60.0
 STEP_PHASES = frozenset({"boundary", "forward", "backward", "optimizer"})
 """What lasts no longer than a step does."""
 
@@ -48,9 +50,14 @@ class Pace:
         self._begun = False
 
     @property
-    def most_seconds(self) -> float:
-        """What no limit will ever be above."""
-        return CEILING_SECONDS if self._fixed is None else self._fixed
+    def collective_seconds(self) -> float:
+        """After which a collective fails by itself.
+
+        Later than any limit, so that the watch can name the culprit first; and late enough for
+        ranks that start or load one after the other on a busy machine.
+        """
+        most = CEILING_SECONDS if self._fixed is None else self._fixed
+        return max(COLLECTIVE_FACTOR * most, LEAST_COLLECTIVE_SECONDS)
 
     def step(self, seconds: float) -> None:
         """A step is done that has taken so long, the wait for a checkpoint left out."""

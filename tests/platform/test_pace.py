@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringworld_platform.pace import CEILING_SECONDS, START_SECONDS, Pace
+from ringworld_platform.pace import CEILING_SECONDS, LEAST_COLLECTIVE_SECONDS, START_SECONDS, Pace
 
 
 def paced(*seconds: float) -> Pace:
@@ -54,5 +54,6 @@ def test_a_limit_of_the_spec_holds_everywhere() -> None:
     for phase in ("forward", "checkpoint"):
         assert pace.limit([phase]).seconds == 7.0
         assert pace.limit([phase]).why == "recovery.stall_timeout"
-    assert pace.most_seconds == 7.0
-    assert Pace().most_seconds == CEILING_SECONDS
+    assert pace.collective_seconds == LEAST_COLLECTIVE_SECONDS
+    assert Pace(400.0).collective_seconds == 800.0
+    assert Pace().collective_seconds == 2 * CEILING_SECONDS
