@@ -130,10 +130,11 @@ class Outboxes:
                 self._ask(rank)
         while any(rank in ranks for rank in self._questions.values()):
             left = deadline - time.monotonic()
-            if left <= 0:
-                return
+            # Too late is too late to wait, not to take what is there.
             for question, reply in self._mailbox.take(left):
                 self.take(question, reply)
+            if left <= 0:
+                return
 
     def _ask(self, rank: int) -> None:
         question = self._actors[rank].drain.remote(self._seqs[rank])

@@ -128,7 +128,7 @@ def test_a_rank_that_waits_for_its_records_to_be_stored_is_asked_again_at_once()
     position = worker.recorder.position()
     assert not worker.recorder.stored(position)
 
-    listen(outboxes, mailbox, 0.1)
+    listen(outboxes, mailbox, 0.5)
 
     assert worker.recorder.stored(position)
     assert len(worker.calls) == 2
