@@ -111,13 +111,17 @@ class RingWorker:
         self._training_thread: int | None = None
         self._errors_file = write_stacks_on_signal()
         _log_to(self._recorder)
+        self._was_warned = False
         # Ray makes actors in the main thread, the only one that may do this.
         self._end: Any = signal.signal(signal.SIGTERM, self._warned)
 
     def _warned(self, signum: int, frame: FrameType | None) -> None:
-        """Take SIGTERM for the notice that this process will soon be gone."""
-        if self._job is None or self._recorder.should_stop():
+        """Take the first SIGTERM for the notice that this process will soon be gone."""
+        if self._job is None or self._was_warned:
             self._end(signum, frame)
+            return
+        # Also where a stop was asked for already: its checkpoint is not there yet.
+        self._was_warned = True
         # Not in this frame: the thread that it interrupts may hold the recorder's lock.
         threading.Thread(target=self._save_and_stop, name="warned", daemon=True).start()
 
