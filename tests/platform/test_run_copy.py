@@ -12,6 +12,7 @@ from mini_jobs import wait_until
 from typer.testing import CliRunner
 
 from ringworld_platform.cli import app
+from ringworld_platform.commands import train
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
 from ringworld_platform.live_run import this_owner
 from ringworld_platform.run_copy import RunCopy
@@ -107,6 +108,9 @@ def test_what_a_machine_took_with_it_is_in_the_store(tmp_path: Path, run: Stored
     assert [run["run_id"] for run in view.list()] == ["job-1"]
     assert view.logs("job", rank=1).items == ["step 1", "step 2", "step 3"]
     assert f"`ringworld resume {run.url}` continues it" in view.status("job-1")["reason"]
+    # What `ringworld resume` takes for a run of a store, and what for one of this machine.
+    assert train._run_url(run.url, None) == train._run_url("job", run.store.url) == run.url
+    assert train._run_url("job", None) is None
     shown = CliRunner().invoke(app, ["list", "--store", run.store.url, "--json"])
     assert [run["step"] for run in json.loads(shown.output)] == [3], shown.output
     shown = CliRunner().invoke(app, ["status", run.url, "--json"])
