@@ -98,8 +98,8 @@ class JobRunner:
 
     @property
     def active(self) -> bool:
-        """Whether the thread is at work."""
-        return self._thread.is_alive()
+        """Whether the run is at work here; not once its end was told: ``join`` for the rest."""
+        return self._thread.is_alive() and not self.live.record.terminal
 
     # --- the job ---
 

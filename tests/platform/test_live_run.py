@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mini_jobs import mini_job
+from mini_jobs import mini_job, wait_until
 
+from ringworld_platform.capacity import Cluster
+from ringworld_platform.drain import DrainWatch
+from ringworld_platform.job_queue import JobQueue
+from ringworld_platform.job_runner import JobRunner
 from ringworld_platform.live_run import LiveRun, claim
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.runner_config import RunnerConfig
 
 
 class Watched(RunStates):
@@ -66,3 +72,30 @@ def test_an_end_keeps_what_has_changed_since_the_last_save(states: Watched, live
     assert (record.checkpoint, record.step, record.error) == (
         "00-1k/step-00000003", 3, "rank 1 fell",
     )  # fmt: skip
+
+
+class Slow(RunFolder):
+    """Takes its time to close."""
+
+    may_close = threading.Event()
+
+    def close(self) -> None:
+        self.may_close.wait(60)
+        super().close()
+
+
+@pytest.mark.timeout(60)
+def test_a_run_whose_end_was_told_is_not_at_work(live: LiveRun) -> None:
+    folder = live.folder = Slow(live.folder.path)
+    runner = JobRunner(
+        live, JobQueue(lambda: Cluster({}, {})), DrainWatch(dict), RunnerConfig(one_shot=True)
+    )
+
+    runner.start()
+    try:
+        wait_until(lambda: live.status()["state"] == "STOPPED", "it was asked to stop")
+        assert not runner.active, "a resume may follow, and waits for the rest"
+    finally:
+        folder.may_close.set()
+    runner.join(60)
+    assert live.states.get(live.run_id).state is RunState.STOPPED
