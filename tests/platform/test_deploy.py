@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import yaml
 from pod_types import FILE as POD_TYPES
 from pod_types import schema
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from ringworld_platform.cli import app
@@ -285,6 +288,22 @@ def test_ray_refuses_a_slip_in_it(old: str, new: str) -> None:
         ray_up(text.replace(old, new))
 
 
+def test_a_gang_gets_spot_machines_first_and_all_at_once() -> None:
+    """What Ray's autoscaler would start for 24 workers of a GPU each."""
+    from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+    from ray.autoscaler._private.resource_demand_scheduler import (
+        _default_utilization_scorer,
+        get_nodes_for,
+    )
+
+    kinds = ray_up(render("aws", VALUES)["aws.yaml"])["available_node_types"]
+    known = NodeAvailabilitySummary(node_availabilities={})
+    scorer = functools.partial(_default_utilization_scorer, node_availability_summary=known)
+    bundles = [{"GPU": 1.0, "CPU": 8.0}] * 24
+    nodes, left = get_nodes_for(kinds, {}, "head", 8, bundles, scorer)
+    assert (dict(nodes), left) == ({"gpu-spot": 3}, [])
+
+
 def test_the_cluster_of_aws_is_closed() -> None:
     text = render("aws", VALUES)["aws.yaml"]
     config = ray_up(text)
@@ -448,3 +467,45 @@ def test_the_image_is_built_of_what_there_is() -> None:
     assert "RAY_AUTH_MODE=token" in text
     base = next(line for line in lines if line.startswith("FROM "))
     assert re.fullmatch(r"FROM nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04", base)
+
+
+# --- the page ---
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """Command lines of docs/deploy.md, split as a shell does."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
+    inline = re.findall(r"`((?:ringworld|ray|kubectl) [^`\n]+)`", text)
+    named = [line.removeprefix("$ ") for line in [*lines, *inline] if "=$(" not in line]
+    words = [
+        shlex.split(line) for line in named if re.match(r"[A-Z_]+=|ringworld|ray|kubectl", line)
+    ]
+    bare = [[w for w in line if not re.fullmatch(r"[A-Z_]+=\S+", w)] for line in words]
+    return [line for line in bare if line and line[0] in ("ringworld", "ray", "kubectl")]
+
+
+def test_the_page_says_commands_that_there_are() -> None:
+    """Names and options, of ringworld's commands and of Ray's; its files are those we write."""
+    from ray.scripts.scripts import cli as ray_cli
+
+    said = commands_of_the_page()
+    assert {line[0] for line in said} == {"ringworld", "ray", "kubectl"} and len(said) > 20
+    for line in said:
+        if line[0] == "kubectl":
+            continue
+        command: Any = ray_cli if line[0] == "ray" else get_command(app)
+        rest = line[1:]
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, line
+            command, rest = command.commands[rest[0]], rest[1:]
+        options = {option for param in command.params for option in param.opts}
+        options |= {option for param in command.params for option in param.secondary_opts}
+        given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+        assert given <= options, line
+    files = {name for target in TARGETS.values() for name in target.files}
+    named = set(re.findall(r"\bdeploy/([\w.-]+)", (ROOT / "docs" / "deploy.md").read_text()))
+    assert named <= files
+    listed = CliRunner().invoke(app, ["deploy", "--list"]).output
+    assert listed.strip() in (ROOT / "docs" / "deploy.md").read_text()
