@@ -22,6 +22,7 @@ from ringworld_workers.actor import Examined, Identity, WorkerFailure
 from ringworld_workers.stacks import ProcessLook
 
 GRACE_SECONDS = 0.3
+ECHO_SECONDS = 3.0
 ANSWER_SECONDS = 2.0
 DRAIN_SECONDS = 2.0
 
@@ -168,8 +169,13 @@ class GangWatch:
         suspects = [first]
         lost = {first.rank} if first.lost else set()
         inquiry = self._inquire(lost)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while waiting and (left := deadline - time.monotonic()) > 0:
+        began = time.monotonic()
+        while waiting:
+            # An echo alone tells of a rank whose own end is still to come, from its node or Ray.
+            echoes = all(suspect.echo for suspect in suspects)
+            left = began + (ECHO_SECONDS if echoes else GRACE_SECONDS) - time.monotonic()
+            if left <= 0:
+                break
             for ref in ray.wait(list(waiting), num_returns=1, timeout=left)[0]:
                 rank = waiting.pop(ref)
                 reply = self._reply(rank, partial(ray.get, ref))

@@ -121,9 +121,14 @@ def _maybe_fail(job: Any, rank: int, step: int) -> str | None:
     fault = _fault(job)
     if "kind" not in fault:
         return None
-    if (rank, step) != (fault["rank"], fault["step"]):
+    if step != fault["step"] or job.attempt > fault.get("attempts", 1):
         return None
-    if job.attempt > fault.get("attempts", 1):
+    if fault["kind"] == "late":
+        # The others notice long before the rank itself can say what has happened.
+        time.sleep(float(rank == fault["rank"]))
+        what = "injected late" if rank == fault["rank"] else "Connection closed by peer"
+        raise RuntimeError(f"{what} at step {step}")
+    if rank != fault["rank"]:
         return None
     if fault["kind"] == "raise":
         raise RuntimeError(f"injected at step {step}")

@@ -96,7 +96,8 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
     (failure,) = [e for e in client.events(run_id) if e["kind"] == "failure"]
     assert failure["rank"] == 1
     assert "rank 1" in failure["text"]
-    assert failure["time"] - killed < 1.0
+    # Evidence included, which takes most of a second; more where the machine is busy.
+    assert failure["time"] - killed < 5.0
     stacks = (Path(final["run_folder"]) / failure["evidence"] / "stacks.txt").read_text()
     assert "===== rank 0" in stacks and "all_reduce" in stacks
     again = [r for r in client.metrics(run_id).items if r["kind"] == "step" and r["attempt"] == 2]

@@ -24,6 +24,7 @@ STALLS = {
 }
 OTHERS = {
     "raise": "RuntimeError: injected at step 3",
+    "late": "rank 1: RuntimeError: injected late at step 3",
 }
 
 
