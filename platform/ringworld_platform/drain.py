@@ -117,12 +117,17 @@ class Warnings:
         self._notice = self._notice or notice
         return notice
 
-    def explain(self, failure: Failure) -> Failure:
-        """A loss that was announced, as what it is; any other failure as it is."""
+    def explain(self, failure: Failure, when: float) -> Failure:
+        """A loss that was announced, as what it is; any other failure as it is.
+
+        Args:
+            failure: of the gang.
+            when: it was noticed, in monotonic seconds.
+        """
         notice = self._notice
         if notice is None or failure.kind not in _OF_LOSS:
             return failure
-        if not notice.explains_loss(time.monotonic()):
+        if not notice.explains_loss(when):
             return failure
         text = f"{notice.text}; {failure.text}"
         return replace(failure, kind=FailureKind.TAKEN_AWAY, text=text)

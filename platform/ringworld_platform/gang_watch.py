@@ -30,10 +30,13 @@ DRAIN_SECONDS = 2.0
 class GangFailed(Exception):
     """The gang has ended before its work was done."""
 
-    def __init__(self, failure: Failure, evidence: Evidence | None = None) -> None:
-        """Carry the first cause, and what else is known."""
+    def __init__(
+        self, failure: Failure, evidence: Evidence | None = None, when: float | None = None
+    ) -> None:
+        """Carry the first cause, what else is known, and when (monotonic; now) it was noticed."""
         super().__init__(failure.text)
         self.failure, self.evidence = failure, evidence
+        self.when = time.monotonic() if when is None else when
 
 
 class Listener(Hearer, Protocol):
@@ -186,7 +189,8 @@ class GangWatch:
         self._outboxes.drain([r for r in range(self._size) if r not in lost], GRACE_SECONDS)
         answers = inquiry.answers(GRACE_SECONDS)
         failures = {suspect.rank: suspect.failure for suspect in suspects}
-        raise GangFailed(first_cause(suspects), self._evidence(answers, failures=failures))
+        evidence = self._evidence(answers, failures=failures)
+        raise GangFailed(first_cause(suspects), evidence, began)
 
     def _refuse_stall(self, pace: Pace, waiting: Collection[int], may_be_busy: bool) -> None:
         limit = pace.limit({self._outboxes.phase(rank) for rank in waiting})

@@ -203,7 +203,8 @@ class JobRunner:
             except JobPreempted as preempted:
                 self._step_aside(str(preempted))
             except GangFailed as failed:
-                self._recover(self._warnings.explain(failed.failure), failed.evidence)
+                failure = self._warnings.explain(failed.failure, failed.when)
+                self._recover(failure, failed.evidence)
 
     def _step_aside(self, reason: str) -> None:
         """Back to the line, with nothing lost and no restart counted."""
@@ -370,7 +371,7 @@ class JobRunner:
 
     def _look_for_drains(self) -> None:
         gang = self._present
-        notice = self._warnings.look(gang.identities) if gang is not None else None
+        notice = self._warnings.look(gang.rooms) if gang is not None else None
         if notice is None:
             return
         if self._training is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,18 @@ def test_a_warning_explains_only_what_the_loss_of_a_worker_brings() -> None:
     warnings = Warnings(DrainWatch(lambda: {"n1": None}))
     assert warnings.look([Identity("n1", "10.0.0.1", 7, ())]) is not None
     lost = Failure(FailureKind.WORKER_LOST, "rank 0 was lost", 0)
-    explained = warnings.explain(lost)
+    now = time.monotonic()
+    explained = warnings.explain(lost, now)
     assert explained.kind is FailureKind.TAKEN_AWAY
     assert explained.text == "node 10.0.0.1 is being drained; rank 0 was lost"
     short = Failure(FailureKind.OUT_OF_MEMORY, "rank 0: MemoryError", 0)
     for own in (diverged(6), short, Failure(FailureKind.USER_ERROR, "rank 0: ValueError", 0)):
-        assert warnings.explain(own) is own, "it would come back on other nodes"
+        assert warnings.explain(own, now) is own, "it would come back on other nodes"
+    # Whoever is killed a moment after SIGTERM was not warned, however long his gang takes to end.
+    warnings.forget()
+    heard = warnings.signalled("rank 0 got SIGTERM").heard
+    assert warnings.explain(lost, heard + 0.5) is lost
+    assert warnings.explain(lost, heard + 2.0).kind is FailureKind.TAKEN_AWAY
 
 
 def test_rays_memory_monitor_is_believed() -> None:
