@@ -62,8 +62,7 @@ def ring_forward(
         out [B, T, H, D] in q's dtype; lse [B, H, T]; see ``ForwardPass.finish``.
     """
     chunks = _chunks(q, k)
-    # What is packed, and what comes.
-    pool = Pool(k[:, :, chunks[0][1]], k.dtype, 2)
+    pool = Pool(k[:, :, chunks[0][1]], k.dtype)
     if len(chunks) == 1:
         out, lse = _forward(call, pool, q, k, v)
         return out.to(q.dtype), lse
@@ -104,9 +103,7 @@ def ring_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
     chunks = _chunks(q, k)
-    # This rank's own gradients; what is packed, and what comes. In a ring of two keys are done with
-    # before gradients travel.
-    pool = Pool(k[:, :, chunks[0][1]], lse.dtype, 1 if call.ring.size == 1 else 3)
+    pool = Pool(k[:, :, chunks[0][1]], lse.dtype)
     for heads, kv_heads in chunks:
         dq[:, :, heads], own = _backward(
             call,

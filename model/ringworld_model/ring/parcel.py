@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ringworld_model.ring.heap import keep_freed_memory
 from ringworld_model.ring.travel import Spans, count_rows
-
-# Below the C library's largest threshold; a device's allocator needs no such help.
-_BLOCK_BYTES = {"cpu": 31 << 20}
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """K and V, or dK and dV: each [B, T, Hkv, D]."""
@@ -27,30 +25,20 @@ class Load(NamedTuple):
 
 
 class Pool:
-    """Memory for pairs and parcels, used again by the steps and chunks of one call.
+    """Memory for pairs and parcels, used again by the steps and chunks of one call."""
 
-    On CPU memory that goes back to the system costs a page fault every 4 KiB when it is next taken,
-    and the C library gives back what is free at the heap's end once that is more than twice the
-    largest block that it has seen freed (glibc; blocks up to 32 MiB count). So the first slots are
-    one block, a third longer than they: what a call takes in all, with its results, is then seldom
-    twice as much. Pages at the block's end that nobody writes to take no memory.
-    """
-
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype, slots: int) -> None:
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype) -> None:
         """Begin with nothing.
 
         Args:
             like: as large as any that ``take`` gets, and on the device of all the memory.
             dtype: the widest that is taken.
-            slots: rooms for a pair that are surely taken at once, from 1.
         """
         self._device = like.device
         self._size = 2 * like.numel() * dtype.itemsize
-        most = _BLOCK_BYTES.get(like.device.type, 0)
-        self._slots = max(1, min(slots, most // max(1, self._size)))
-        held = self._slots * self._size
-        self._bytes = max(held, min(held * 4 // 3, most))
         self._free: list[torch.Tensor] = []
+        if like.device.type == "cpu":
+            keep_freed_memory()
 
     def take(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Room for two tensors of the shape of ``like``, one after the other: [elements].
@@ -58,9 +46,7 @@ class Pool:
         It holds anything.
         """
         if not self._free:
-            block = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-            self._free.extend(block[: self._slots * self._size].split(self._size))
-            self._slots, self._bytes = 1, self._size
+            self._free.append(torch.empty(self._size, dtype=torch.uint8, device=self._device))
         return self._free.pop()[: 2 * like.numel() * dtype.itemsize].view(dtype)
 
     def give(self, *parts: torch.Tensor | None) -> None:
@@ -72,8 +58,7 @@ class Pool:
         for part in parts:
             if part is not None and part.numel():
                 raw = part.flatten().view(torch.uint8)
-                start = raw.storage_offset() // self._size * self._size
-                self._free.append(raw.as_strided((self._size,), (1,), start))
+                self._free.append(raw.as_strided((self._size,), (1,), 0))
 
 
 def as_pair(flat: torch.Tensor, like: torch.Tensor) -> Pair:

@@ -241,10 +241,10 @@ def test_parcels_carry_the_rows_and_nothing_else():
 
 def test_a_pool_lends_what_was_given_back():
     like, dtype = torch.zeros(2, 3, 1, 4), torch.float64
-    pool = Pool(like, dtype, slots=2)
+    pool = Pool(like, dtype)
     first, second, third = (pool.take(like, dtype) for _ in range(3))
     assert first.dtype == torch.float64 and first.numel() == second.numel() == 2 * like.numel()
-    # None overlaps another, though the first two are one block.
+    # None overlaps another.
     for fill, lent in enumerate((first, second, third)):
         lent.fill_(fill)
     assert [lent.unique().tolist() for lent in (first, second, third)] == [[0], [1], [2]]
