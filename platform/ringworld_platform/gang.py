@@ -68,6 +68,7 @@ class Gang:
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._made: list[Any] = []
+        self._rooms: list[Identity] = []
         self._watch = GangWatch(spec.name, spec.size, listener)
 
     def __enter__(self) -> Gang:
@@ -184,6 +185,11 @@ class Gang:
         """Where the workers live, by rank, once they are arranged."""
         return self._watch.identities
 
+    @property
+    def rooms(self) -> Sequence[Identity]:
+        """Where the workers live, or will: on a node that is drained, some may never start."""
+        return self.identities or self._rooms
+
     def request_stop(self) -> None:
         """Ask every rank to save and stop at its next step."""
         for actor in self._actors:
@@ -233,6 +239,10 @@ class Gang:
             )
             self._made.append(worker)
         self._actors = list(self._made)
+        self._rooms = [
+            Identity(nodes[index], addresses.get(nodes[index], nodes[index]), 0, ())
+            for index in order
+        ]
 
     def _arrange(self) -> list[int]:
         """Give out the ranks by node, then GPU; returns the actors' old places in the new order.

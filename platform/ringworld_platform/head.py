@@ -1,9 +1,9 @@
 """The Ray head that `ringworld up` starts on this machine: it outlives the command.
 
-What must be known to find and end it again lies in ``~/.ringworld``. Authentication: it asks for
-Ray's token (kept in ``~/.ray/auth_token``), because whoever reaches a Ray port may run code as its
-owner, and Ray's ports listen on every interface of the machine (its dashboard is kept on
-loopback). RAY_AUTH_MODE=disabled in the environment turns that off.
+What must be known to find and end it again lies in ``~/.ringworld``. Whoever reaches a Ray port may
+run code as its owner: so all of them listen on loopback only, unless other nodes are to join (then
+on every interface, but for the dashboard), and the head asks for Ray's token, kept in
+``~/.ray/auth_token``. RAY_AUTH_MODE=disabled in the environment turns the token off.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ import psutil
 from ringworld_platform.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
+# By its name a switch for other systems. Off, Ray takes 127.0.0.1 to be the node's own address, and
+# then listens on no other. Who connects must have it as well, or looks for the head elsewhere.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # The smallest that Ray takes; we pass handles and small records through it.
 OBJECT_STORE_BYTES = 78_643_200
 START_SECONDS = 60.0
@@ -53,17 +56,20 @@ def up(
     port: int = 6379,
     dashboard: bool = True,
     dashboard_port: int = 8265,
+    host: str = LOOPBACK,
 ) -> ClusterInfo:
     """Start a cluster on this machine that outlives this command.
 
     Args:
+        host: this machine's address that other nodes join at; on loopback none can.
         num_cpus: CPUs that it gives out; default: this machine's.
         port: of its head.
         dashboard: start Ray's dashboard, on loopback.
         dashboard_port: its port.
 
     Raises:
-        ClusterError: one runs already, a port is taken, or Ray does not start.
+        ClusterError: one runs already, a port is taken, the host is another machine's, or Ray does
+            not start.
     """
     running = find_running()
     if running is not None:
@@ -71,11 +77,13 @@ def up(
             f"a cluster runs already at {running.address}; `ringworld down` stops it"
         )
     _end_left()
+    _check_ours(host)
     check_free(port, "Ray's head")
     if dashboard:
         check_free(dashboard_port, "the dashboard")
     environment = {**_head_environment(), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [*_RAY, "start", "--head", "--block"]
+    environment |= LOOPBACK_ONLY if host == LOOPBACK else {}
+    command = [*_RAY, "start", "--head", "--block", f"--node-ip-address={host}"]
     command += [f"--port={port}", "--disable-usage-stats"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--include-dashboard={'true' if dashboard else 'false'}"]
@@ -83,7 +91,7 @@ def up(
     command += [f"--num-cpus={num_cpus}"] if num_cpus is not None else []
     head = _start(command, environment)
     info = ClusterInfo(
-        f"{LOOPBACK}:{port}",
+        f"{host}:{port}",
         f"http://{LOOPBACK}:{dashboard_port}" if dashboard else None,
         pid=head.pid,
     )
@@ -234,7 +242,7 @@ def _head_environment() -> dict[str, str]:
 
 def _await_head(head: subprocess.Popen[bytes], info: ClusterInfo) -> None:
     """Wait until the head answers, or say why it does not."""
-    host, port = info.address.split(":")
+    host, _, port = info.address.rpartition(":")
     deadline = time.monotonic() + START_SECONDS
     output = _state_folder() / "cluster.log"
     while True:
@@ -261,6 +269,14 @@ def _end_tree(head: psutil.Process) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=STOP_SECONDS)
+
+
+def _check_ours(host: str) -> None:
+    """Refuse an address that this machine does not have."""
+    ours = {a.address for interface in psutil.net_if_addrs().values() for a in interface}
+    if host not in ours:
+        known = sorted(address for address in ours if address.count(".") == 3)
+        raise ClusterError(f"{host} is no address of this machine; it has {', '.join(known)}")
 
 
 def check_free(port: int, whose: str) -> None:

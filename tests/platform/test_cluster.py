@@ -20,6 +20,13 @@ from ringworld_platform import cluster, head
 from ringworld_platform.errors import ClusterError
 
 TIMEOUT_SECONDS = 100.0
+LISTENERS = """
+import psutil
+def listeners(pid):
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    sockets = [c for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    return sorted({c.laddr.ip.removeprefix("::ffff:") for c in sockets}), len(sockets)
+"""
 
 
 @pytest.fixture
@@ -46,6 +53,26 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_taken_port_is_named(taken_port: int, home: Path) -> None:
     with pytest.raises(ClusterError, match=f"port {taken_port} is taken"):
         head.up(port=taken_port)
+
+
+def test_an_address_of_another_machine_is_named(home: Path) -> None:
+    with pytest.raises(ClusterError, match=r"192\.0\.2\.255 is no address .* it has .*127"):
+        head.up(host="192.0.2.255")
+
+
+def test_ray_imported_before_would_look_elsewhere(
+    home: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray  # noqa: F401
+
+    for name in head.LOOPBACK_ONLY:
+        monkeypatch.delenv(name, raising=False)
+    created = psutil.Process().create_time()
+    record = {"address": f"127.0.0.1:{free_port}", "dashboard_url": None, "pid": os.getpid()}
+    (home / ".ringworld").mkdir()
+    (home / ".ringworld" / "cluster.json").write_text(json.dumps({**record, "started": created}))
+    with pytest.raises(ClusterError, match="before `import ray`"):
+        cluster.connect()
 
 
 def test_a_silent_address_is_named(free_port: int, home: Path) -> None:
@@ -89,7 +116,7 @@ def run_python(script: str, home: Path, *, stop_at: str | None = None) -> list[s
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("RAY_AUTH_MODE", None)
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", textwrap.dedent(script)],
+        [sys.executable, "-u", "-c", LISTENERS + textwrap.dedent(script)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -125,18 +152,20 @@ def assert_gone(pids: str) -> None:
 @pytest.mark.timeout(120)
 def test_a_terminated_command_leaves_no_process(tmp_path: Path) -> None:
     script = """
-        import psutil, time
+        import os, psutil, time
         from ringworld_platform.cluster import local_cluster
         try:
             with local_cluster(num_cpus=1):
+                print(*listeners(os.getpid()))
                 print(*(child.pid for child in psutil.Process().children(recursive=True)))
                 print("ready")
                 time.sleep(100)
         except KeyboardInterrupt:
             print("interrupted")
     """
-    pids, *rest = run_python(script, tmp_path, stop_at="ready")
+    where, pids, *rest = run_python(script, tmp_path, stop_at="ready")
 
+    assert where.startswith("['127.0.0.1']"), where
     assert rest == ["ready", "interrupted"]
     assert pids
     assert_gone(pids)
@@ -163,15 +192,21 @@ def test_up_connect_down(tmp_path: Path, free_port: int) -> None:
         print(cluster.connect().address)
         import ray
         print(ray.cluster_resources()["CPU"])
+        class Listens:
+            def here(self): return 1
+        actor = ray.remote(Listens).remote()
+        ray.get(actor.here.remote(), timeout=60)
+        print(*listeners(head.find_running().pid))
     """
     stop = "from ringworld_platform import head; print(head.down(), head.down())"
     try:
         address, pids = run_python(start, tmp_path)
-        refusal, connected, cpus = run_python(use, tmp_path)
+        refusal, connected, cpus, where = run_python(use, tmp_path)
     finally:
         stopped = run_python(stop, tmp_path)
 
     assert address == connected == f"127.0.0.1:{free_port}"
+    assert where.startswith("['127.0.0.1']"), where
     assert f"a cluster runs already at {address}" in refusal
     assert (cpus, stopped) == ("3.0", ["True False"])
     assert len(pids.split()) > 3

@@ -16,15 +16,28 @@ def up(
     port: Annotated[int, typer.Option("--port", help="Port of the Ray head.")] = 6379,
     dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard.")] = True,
     dashboard_port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8265,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="This machine's address, where other nodes may join.",
+        ),
+    ] = "127.0.0.1",
 ) -> None:
     """Start a Ray cluster on this machine that outlives this command, for `ringworld submit`.
+
+    It listens on loopback only; with --host, Ray's ports listen on every interface. Either way it
+    asks for the token in ~/.ray/auth_token.
 
     Runs that an earlier cluster left unfinished go on at once, from their newest checkpoints.
     """
     from ringworld_platform import head
     from ringworld_platform.going_on import go_on
 
-    info = head.up(num_cpus=cpus, port=port, dashboard=dashboard, dashboard_port=dashboard_port)
+    info = head.up(
+        num_cpus=cpus, port=port, dashboard=dashboard, dashboard_port=dashboard_port, host=host
+    )
     console = out()
     console.print(f"Ray is up at [bold]{info.address}[/bold]")
     if info.dashboard_url:
