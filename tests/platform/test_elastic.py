@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 WAIT_SECONDS = 100.0
 VOCABULARY = 64
-STEPS = 200
+EARLY_STEPS, STEPS = 20, 200
 SHORTAGE = "needs more"
 
 
@@ -50,7 +51,7 @@ def job(
             "resources": {"accelerator": "cpu", "workers": workers},
             "checkpoint": {"store": f"file://{folder}/runs", "every": "1000 steps"},
             "tracking": {"mlflow": "off"},
-            "recovery": {"shrink_after": patience},
+            "recovery": {"shrink_after": patience, "stall_timeout": "10min"},
             "stages": [
                 {
                     "name": "only",
@@ -227,42 +228,56 @@ def drain(node: str, seconds: float) -> None:
     from ray._private.state import state
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-    assert state.get_draining_nodes() == {}
+    assert node not in state.get_draining_nodes()
     client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, message = client.drain_node(node, reason, "test", int((time.time() + seconds) * 1e3))
     assert accepted, message
 
 
-def nodes_of_gang() -> set[str]:
+def nodes_of_gang(name: str = "") -> set[str]:
+    """Nodes of the only gang, or of the one of that name; none where it has no room yet."""
     from ray.util.placement_group import placement_group_table
 
-    (group,) = (g for g in placement_group_table().values() if g["state"] == "CREATED")
-    return set(group["bundles_to_node_id"].values())
+    groups = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
+    named = [group for group in groups if name in ("", group["name"])]
+    assert len(named) < 2
+    return {node for group in named for node in group["bundles_to_node_id"].values()}
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
-def test_a_run_leaves_a_drained_node_and_outlives_a_dead_one(cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_a_run_grows_with_the_cluster_leaves_a_drained_node_and_outlives_a_dead_one(
+    cluster: Any, tmp_path: Path
+) -> None:
     from ringworld_workers.data.loader import StageLoader
 
     write_books(tmp_path / "books")
-    spec = job(
+    one = job(
         tmp_path, workers={"max": 2}, mesh={"sequence_parallel": 1}, patience="3s", steps=STEPS
     )
-    client = Client.attach(tmp_path / "controller", runner=RunnerConfig())
-    assert client.list() == []  # the controller is on the head
-    added = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    (only,) = one.model_dump(mode="json")["stages"]
+    stages = [{**only, "name": "early", "steps": EARLY_STEPS}, only]
+    spec = JobSpec.model_validate({**one.model_dump(mode="json"), "stages": stages})
+    client = Client.attach(
+        tmp_path / "controller", runner=RunnerConfig(prepare_function="mini_stage:build")
+    )
     run_id = client.submit(spec)
 
-    def at(attempt: int) -> Any:
+    def at(attempt: int, stage: str = "only") -> Any:
         """Its gang has taken steps."""
         status = client.status(run_id)
         assert status["state"] not in ("FAILED", "SUCCEEDED"), status
-        here = status["attempt"] == attempt and status["workers"]
+        here = (status["attempt"], status["stage"]) == (attempt, stage) and status["workers"]
         return here and status["workers"][0]["step"] > 1 and status
 
-    wait_until(lambda: at(1), "the first gang")
+    (worker,) = wait_until(lambda: at(1, "early"), "a gang on the head")["workers"]
+    # So that the stage does not end before the nodes are there.
+    os.kill(worker["pid"], signal.SIGSTOP)
+    added = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    os.kill(worker["pid"], signal.SIGCONT)
+    status = wait_until(lambda: at(1), "a larger gang in the next stage")
+    assert (status["data_parallel_size"], len(status["workers"])) == (2, 2)
     leaving = next(node for node in added if node.node_id in nodes_of_gang())
     drain(leaving.node_id, 60)
     status = wait_until(lambda: at(2), "the second gang")
@@ -286,17 +301,51 @@ def test_a_run_leaves_a_drained_node_and_outlives_a_dead_one(cluster: Any, tmp_p
     assert ["is being drained" in text for text in texts["drain"]] == [True, True]
     assert "saved step" in texts["drain"][1]
     assert texts["mesh"] == [
-        "stage only runs on ring 1 x data_parallel 1, not ring 1 x data_parallel 2: the cluster "
-        "holds 1 of 2 workers; a step keeps its 2 rows, 2 micro-batches a ring"
+        f"stage {stage} runs on ring 1 x data_parallel 1, not ring 1 x data_parallel 2: the "
+        "cluster holds 1 of 2 workers; a step keeps its 2 rows, 2 micro-batches a ring"
+        for stage in ("early", "only")
     ]
     assert any(
         "1 of 2 workers are there; goes on with data_parallel 1" in event["text"]
         for event in events
     )
     starts = [r for r in client.metrics(run_id).items if r["kind"] == "stage_start"]
-    assert [start["data_parallel_size"] for start in starts] == [2, 2, 1]
-    assert starts[1]["step"] > 0, "the drained gang has saved before it went"
-    loader = StageLoader({"books": str(tmp_path / "books")}, spec.stages[0], spec.seed)
+    assert [start["data_parallel_size"] for start in starts] == [1, 2, 2, 1]
+    assert starts[2]["step"] > 0, "the drained gang has saved before it went"
     lines = (Path(final["run_folder"]) / "samples.jsonl").read_text().splitlines()
-    seen = {record["step"]: record["sample_ids"] for record in map(json.loads, lines)}
-    assert seen == {step + 1: loader.sample_ids(step) for step in range(STEPS)}
+    records = [json.loads(line) for line in lines]
+    for stage in spec.stages:
+        loader = StageLoader({"books": str(tmp_path / "books")}, stage, spec.seed)
+        seen = {r["step"]: r["sample_ids"] for r in records if r["stage"] == stage.name}
+        assert seen == {step + 1: loader.sample_ids(step) for step in range(stage.num_steps)}
+    check_that_a_build_leaves_a_drained_node(cluster, client, tmp_path)
+
+
+def check_that_a_build_leaves_a_drained_node(cluster: Any, client: Client, folder: Path) -> None:
+    """Two builds that never end fill the head and a node, which is drained."""
+    node = cluster.add_node(num_cpus=1).node_id
+    recipe = folder / "frozen.yaml"
+    recipe.write_text("kind: data\n")
+    values = job(folder, workers={"max": 1}).model_dump(mode="json")
+    values["data"] = {"recipe": str(recipe), "cache": str(folder / "cache")}
+    builds = [
+        client.submit(JobSpec.model_validate({**values, "name": name})) for name in ("one", "two")
+    ]
+
+    def where(run_id: str) -> set[str]:
+        """Its node, once it builds."""
+        building = client.status(run_id)["reason"].startswith("preparing data")
+        return nodes_of_gang(f"{run_id}/data") if building else set()
+
+    places = wait_until(lambda: all(map(where, builds)) and {b: where(b) for b in builds}, "both")
+    (moved,) = (run_id for run_id, nodes in places.items() if nodes == {node})
+    (other,) = (run_id for run_id in builds if run_id != moved)
+    drain(node, 60)
+    wait_until(lambda: client.status(moved)["state"] in ("WAITING", "QUEUED"), "it makes off")
+    client.stop(other)
+    wait_until(lambda: where(moved) == places[other], "it builds on the head")
+    client.stop(moved)
+    assert client.wait(moved, timeout_seconds=WAIT_SECONDS)["state"] == "STOPPED"
+    (drained,) = [e["text"] for e in client.events(moved) if e["kind"] == "drain"]
+    assert "is being drained" in drained
+    assert not [e for e in client.events(moved) if e["kind"] == "failure"]
