@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,20 @@ def write(
     name = results / f"autoscaling-{'train-' if about['train'] else ''}{date.today().isoformat()}"
     text = "\n".join(_lines(trials, about))
     name.with_suffix(".md").write_text(text, encoding="utf-8")
-    content = {"about": dict(about), "trials": [asdict(trial) for trial in trials]}
+    # What has not changed since the sample before says nothing.
+    kept = [{**asdict(trial), "samples": _changes(trial.samples)} for trial in trials]
+    content = {"about": dict(about), "trials": kept}
     name.with_suffix(".json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     draw(trials, picture or name.with_suffix(".png"))
     print(text)
+
+
+def _changes(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    found: list[Sample] = []
+    for sample in samples:
+        if not found or replace(found[-1], time=sample.time) != sample:
+            found.append(sample)
+    return [asdict(sample) for sample in (*found, samples[-1])]
 
 
 def _lines(trials: Sequence[Trial], about: Mapping[str, Any]) -> list[str]:
