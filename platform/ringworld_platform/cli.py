@@ -127,6 +127,7 @@ _add(
     train.submit,
     "ringworld up && ringworld submit jobs/quickstart.yaml",
     "ringworld submit jobs/quickstart.yaml --address ray-head:6379",
+    "ringworld submit job.yaml --address http://127.0.0.1:8265   # a tunnel to a dashboard",
 )
 _add(app, TRAIN, train.stop, "ringworld stop quickstart")
 _add(

@@ -1,7 +1,8 @@
 """The Ray cluster under a job: one for a command, or one that runs already.
 
-Whoever reaches a Ray port may run code as its owner, so that clusters ask for a token: see
-``head``, which starts the ones that stay. ``ray.init`` does so by itself as long as nothing is set.
+Whoever reaches a Ray port may run code as its owner: clusters of this machine listen on loopback
+only, and all ask for a token. See ``head``, which starts the ones that stay; ``ray.init`` asks for
+one by itself as long as nothing is set.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -20,12 +22,14 @@ import psutil
 from ringworld_platform.errors import ClusterError
 from ringworld_platform.head import (
     LOOPBACK,
+    LOOPBACK_ONLY,
     OBJECT_STORE_BYTES,
     ClusterInfo,
     answers,
     check_free,
     find_running,
 )
+from ringworld_platform.shipping import runtime_env
 
 NAMESPACE = "ringworld"
 
@@ -41,6 +45,7 @@ def local_cluster(
     """A cluster for one command: started here, gone at the end of the block.
 
     SIGTERM raises KeyboardInterrupt inside the block, so that both ways to stop clean up alike.
+    Ray's ports listen on loopback only, unless Ray was imported before.
 
     Args:
         num_cpus: CPUs that Ray gives out; default: this machine's.
@@ -51,11 +56,12 @@ def local_cluster(
     Raises:
         ClusterError: Ray is connected already, or does not start.
     """
+    _stay_on_loopback()
     import ray
 
     if ray.is_initialized():
         raise ClusterError("this process is connected to a Ray cluster already")
-    _quiet_ray()
+    quiet_ray()
     if dashboard_port is not None:
         check_free(dashboard_port, "the dashboard")
     options: dict[str, Any] = {"dashboard_port": dashboard_port} if dashboard_port else {}
@@ -86,34 +92,44 @@ def local_cluster(
             _shut_down_ray()
 
 
-def connect(address: str | None = None) -> ClusterInfo:
+def connect(address: str | None = None, *, ship: bool = False) -> ClusterInfo:
     """Connect to a cluster that runs.
 
     Args:
-        address: ``HOST:PORT`` of its head, or ``auto`` for the one that ``ray start`` made here;
-            default: the one that ``up`` started, else what RAY_ADDRESS says.
+        address: ``HOST:PORT`` of its head, or ``auto`` for the one that ``up`` or ``ray start``
+            made here; default: the one that ``up`` started, else what RAY_ADDRESS says.
+        ship: bring our own packages, unless it is the cluster of ``up``, which has them.
 
     Raises:
         ClusterError: there is none, or it does not answer.
+        UploadRefused: the packages hold more than code.
     """
+    running = find_running()
+    if running and address not in (None, "auto", running.address):
+        running = None
+    if running and running.address.startswith(f"{LOOPBACK}:"):
+        _stay_on_loopback(required=True)
     import ray
 
     if ray.is_initialized():
         raise ClusterError("this process is connected to a Ray cluster already")
-    running = find_running() if address is None else None
-    target = address or (running.address if running else os.environ.get("RAY_ADDRESS"))
+    target = running.address if running else address or os.environ.get("RAY_ADDRESS")
     if target == "auto":
         target = _started_by_ray()
     if target is None:
         raise ClusterError(
             "no Ray cluster runs here; start one with `ringworld up` or name one: --address"
         )
-    _quiet_ray()
+    quiet_ray()
     _check_answers(target)
-    _offer_token()
+    offer_token()
     try:
         context = ray.init(
-            address=target, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+            address=target,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=runtime_env() if ship and running is None else None,
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         ray.shutdown()
@@ -140,13 +156,28 @@ def _started_by_ray() -> str | None:
     return services.canonicalize_bootstrap_address("auto")
 
 
-def _quiet_ray() -> None:
+def _stay_on_loopback(*, required: bool = False) -> None:
+    """Have Ray use no other interface; it reads this once, when it is imported.
+
+    Raises:
+        ClusterError: it is required, and Ray was imported without it.
+    """
+    if "ray" not in sys.modules:
+        os.environ.update(LOOPBACK_ONLY)
+    elif required and any(os.environ.get(k) != value for k, value in LOOPBACK_ONLY.items()):
+        raise ClusterError(
+            "this process has imported Ray, which now looks for no cluster on loopback; connect "
+            "before `import ray`, or start the cluster with `ringworld up --host ADDRESS`"
+        )
+
+
+def quiet_ray() -> None:
     """No usage reports home; and no advice of Ray's in the middle of our output."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def _offer_token() -> None:
+def offer_token() -> None:
     """Show our token, if we have one, to a cluster named by its address.
 
     ``ray.init`` does this only for clusters that it finds by itself.

@@ -157,7 +157,7 @@ def run(
 
     spec = load_job(job, find_run=find_run)
     if address is not None or head.find_running() is not None:
-        info = cluster.connect(address)
+        info = cluster.connect(address, ship=True)
         err().print(f"using the Ray cluster at {info.address}", style="dim")
         client = Client.attach(runs_root_of(spec))
         _foreground(client, _submit(client, spec))
@@ -225,7 +225,7 @@ def resume(
 
     url = _run_url(job, store)
     if address is not None or head.find_running() is not None:
-        cluster.connect(address)
+        cluster.connect(address, ship=True)
         client = Client.attach(runs.absolute())
         run_id = client.resume(url or _known(client, runs, job), older=older)
         out().print(f"{run_id} continues", style="bold")
@@ -263,16 +263,24 @@ def _known(client: Client, runs: Path, job: str) -> str:
 def submit(job: JobFile, address: Address = None) -> None:
     """Hand a job to a cluster and return at once.
 
-    The cluster is the one of `ringworld up`, or --address. Submitting a job twice that is still
-    active gives the same run.
+    The cluster is the one of `ringworld up`, or --address: of a head, on a machine of the cluster;
+    or of its dashboard, http://HOST:PORT, from anywhere. Our own packages go along.
+
+    Submitting a job twice that is still active gives the same run.
     """
     from ringworld_jobs.load import load_job
     from ringworld_platform import cluster
     from ringworld_platform.client import Client, runs_root_of
+    from ringworld_platform.remote_submit import is_dashboard
+    from ringworld_platform.remote_submit import submit as submit_there
     from ringworld_platform.run_weights import find_run
 
+    if address is not None and is_dashboard(address):
+        spec = load_job(job, check_files=False)
+        say = lambda text: out().print(text, markup=False)  # noqa: E731
+        raise typer.Exit(submit_there(spec, job, address, say))
     spec = load_job(job, find_run=find_run)
-    info = cluster.connect(address)
+    info = cluster.connect(address, ship=True)
     client = Client.attach(runs_root_of(spec))
     run_id = _submit(client, spec)
     console = out()
