@@ -46,6 +46,12 @@ class Hearing:
         """See ``Hearer``."""
         return self._rhythm()
 
+    @property
+    def expected_step_seconds(self) -> float | None:
+        """See ``Hearer``."""
+        predicted = self._live.predicted
+        return None if predicted is None else predicted.step_seconds
+
     def tick(self) -> None:
         """See ``Listener``."""
         self._tick()

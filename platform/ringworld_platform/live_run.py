@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ringworld_jobs.planner.predict import Prediction
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import RunConflictError, RunFolderError
 from ringworld_platform.predictions import EVENT, Predictions
@@ -106,6 +107,11 @@ class LiveRun:
     def run_id(self) -> str:
         """Id of the run."""
         return self.record.run_id
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What the planner expects of the stage at hand; None where it does not know."""
+        return self._predictions.predicted
 
     def status(self) -> dict[str, Any]:
         """What ``status --json`` prints, as of now."""

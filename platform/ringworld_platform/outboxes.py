@@ -31,6 +31,10 @@ class Hearer(Protocol):
     def rhythm(self) -> Rhythm:
         """How often to ask."""
 
+    @property
+    def expected_step_seconds(self) -> float | None:
+        """What a step is foretold to take, once that is known."""
+
 
 class Outboxes:
     """The ranks' outboxes. At most one question a rank is open at a time, until the last.
@@ -105,6 +109,9 @@ class Outboxes:
         if entries:
             self._learn(entries)
             self._hearer.entries(rank, entries)
+            expected = self._hearer.expected_step_seconds
+            if self.pace is not None and expected is not None:
+                self.pace.expect(expected)
             self._seqs[rank] = entries[-1].seq
         if drained.awaited:
             # Asked again at once: the rank waits to hear that its records are in the log.

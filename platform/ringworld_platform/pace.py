@@ -1,9 +1,10 @@
 """How long a gang may go without a sign of progress, learnt from the pace of its steps. No clock.
 
 While a rank is inside a step, the limit follows the steps: ten times the longest of the last 20,
-and never below 30 s nor above 30 min. Before the second step is done there is no pace yet, and
-what goes on between steps (saving, loading, validation, waiting for data) keeps none: there it is
-the larger of 300 s and the steps' limit. ``recovery.stall_timeout`` replaces all of it.
+and never below 30 s nor above 30 min. Before the second step is done there is no pace yet: what
+the planner expects of a step takes its place. What goes on between steps (saving, loading,
+validation, waiting for data) keeps none. In both cases the limit is 300 s at least.
+``recovery.stall_timeout`` replaces all of it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Pace:
         self._fixed = stall_timeout
         self._seconds: deque[float] = deque(maxlen=STEPS_SEEN)
         self._begun = False
+        self._expected = 0.0
 
     @property
     def collective_seconds(self) -> float:
@@ -58,6 +60,10 @@ class Pace:
         """
         most = CEILING_SECONDS if self._fixed is None else self._fixed
         return max(COLLECTIVE_FACTOR * most, LEAST_COLLECTIVE_SECONDS)
+
+    def expect(self, seconds: float) -> None:
+        """A step is foretold to take so long."""
+        self._expected = seconds
 
     def step(self, seconds: float) -> None:
         """A step is done that has taken so long, the wait for a checkpoint left out."""
@@ -71,6 +77,9 @@ class Pace:
         if self._fixed is not None:
             return Limit(self._fixed, "recovery.stall_timeout")
         if not self._seconds:
+            foretold = min(CEILING_SECONDS, FACTOR * self._expected)
+            if foretold > START_SECONDS:
+                return Limit(foretold, f"{FACTOR} x what a step is expected to take")
             return Limit(START_SECONDS, "the limit until two steps are done")
         steps = self._step_limit()
         if all(phase in STEP_PHASES for phase in phases) or steps.seconds >= START_SECONDS:

@@ -72,6 +72,8 @@ class Predictions:
     _prepared: Mapping[str, Any] = field(default_factory=dict)
     _steps: list[Record] = field(default_factory=list)
     _waiting: bool = False
+    predicted: Prediction | None = None
+    """Of the stage at hand; None where the planner does not know the hardware."""
 
     def begin(
         self, start: Record, nodes: Iterable[str], prepared: Mapping[str, Any] | None
@@ -84,7 +86,14 @@ class Predictions:
             prepared: what the data's preparation returned: its vocabularies.
         """
         self._start, self._nodes, self._prepared = start, tuple(nodes), prepared or {}
-        self._steps, self._waiting = [], "device_name" in start
+        self._steps, self.predicted = [], None
+        if "device_name" in start:
+            try:
+                self.predicted = self._predict()
+            except Exception as error:
+                # A prediction is nice to have; the run goes on without it.
+                log.warning("no prediction of stage %s: %s", start.get("stage"), error)
+        self._waiting = self.predicted is not None
 
     def step(self, record: Record) -> Comparison | None:
         """Take a ``step`` record.
@@ -99,14 +108,32 @@ class Predictions:
         if len(self._steps) <= MEASURED_STEPS:
             return None
         self._waiting = False
+        predicted, steps = self.predicted, self._steps[1:]
+        if predicted is None:
+            return None
+        where = (
+            "memory_device_bytes" if "device_total_bytes" in self._start else "memory_host_bytes"
+        )
         try:
-            return self._compare(self._steps[1:])
+            return Comparison(
+                self.spec.stages[self._index].name,
+                predicted,
+                statistics.median(
+                    float(step.get("step_seconds", 0.0))
+                    - float(step.get("checkpoint_stall_seconds", 0.0))
+                    for step in steps
+                ),
+                max(float(step.get(f"memory_{on}_bytes", 0.0)) for step in steps),
+            )
         except Exception as error:
-            # A comparison is nice to have; the run goes on without it.
-            log.warning("no prediction of stage %s: %s", self._start.get("stage"), error)
+            log.warning("stage %s is not compared: %s", self._start.get("stage"), error)
             return None
 
-    def _compare(self, steps: list[Record]) -> Comparison | None:
+    @property
+    def _index(self) -> int:
+        return int(self._start.get("stage_index", 0))
+
+    def _predict(self) -> Prediction | None:
         start = self._start
         device = device_of_record(start, self._nodes)
         if device is None:
@@ -117,23 +144,11 @@ class Predictions:
             int(start.get("heads_size", 1)),
         )
         hardware = Hardware(device, mesh.world_size, "the run's workers")
-        index = int(start.get("stage_index", 0))
         model = self.spec.model.config(
             text_vocab_size=self._prepared.get("tokenizer_size"),
             codebook_size=self._prepared.get("codebook_size"),
         )
-        predicted = predict(self.spec, index, hardware, model=model, mesh=mesh)
-        where = "memory_host_bytes" if device.is_cpu else "memory_device_bytes"
-        return Comparison(
-            self.spec.stages[index].name,
-            predicted,
-            statistics.median(
-                float(step.get("step_seconds", 0.0))
-                - float(step.get("checkpoint_stall_seconds", 0.0))
-                for step in steps
-            ),
-            max(float(step.get(where, 0.0)) for step in steps),
-        )
+        return predict(self.spec, self._index, hardware, model=model, mesh=mesh)
 
 
 def device_of_record(start: Record, nodes: Iterable[str]) -> Device | None:

@@ -64,6 +64,7 @@ class Heard:
 
     def __init__(self, rhythm: Rhythm) -> None:
         self.rhythm = rhythm
+        self.expected_step_seconds: float | None = None
         self.lines: list[tuple[int, Any]] = []
         self.heartbeats = 0
 

@@ -23,6 +23,20 @@ def test_a_gang_that_has_no_pace_yet_is_given_time() -> None:
     assert (limit.seconds, limit.why) == (START_SECONDS, "the limit until two steps are done")
 
 
+def test_long_steps_are_given_the_time_that_they_are_foretold_to_take() -> None:
+    pace = Pace()
+    pace.expect(20.0)
+    assert pace.limit(["load"]).seconds == START_SECONDS
+    pace.expect(90.0)
+    limit = pace.limit(["forward"])
+    assert (limit.seconds, limit.why) == (900.0, "10 x what a step is expected to take")
+    pace.expect(4000.0)
+    assert pace.limit(["forward"]).seconds == CEILING_SECONDS
+    pace.step(9.0)
+    pace.step(9.0)
+    assert pace.limit(["forward"]).seconds == 90.0, "what was measured counts"
+
+
 @pytest.mark.parametrize(
     ("steps", "seconds", "why"),
     [
