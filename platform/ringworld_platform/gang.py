@@ -203,9 +203,16 @@ class Gang:
         group, self._group = self._group, None
         if group is not None:
             _quietly(remove_placement_group, group)
+        try:
+            self._await_end(len(actors), group)
+        except Exception as error:
+            # The head is gone, say: what ended the gang is what its caller must hear.
+            log.warning("%s: cannot see whether it is gone: %s", self.spec.name, error)
+
+    def _await_end(self, size: int, group: PlacementGroup | None) -> None:
         deadline = time.monotonic() + CLOSE_SECONDS
         while ray.is_initialized() and time.monotonic() < deadline:
-            names_gone = not any(_exists(self._name(rank)) for rank in range(len(actors)))
+            names_gone = not any(_exists(self._name(rank)) for rank in range(size))
             group_gone = group is None or placement_group_table(group).get("state") == "REMOVED"
             if names_gone and group_gone:
                 return

@@ -28,7 +28,8 @@ def failed(problem: str, record: JobRecord) -> JobRecord:
 def fresh_start(older: bool, request: str, record: JobRecord) -> JobRecord:
     """It is to go on; ``request`` is the call that wants it."""
     record.state, record.reason, record.error = RunState.QUEUED, "resumed", None
-    record.stop_requested, record.restarts, record.owner = False, 0, None
+    record.stop_requested, record.owner = False, None
+    record.restarts = record.rollbacks = 0
     record.take_older, record.request, record.moved_to = older, request, None
     record.fetched = False
     # Looked up again: the cache may have been cleared since.
