@@ -111,9 +111,7 @@ class Predictions:
         predicted, steps = self.predicted, self._steps[1:]
         if predicted is None:
             return None
-        where = (
-            "memory_device_bytes" if "device_total_bytes" in self._start else "memory_host_bytes"
-        )
+        on = "device" if "device_total_bytes" in self._start else "host"
         try:
             return Comparison(
                 self.spec.stages[self._index].name,
