@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ringworld_model.ring.block_cpu import DIAGONAL_ROWS
+from ringworld_model.ring.block_cpu import DIAGONAL_ROWS, KEYS_STEP
 from ringworld_model.ring.rectangle import count_layers
 from ringworld_model.ring.work import BlockWork, Pieces, StripedWork, Work, group_runs
 
@@ -229,15 +229,17 @@ def _strips(pieces: Pieces, seen: torch.Tensor) -> torch.Tensor:
 def _beside_pairs(rows: torch.Tensor) -> torch.Tensor:
     """What diagonals of ``rows`` rows cost the CPU kernel beside their pairs.
 
-    It halves them until they are short, and computes all of those, hidden pairs too.
+    It cuts them until they are short, and computes all of those, hidden pairs too.
     """
     halvings = torch.zeros_like(rows)
     longest = int(rows.max()) if rows.numel() else 0
     for bit in range(DIAGONAL_ROWS.bit_length() - 1, longest.bit_length()):
         halvings += rows >> bit > 0
-    leaves = 1 << halvings
-    each = rows >> halvings
-    wasted = leaves * (each * (each - 1) // 2) + (rows & (leaves - 1)) * each
+    step = KEYS_STEP << halvings
+    each = ((rows + step - 1) // step).clamp(min=1) * KEYS_STEP
+    leaves = (rows + each - 1) // each
+    rest = rows - (leaves - 1) * each
+    wasted = ((leaves - 1) * each * (each - 1) + rest * (rest - 1)) // 2
     return wasted + _PAIRS_PER_CALL * (2 * leaves - 1) * (rows > 0)
 
 
