@@ -119,7 +119,7 @@ def test_status_json_holds_what_the_contract_says(in_runs: Path) -> None:
     )
     assert set(expected.split()) <= set(status)
     assert status["run_id"] == "quickstart-1"
-        assert set(status["workers"][0]) == set("rank pid node device phase step slow".split())
+    assert set(status["workers"][0]) == set("rank pid node device phase step slow".split())
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "report", "watch", "resume"])

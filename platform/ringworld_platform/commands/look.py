@@ -233,7 +233,9 @@ def _say_where(opened: OpenView) -> None:
     from ringworld_platform import head
 
     note = f"no cluster is up; read from the run folders in {opened.where}"
-    if (lost := head.find_lost()) is not None:
+    if (found := head.find_running()) is not None:
+        note = f"the cluster at {found.address} has no jobs yet; {opened.where} has"
+    elif (lost := head.find_lost()) is not None:
         note = (
             f"the cluster that `ringworld up` started at {lost.address} is gone; `ringworld up` "
             "starts another, which goes on with its unfinished runs, or `ringworld resume RUN` "
