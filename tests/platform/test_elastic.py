@@ -6,13 +6,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+from mini_jobs import wait_until as wait_for
+from mini_jobs import worker_environment
 
 from ringworld_jobs.mesh import MeshSize
 from ringworld_jobs.spec import JobSpec
@@ -23,8 +26,6 @@ from ringworld_platform.run_state import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.actor import Identity
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 WAIT_SECONDS = 100.0
 VOCABULARY = 64
 EARLY_STEPS, STEPS = 20, 200
@@ -198,13 +199,11 @@ def cluster() -> Iterator[Any]:
         head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": checks},
     )
     try:
-        roots = [REPOSITORY / name for name in ("jobs", "model", "platform", "workers")]
-        paths = os.pathsep.join(str(path) for path in [*roots, HERE])
         ray.init(
             address=made.address,
             namespace="ringworld",
             log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+            runtime_env={"env_vars": worker_environment()},
         )
         yield made
     finally:
@@ -213,14 +212,7 @@ def cluster() -> Iterator[Any]:
             made.remove_node(node, allow_graceful=False)
 
 
-def wait_until(check: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {WAIT_SECONDS:g} s: {what}")
+wait_until = partial(wait_for, seconds=WAIT_SECONDS)
 
 
 def drain(node: str, seconds: float) -> None:
