@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from recovery_report import write
 
@@ -32,9 +31,11 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
 from ringworld_platform.cluster import local_cluster
 from ringworld_platform.run_records import read_lines
-from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
 
-VOCABULARY, CONTEXT = 64, 128
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "platform"))
+from mini_books import VOCABULARY, write_books  # noqa: E402
+
+CONTEXT = 128
 WAIT_SECONDS = 600.0
 MOMENTS = ("step", "save", "start", "any", "controller")
 
@@ -56,7 +57,7 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with tempfile.TemporaryDirectory() as place, local_cluster(num_cpus=2):
         folder = Path(place)
-        write_books(folder / "books")
+        write_books(folder / "books", train=400, held_out=4, longest=299)
         if options.kills:
             found = {"kills": kill_often(folder, options)}
         else:
@@ -242,29 +243,6 @@ def job(folder: Path, name: str, *, steps: int, every: int) -> JobSpec:
             ],
         }
     )
-
-
-def write_books(folder: Path) -> None:
-    """Token shards of made-up documents."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    splits: dict[str, Any] = {}
-    for split, count in (("train", 400), ("held_out", 4)):
-        with ShardWriter(folder, split) as shard:  # type: ignore[arg-type]
-            for length in generator.integers(10, 300, count):
-                ids = generator.integers(0, VOCABULARY, length).astype(np.int32)
-                shard.add(ids, np.zeros(length, np.uint8), np.ones(length, np.uint8), "made up")
-        splits[split] = {"shards": shard.entries()}
-    splits["train"]["vision_tokens"] = 0
-    meta = {
-        "format": FORMAT_VERSION,
-        "longer": "split",
-        "pack_apart": False,
-        "tokenizer": {"size": VOCABULARY, "digest": "t"},
-        "codebook": {"size": 16, "digest": "c"},
-        "splits": splits,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 class RunLog:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from small_models import SMALL
 
 from ringworld_model.batch import TrainBatch
 from ringworld_model.config import ModelConfig
@@ -21,16 +22,7 @@ CODES_PER_FRAME = 6
 @pytest.fixture
 def config() -> ModelConfig:
     """GQA, two layers, a vision table of 32 codes (and LWM's 256 spare ids)."""
-    return ModelConfig(
-        hidden_size=32,
-        ffn_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        text_vocab_size=40,
-        vision_codebook_size=32,
-        init_std=0.2,
-    )
+    return SMALL
 
 
 @pytest.fixture

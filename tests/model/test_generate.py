@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import SMALL
 
 from ringworld_model.batch import TEXT, VISION
-from ringworld_model.config import ModelConfig
 from ringworld_model.decode import DecodeSession
 from ringworld_model.generate import generate
 from ringworld_model.sampling.answer import Answer, collect
@@ -22,22 +22,12 @@ from ringworld_model.sampling.settings import DrawSettings, SamplingSettings
 from ringworld_model.tokens import Span, vision_tokens
 from ringworld_model.transformer import WorldModel, causal_attention, init_weights
 
-CONFIG = ModelConfig(
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    text_vocab_size=40,
-    vision_codebook_size=32,
-    init_std=0.2,
-)
 START, END, CODES = (1, 2), (3,), 6
 GREEDY = DrawSettings(temperature=0)
 
 
 def model() -> WorldModel:
-    built = WorldModel(CONFIG, rope_theta=1e4)
+    built = WorldModel(SMALL, rope_theta=1e4)
     init_weights(built, 5)
     return built.double()
 
@@ -59,7 +49,7 @@ def grammar(**changes: Any) -> Grammar:
 def next_logits(built: WorldModel, tokens: list[int], modality: list[int]) -> torch.Tensor:
     """Of one full forward pass; the head by what the grammar would ask for."""
     length = torch.arange(len(tokens))[None]
-    attends = [causal_attention] * CONFIG.num_layers
+    attends = [causal_attention] * SMALL.num_layers
     given = torch.tensor([tokens]), torch.tensor([modality])
     hidden = built.hidden_states(*given, length, attends)[0, -1]
     # After <vision>, and until eov.

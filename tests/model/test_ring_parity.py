@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import SMALL
 
 from ringworld_model.batch import TrainBatch, cut, restore
-from ringworld_model.config import ModelConfig
 from ringworld_model.loss import combine
 from ringworld_model.packing import Example, pack_row, stack_rows
 from ringworld_model.ring import RingContext, plan_ring
@@ -20,16 +20,6 @@ from ringworld_model.tokens import clip_example, text_example
 from ringworld_model.transformer import WorldModel, init_weights
 
 LENGTH = 601
-CONFIG = ModelConfig(
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    text_vocab_size=40,
-    vision_codebook_size=32,
-    init_std=0.2,
-)
 Found = tuple[float, dict[str, torch.Tensor]]
 
 
@@ -81,7 +71,7 @@ def run(
         )
         for lengths in batch.document_lengths
     ]
-    model = WorldModel(CONFIG, rope_theta=1e6, activation_checkpointing=mode, loss_tile_tokens=64)
+    model = WorldModel(SMALL, rope_theta=1e6, activation_checkpointing=mode, loss_tile_tokens=64)
     init_weights(model, 0)
     model.to(dtype)
     context = RingContext(plans=plans, group=ring_group, heads_group=heads_group)
@@ -192,7 +182,7 @@ def packed_gradients(
     total = torch.stack([weights[~vision].sum(), weights[vision].sum()])
     found: dict[str, torch.Tensor] = {}
     for name, shares in (("text", (1.0, 0.0)), ("vision", (0.0, 1.0))):
-        model = WorldModel(CONFIG, rope_theta=1e6, loss_tile_tokens=64)
+        model = WorldModel(SMALL, rope_theta=1e6, loss_tile_tokens=64)
         init_weights(model, 0)
         model.to(dtype)
         sums = model(cut(rows, plans, rank), RingContext(plans=plans, group=group))

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
+from mini_books import VOCABULARY, write_books
 from mini_jobs import wait_until as wait_for
 from mini_jobs import worker_environment
 
@@ -27,7 +27,6 @@ from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.actor import Identity
 
 WAIT_SECONDS = 100.0
-VOCABULARY = 64
 EARLY_STEPS, STEPS = 20, 200
 SHORTAGE = "needs more"
 
@@ -160,30 +159,6 @@ def test_what_ends_a_worker_at_once_was_no_warning() -> None:
 # --- nodes that are drained, and nodes that die ---
 
 
-def write_books(folder: Path) -> None:
-    from ringworld_workers.data.shards import FORMAT_VERSION, ShardWriter
-
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    splits: dict[str, Any] = {}
-    for split, count in (("train", 40), ("held_out", 2)):
-        with ShardWriter(folder, split) as shard:  # type: ignore[arg-type]
-            for length in generator.integers(10, 120, count):
-                ids = generator.integers(0, VOCABULARY, length).astype(np.int32)
-                shard.add(ids, np.zeros(length, np.uint8), np.ones(length, np.uint8), "made up")
-        splits[split] = {"shards": shard.entries()}
-    splits["train"]["vision_tokens"] = 0
-    meta = {
-        "format": FORMAT_VERSION,
-        "longer": "split",
-        "pack_apart": False,
-        "tokenizer": {"size": VOCABULARY, "digest": "t"},
-        "codebook": {"size": 16, "digest": "c"},
-        "splits": splits,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head that keeps the controller and one worker; nodes are added to it."""
@@ -244,7 +219,7 @@ def test_a_run_grows_with_the_cluster_leaves_a_drained_node_and_outlives_a_dead_
 ) -> None:
     from ringworld_workers.data.loader import StageLoader
 
-    write_books(tmp_path / "books")
+    write_books(tmp_path / "books", train=40, held_out=2, longest=119)
     one = job(
         tmp_path, workers={"max": 2}, mesh={"sequence_parallel": 1}, patience="3s", steps=STEPS
     )

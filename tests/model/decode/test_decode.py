@@ -8,21 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import SMALL
 
 from ringworld_model.config import ModelConfig
 from ringworld_model.decode import DecodeSession
 from ringworld_model.transformer import WorldModel, causal_attention, init_weights
 
-CONFIG = ModelConfig(
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    text_vocab_size=40,
-    vision_codebook_size=32,
-    init_std=0.2,
-)
 # Logits reach 3.4; in half precision both sides round every layer's tensors to 2^-9 of theirs.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}
 CHUNK, STEPS = 24, 3
@@ -30,7 +21,7 @@ LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 53, 97]
 WAYS = ("copied", "queries", "keys", None)
 
 
-def build(dtype: torch.dtype, config: ModelConfig = CONFIG) -> WorldModel:
+def build(dtype: torch.dtype, config: ModelConfig = SMALL) -> WorldModel:
     model = WorldModel(config, rope_theta=1e4)
     init_weights(model, 5)
     return model.to(dtype)
@@ -47,7 +38,7 @@ def prompts(rows: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 def whole(model: WorldModel, tokens: torch.Tensor, modality: torch.Tensor) -> list[torch.Tensor]:
     """Both heads' logits after the last token of one row [S], of one full forward pass."""
     positions = torch.arange(len(tokens))[None]
-    attends = [causal_attention] * CONFIG.num_layers
+    attends = [causal_attention] * SMALL.num_layers
     hidden = model.hidden_states(tokens[None], modality[None], positions, attends)[0, -1]
     assert model.vision_head is not None
     return [head.logits(hidden) for head in (model.text_head, model.vision_head)]
