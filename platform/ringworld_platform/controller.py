@@ -37,6 +37,7 @@ from ringworld_platform.run_records import SPEC_FILE
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.runs_roots import RootList
+from ringworld_platform.settling import settle_stored
 from ringworld_platform.stage_setup import device_of
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,8 @@ class Controller:
                 return record.run_id  # this call has done it, and died before it could say so
             record = self._adoption.refreshed(states, record)
             if record.state is RunState.SUCCEEDED:
+                if record.store is not None:
+                    settle_stored(record)
                 raise RunConflictError(f"{record.run_id} has succeeded; nothing is left to do")
             runner = self._adoption.runner_of(states, record)
             mine = self._adoption.is_mine(record)

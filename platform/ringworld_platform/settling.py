@@ -31,12 +31,20 @@ def settle(root: Path, run_id: str) -> None:
     try:
         record = RunStates(root).update(run_id, end)
         if record.terminal and record.store is not None:
-            _settle_stored(record)
+            settle_stored(record)
     except PlatformError as error:
         log.warning("%s: %s", run_id, error)
 
 
-def _settle_stored(record: JobRecord) -> None:
+def settle_stored(record: JobRecord) -> None:
+    """Tell a run's store of its end, if it was away when the run ended.
+
+    Args:
+        record: of the run's folder, terminal.
+
+    Raises:
+        PlatformError: the store is still away.
+    """
     run = StoredRun(record.store or "")
     with plain_errors(run.url):
         found = run.read()

@@ -21,6 +21,7 @@ from ringworld_platform.run_state import JobRecord, Owner, RunState, RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.runs_roots import RootList
 from ringworld_platform.settling import settle
+from ringworld_platform.stored_run import StoredRun
 
 GONE = Owner(controller="gone", host=socket.gethostname(), pid=2**22 + 1, beat=0.0)
 
@@ -127,3 +128,21 @@ def test_ctrl_c_twice_leaves_a_stopped_run(tmp_path: Path) -> None:
     assert not states.get(ended.run_id).stop_requested
     assert states.get(alive.run_id).state is RunState.STOPPING, "its controller is at it"
     assert states.get(unasked.run_id).abandoned(), "it was killed, not stopped"
+
+
+def test_a_store_that_was_away_at_the_end_hears_of_it_from_a_resume(tmp_path: Path) -> None:
+    record = a_run(tmp_path, RunState.SUCCEEDED, None)
+    run = StoredRun(f"file://{tmp_path}/store/{record.run_id}")
+
+    def at_the_end(record: JobRecord) -> JobRecord:
+        record.store, record.epoch = run.url, 1
+        return record
+
+    ended = RunStates(tmp_path).update(record.run_id, at_the_end)
+    run.write(ended.model_copy(update={"state": RunState.RUNNING}), None)
+
+    with pytest.raises(RunConflictError, match="has succeeded"):
+        controller(tmp_path).resume(record.run_id)
+
+    heard = run.read()
+    assert heard is not None and heard[0].state is RunState.SUCCEEDED
