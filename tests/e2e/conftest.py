@@ -102,8 +102,10 @@ class Project:
     def environment(self) -> dict[str, str]:
         """Of every command: one thread, a home of its own, and a mark that children inherit."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        own = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", MARK: self.mark}
-        return {**clean, **own, "HOME": str(self.folder), "COLUMNS": "100"}
+        own = {"OMP_NUM_THREADS": "1", MARK: self.mark}
+        # The niceness as in tests/conftest.py: a ring waits for its slowest rank.
+        rays = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        return {**clean, **own, **rays, "HOME": str(self.folder), "COLUMNS": "100"}
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         """Start a command; its output goes to a file beside the job."""
