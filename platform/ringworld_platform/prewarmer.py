@@ -128,16 +128,19 @@ class Prewarmer:
             self._thread.join(END_SECONDS)
 
     def _main(self) -> None:
-        left = True
+        left, told = True, ""
         while not self._closing.wait(LOOK_SECONDS):
             try:
                 if left:
                     self._autoscaler.clear_left()
                     left = False
                 self.look(time.monotonic())
+                told = ""
             except Exception as error:
                 # A head that is being started anew, say: the next look tries again.
-                log.warning("cannot ask the autoscaler for nodes: %s", error)
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("cannot ask the autoscaler for nodes: %s", error)
         if self._held.bundles:
             try:
                 self._autoscaler.hold([])

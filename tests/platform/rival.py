@@ -40,6 +40,7 @@ class Rival(Controller):
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
+        self._prewarmer.close()  # it would ask Ray
         room = Room(4, 0)
         self._cluster = lambda: Cluster({"here": NodeRoom(room, room)}, {})
 

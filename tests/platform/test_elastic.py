@@ -27,7 +27,7 @@ from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.actor import Identity
 
 WAIT_SECONDS = 100.0
-EARLY_STEPS, STEPS = 20, 200
+STEPS = 200
 SHORTAGE = "needs more"
 
 
@@ -224,7 +224,7 @@ def test_a_run_grows_with_the_cluster_leaves_a_drained_node_and_outlives_a_dead_
         tmp_path, workers={"max": 2}, mesh={"sequence_parallel": 1}, patience="3s", steps=STEPS
     )
     (only,) = one.model_dump(mode="json")["stages"]
-    stages = [{**only, "name": "early", "steps": EARLY_STEPS}, only]
+    stages = [{**only, "name": "early"}, only]
     spec = JobSpec.model_validate({**one.model_dump(mode="json"), "stages": stages})
     client = Client.attach(
         tmp_path / "controller", runner=RunnerConfig(prepare_function="mini_stage:build")

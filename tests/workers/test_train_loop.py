@@ -363,7 +363,9 @@ class Healing(Collector):
     def metrics(self, record: dict[str, Any]) -> None:
         super().metrics(record)
         if self._heals and record["kind"] == "checkpoint_failed":
-            self._obstacle.unlink(missing_ok=True)
+            # A rank that was quick may fail once more: then a folder is there already.
+            if self._obstacle.is_file():
+                self._obstacle.unlink()
 
 
 def train_beside_a_file(
@@ -388,12 +390,14 @@ def test_training_outlives_a_store_that_fails_for_a_while(
 ) -> None:
     made = job(sequence_parallel=2, validation_rows=0)
     found, other = run_gang(train_beside_a_file, 2, made, True, None)
-    assert found["result"]["status"] == other["result"]["status"] == "finished"
-    failed = next(r for r in found["records"] if r["kind"] == "checkpoint_failed" and "step" in r)
-    assert (failed["step"], failed["failed"], failed["failed_in_row"]) == (2, 1, 1)
-    assert "a part of the path is a file" in failed["error"]
+    ends = [outcome["result"].get("status", outcome["result"]) for outcome in (found, other)]
+    assert ends == ["finished", "finished"]
+    failed = [r for r in found["records"] if r["kind"] == "checkpoint_failed" and "step" in r]
+    assert (failed[0]["step"], failed[0]["failed"], failed[0]["failed_in_row"]) == (2, 1, 1)
+    assert "a part of the path is a file" in failed[0]["error"]
     saved = [record for record in found["records"] if record["kind"] == "checkpoint"]
-    assert [(record["step"], record["failed"]) for record in saved] == [(4, 1), (6, 1)]
+    assert [record["step"] for record in [*failed, *saved]] == [2, 4, 6]
+    assert saved and {record["failed"] for record in saved} == {len(failed)}
     for record in saved:
         assert record["bytes_per_second"] == record["bytes"] / record["upload_seconds"] > 0
         assert record["skipped"] == 0 and record["waited_seconds"] >= 0
