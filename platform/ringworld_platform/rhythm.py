@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_RANKS_A_SECOND = 100
+FIRST_RANKS_A_SECOND = 50
 """Questions to first ranks, whose records the logs and the state show."""
-OTHER_RANKS_A_SECOND = 80
+OTHER_RANKS_A_SECOND = 40
 SAVES_A_SECOND = 10
-LOOKS_A_SECOND = 400
+LOOKS_A_SECOND = 200
 """Looks of all runs at what is asked of them: to stop, to make way."""
-MOST_SECONDS = 10.0
+MOST_SECONDS = 20.0
+MOST_SAVE_SECONDS = 14.0
+"""Below half of an owner's lease: it says in time that it lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Rhythm:
         return cls(
             first_rank=_share(quick.first_rank, runs / FIRST_RANKS_A_SECOND),
             other_rank=_share(quick.other_rank, (workers - runs) / OTHER_RANKS_A_SECOND),
-            save=_share(quick.save, runs / SAVES_A_SECOND),
+            save=_share(quick.save, runs / SAVES_A_SECOND, MOST_SAVE_SECONDS),
             look=_share(quick.look, runs / LOOKS_A_SECOND),
         )
 
@@ -50,5 +52,5 @@ class Rhythm:
         return self.first_rank if rank == 0 else self.other_rank
 
 
-def _share(least: float, seconds: float) -> float:
-    return min(max(least, seconds), MOST_SECONDS)
+def _share(least: float, seconds: float, most: float = MOST_SECONDS) -> float:
+    return min(max(least, seconds), most)
