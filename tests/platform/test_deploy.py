@@ -314,7 +314,7 @@ def test_the_cluster_of_aws_is_closed() -> None:
         assert line.startswith(". ~/.ringworld-profile;"), "each with the token"
     hosts = re.findall(r"--dashboard-host=(\S+)", text)
     assert hosts == ["127.0.0.1"]
-    assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
+    assert "~/.ray/auth_token" in config["file_mounts"]
 
 
 # --- Kubernetes ---
