@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringworld_platform.errors import UnknownRunError
+from ringworld_platform.run_records import CHECKPOINTS_FOLDER
 
 if TYPE_CHECKING:
     from ringworld_workers.store.base import Store
 
-CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _MAX_NAMED = 8
 _STAGE_FOLDER = re.compile(r"\d{2,}-.+")
@@ -86,7 +86,7 @@ def find_place(text: str, runs: Path) -> Place:
     folder = runs.absolute() / run_id
     stage, step = _stage_and_step(tail, text)
     run_url = _store_of(folder, run_id)
-    return Place(run_url, f"{run_url}/{CHECKPOINTS}", stage, step, folder)
+    return Place(run_url, f"{run_url}/{CHECKPOINTS_FOLDER}", stage, step, folder)
 
 
 def target_of(text: str, run_id: str) -> Place:
@@ -105,7 +105,7 @@ def target_of(text: str, run_id: str) -> Place:
     path = (os.path.abspath(path) if scheme == "file" else path).rstrip("/")
     if path.rpartition("/")[2] != run_id:
         path = f"{path}/{run_id}"
-    return Place(f"{scheme}://{path}", f"{scheme}://{path}/{CHECKPOINTS}")
+    return Place(f"{scheme}://{path}", f"{scheme}://{path}/{CHECKPOINTS_FOLDER}")
 
 
 def read_spec_text(place: Place) -> bytes:
@@ -203,7 +203,7 @@ class _Folders:
 def _place(scheme: str, root: list[str], tail: list[str], text: str) -> Place:
     """Of the root of a run's checkpoints, which may lie without a run."""
     stage, step = _stage_and_step(tail, text)
-    run = root[:-1] if root[-1] == CHECKPOINTS else root
+    run = root[:-1] if root[-1] == CHECKPOINTS_FOLDER else root
     folder = Path("/".join(run)) if scheme == "file" else None
     return Place(f"{scheme}://{'/'.join(run)}", f"{scheme}://{'/'.join(root)}", stage, step, folder)
 
@@ -213,9 +213,9 @@ def _root_of(folders: _Folders, parts: list[str]) -> list[str] | None:
     names = folders(parts)
     if _has_steps(folders, parts, names):
         return parts
-    below = [*parts, CHECKPOINTS]
+    below = [*parts, CHECKPOINTS_FOLDER]
     # A store may be called checkpoints too; then runs are in it, and no stages.
-    if CHECKPOINTS in names and _has_steps(folders, below, folders(below)):
+    if CHECKPOINTS_FOLDER in names and _has_steps(folders, below, folders(below)):
         return below
     return None
 

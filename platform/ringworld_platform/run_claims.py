@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import PlatformError, StoreRefused
-from ringworld_platform.run_records import SPEC_FILE, STATE_FILE
+from ringworld_platform.run_records import CHECKPOINTS_FOLDER, SPEC_FILE, STATE_FILE
 from ringworld_workers.store.base import Store, StoreError
 from ringworld_workers.store.opening import open_store
 
@@ -34,7 +34,7 @@ def run_url(spec: JobSpec, run_id: str) -> str:
 
 def checkpoints_url(spec: JobSpec, run_id: str) -> str:
     """The root that checkpoint code opens."""
-    return f"{run_url(spec, run_id)}/checkpoints"
+    return f"{run_url(spec, run_id)}/{CHECKPOINTS_FOLDER}"
 
 
 def on_s3(spec: JobSpec) -> bool:

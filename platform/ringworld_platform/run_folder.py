@@ -18,7 +18,6 @@ from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE, SPEC_FILE,
 
 SAMPLES_FILE = "samples.jsonl"
 LOGS_FOLDER = "logs"
-CHECKPOINTS_FOLDER = "checkpoints"
 PAGE_BYTES = 1 << 20
 
 

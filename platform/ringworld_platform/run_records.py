@@ -18,6 +18,7 @@ Record = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 STATE_FILE = "state.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 SPEC_FILE = "spec.yaml"
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"

@@ -19,14 +19,13 @@ from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRu
 from ringworld_platform.run_claims import CLAIM_FILE
 from ringworld_platform.run_folder import LOGS_FOLDER
 from ringworld_platform.run_parts import pull
-from ringworld_platform.run_records import SPEC_FILE, STATE_FILE
+from ringworld_platform.run_records import CHECKPOINTS_FOLDER, SPEC_FILE, STATE_FILE
 from ringworld_platform.run_state import JobRecord, Owner
 from ringworld_workers.checkpoint.fence import WRITER
 from ringworld_workers.store.base import Conflict, NotFound, Store, StoreError
 from ringworld_workers.store.opening import open_store
 from ringworld_workers.store.retry import HASTE
 
-CHECKPOINTS = "checkpoints"
 _MAX_RACES = 20
 
 
@@ -146,7 +145,7 @@ class StoredRun:
         """
         with plain_errors(self.url):
             try:
-                written = json.loads(self.store.get(self.key(f"{CHECKPOINTS}/{WRITER}")))
+                written = json.loads(self.store.get(self.key(f"{CHECKPOINTS_FOLDER}/{WRITER}")))
                 return int(written["attempt"])
             except (NotFound, ValueError, KeyError, TypeError):
                 return 0  # a damaged one is said where it is to be written
