@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ringworld_platform.commands.checkpoint_frame import PlaceText, open_place, plain_errors
 from ringworld_platform.commands.options import DEFAULT_RUNS, Runs
 from ringworld_platform.console import FAILED, err, next_commands, out
-
-if TYPE_CHECKING:
-    from ringworld_jobs.spec import JobSpec
-    from ringworld_platform.checkpoint_places import Place
 
 
 def export(
@@ -49,6 +44,7 @@ def export(
     """
     from ringworld_model.hf_config import WeightsError
     from ringworld_platform.formatting import bytes_text
+    from ringworld_platform.model_places import prepared_folder, resolved_spec
     from ringworld_workers.checkpoint_tools.choose import choose_newest
     from ringworld_workers.data.files import DataError
     from ringworld_workers.export import export_checkpoint
@@ -60,7 +56,7 @@ def export(
         with plain_errors():
             place, store = open_place(uri, runs)
             ref = choose_newest(store, place.stage, place.step)
-            spec = _spec_of(place)
+            spec = resolved_spec(place)
             with err().status(f"reading {ref.key}") as line:
                 files = export_checkpoint(
                     store,
@@ -69,7 +65,7 @@ def export(
                     open_sink(to),
                     dtype=dtype,
                     max_shard_bytes=shard_bytes,
-                    tokenizer=tokenizer or _tokenizer_of(place),
+                    tokenizer=tokenizer or prepared_folder(place),
                     on_tensor=lambda name, done, of: line.update(f"{done}/{of} {name}"),
                 )
     except (WeightsError, DataError) as error:
@@ -89,28 +85,6 @@ def export(
         next_commands([(load, "in transformers"), (f"init_from: hf:{to}", "in another job")]),
         markup=False,
     )
-
-
-def _spec_of(place: Place) -> JobSpec:
-    """The run's resolved spec, from where its checkpoints are if it is not on this machine."""
-    from ringworld_jobs.load import load_job
-    from ringworld_platform.checkpoint_places import read_spec_text
-
-    text = read_spec_text(place)
-    with tempfile.TemporaryDirectory(prefix="ringworld-export-") as folder:
-        path = Path(folder) / "spec.yaml"
-        path.write_bytes(text)
-        return load_job(path, check_files=False)
-
-
-def _tokenizer_of(place: Place) -> Path | None:
-    """The tokenizer of the data that the run was prepared from, where this machine has it."""
-    from ringworld_platform.run_records import read_state
-
-    if place.folder is None:
-        return None
-    prepared = (read_state(place.folder).get("prepared") or {}).get("dir")
-    return Path(prepared) if prepared and Path(prepared).is_dir() else None
 
 
 def _bytes(text: str) -> int:

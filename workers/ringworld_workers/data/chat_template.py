@@ -64,6 +64,27 @@ class ChatTemplate:
             ValueError: turns out of this order, or blank; names the turn, counted from 1.
         """
         self._check(turns)
+        if not any(turn.role == "assistant" for turn in turns):
+            raise ValueError("no message of role 'assistant', so nothing to learn")
+        if turns[-1].role != "assistant":
+            raise ValueError(f"message {len(turns)}, the last, is a question without an answer")
+        return self._spelled(turns)
+
+    def prompt(self, turns: Sequence[Turn]) -> tuple[Part, ...]:
+        """The parts of a conversation up to the next answer: it ends in ``assistant_prefix``.
+
+        Args:
+            turns: as for ``parts``, but the last is the user's.
+
+        Raises:
+            ValueError: as ``parts``.
+        """
+        self._check(turns)
+        if not turns or turns[-1].role != "user":
+            raise ValueError("the last message is not of role 'user', so nothing is asked")
+        return self._spelled(turns)
+
+    def _spelled(self, turns: Sequence[Turn]) -> tuple[Part, ...]:
         system = self.system
         parts: list[Part] = [SpecialPart("bos", loss=False)]
         lead = ""
@@ -109,10 +130,6 @@ class ChatTemplate:
                     f"message {number + skipped + 1} is of role {turn.role!r}, expected "
                     f"{expected!r}; user and assistant take turns after at most one system message"
                 )
-        if not any(turn.role == "assistant" for turn in turns):
-            raise ValueError("no message of role 'assistant', so nothing to learn")
-        if body[-1].role != "assistant":
-            raise ValueError(f"message {len(turns)}, the last, is a question without an answer")
 
 
 def clip_parts(codes: npt.NDArray[np.int32], *, loss: bool) -> tuple[Part, ...]:
