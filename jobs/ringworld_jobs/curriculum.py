@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from ringworld_jobs.check_evaluate import check_evaluations
 from ringworld_jobs.document import Document
 from ringworld_jobs.memory import check_memory
 from ringworld_jobs.mesh import MeshError, resolve_mesh
@@ -87,6 +88,9 @@ def check_curriculum(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | No
         _check_loss(checked, stage, here)
         _check_precision(checked, stage, here)
         check_memory(checked, stage, here)
+        if checked.sound((*here, "context_length")):
+            place = (*here, "evaluate")
+            check_evaluations(checked, stage.evaluate, stage.context_length, place)
 
 
 def _check_model(checked: Checked[JobSpec], recipe: Checked[RecipeSpec] | None) -> bool:

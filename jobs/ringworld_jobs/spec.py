@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ringworld_jobs.evaluate_spec import EvaluateSpec, Evaluations, asked_for
 from ringworld_jobs.spec_base import Auto, Name, Positive, Share, Size, Spec
 from ringworld_jobs.spec_data import DataSpec, DocumentsSpec, ShardCacheSpec, SourceSpec
 from ringworld_jobs.spec_model import ModelSpec, RopeScalingSpec, VisionSpec
@@ -322,6 +323,9 @@ class StageSpec(Spec):
     parity: bool | ParitySpec = False
     """Before the first step, prove on the stage's own workers that its ring gives one worker's loss
     and gradients, else fail: true, or how much to compute."""
+    evaluate: Evaluations | None = None
+    """What the stage's model is asked once its last checkpoint is there: names of tasks, or a
+    mapping of them to settings, where limits (`min_...`, `max_...`) may end the job."""
 
     @model_validator(mode="after")
     def _length(self) -> StageSpec:
@@ -335,6 +339,11 @@ class StageSpec(Spec):
         """What to prove before the first step; None where nothing is asked for."""
         asked = self.parity
         return ParitySpec() if asked is True else asked or None
+
+    @property
+    def evaluations(self) -> EvaluateSpec:
+        """What `evaluate` asks for, with every task's settings."""
+        return asked_for(self.evaluate)
 
     @property
     def rows_per_step(self) -> int:
