@@ -49,7 +49,7 @@ def find_model(
         raise UnknownRunError(
             f"{error}. A folder of weights holds config.json and safetensors"
         ) from None
-    return _of_run(found, tokenizer, codebook)
+    return find_run_model(found, tokenizer=tokenizer, codebook=codebook)
 
 
 def resolved_spec(place: Place) -> JobSpec:
@@ -77,7 +77,19 @@ def prepared_folder(place: Place) -> Path | None:
     return Path(prepared) if prepared and Path(prepared).is_dir() else None
 
 
-def _of_run(place: Place, tokenizer: Path | None, codebook: Path | None) -> ModelSource:
+def find_run_model(
+    place: Place, *, tokenizer: Path | None = None, codebook: Path | None = None
+) -> ModelSource:
+    """The model of a run's newest checkpoint, or of that which the place names.
+
+    Args:
+        place: of the run.
+        tokenizer: see ``find_model``.
+        codebook: see ``find_model``.
+
+    Raises:
+        UnknownRunError, CheckpointError, StoreError: as ``find_model``.
+    """
     from ringworld_workers.checkpoint_tools.choose import choose_newest, manifest_of
     from ringworld_workers.export import held_config
     from ringworld_workers.generation.source import ModelSource

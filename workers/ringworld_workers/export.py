@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from ringworld_model.config import SPARE_VISION_IDS, ModelConfig
 from ringworld_model.hf_layout import parameter_shapes
 from ringworld_model.hf_save import MAX_SHARD_BYTES, write_pretrained
 from ringworld_model.hf_sink import Sink
+from ringworld_model.vision.frame_tokenizer import load_frame_tokenizer
 from ringworld_workers.checkpoint.layout import CheckpointError, CheckpointRef, Manifest
 from ringworld_workers.checkpoint.range_reader import RangeReader
 from ringworld_workers.checkpoint_tools.choose import manifest_of
-from ringworld_workers.data.tokenizer import load_tokenizer
+from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
 from ringworld_workers.engine.base import OwnedRange
+from ringworld_workers.generation.folder import CODEBOOK, write_about
 from ringworld_workers.store.base import Store
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -36,6 +39,8 @@ def export_checkpoint(
     dtype: Dtype = "fp32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: Path | None = None,
+    codebook: Path | None = None,
+    about: Mapping[str, Any] | None = None,
     on_tensor: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, int]:
     """Write a checkpoint so that ``transformers`` loads it, and ``from_pretrained`` and init_from.
@@ -52,6 +57,9 @@ def export_checkpoint(
         max_shard_bytes: most bytes of tensors in a file.
         tokenizer: a folder or file of the text tokenizer, to be written beside the weights; its
             ids of text start and end go to config.json.
+        codebook: a folder or file of the frame tokenizer, to be written to ringworld/codebook.
+        about: what the training data says of both, and the words of its chats; to
+            ringworld/data.json. ``generate`` holds the vocabularies against it.
         on_tensor: told the parameter that is next, how many are done, and how many there are.
 
     Returns:
@@ -89,8 +97,21 @@ def export_checkpoint(
         max_shard_bytes=max_shard_bytes,
         bos_token_id=None if text is None else text.bos_id,
         eos_token_id=None if text is None else text.eos_id,
-        finish=None if text is None else text.save,
+        finish=partial(_write_vocabulary, text, codebook, about),
     )
+
+
+def _write_vocabulary(
+    text: TextTokenizer | None, codebook: Path | None, about: Mapping[str, Any] | None, folder: Path
+) -> None:
+    if text is not None:
+        text.save(folder)
+    if codebook is not None:
+        place = folder / CODEBOOK
+        place.mkdir(parents=True)
+        load_frame_tokenizer(codebook).save(place)
+    if about:
+        write_about(folder, about)
 
 
 def held_config(spec: JobSpec, manifest: Manifest, ref: CheckpointRef) -> ModelConfig:

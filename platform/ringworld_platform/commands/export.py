@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ringworld_platform.commands.checkpoint_frame import PlaceText, open_place, plain_errors
 from ringworld_platform.commands.options import DEFAULT_RUNS, Runs
 from ringworld_platform.console import FAILED, err, next_commands, out
+
+if TYPE_CHECKING:
+    from ringworld_workers.generation.source import ModelSource
 
 
 def export(
@@ -34,17 +37,25 @@ def export(
             help="Text tokenizer to add; that of the run's data if it is on this machine.",
         ),
     ] = None,
+    codebook: Annotated[
+        Path | None,
+        typer.Option(
+            "--codebook",
+            metavar="PATH",
+            help="Codebook to add; that of the run's data if it is on this machine.",
+        ),
+    ] = None,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Write a checkpoint's master weights in Hugging Face's layout, which transformers loads.
 
     The newest checkpoint of a run or of a stage, or the one that is named. Vision tables, which a
-    Llama has no place for, go to the subfolder ringworld; a job takes all of it back with
-    `init_from: hf:FOLDER`.
+    Llama has no place for, go to the subfolder ringworld, as the codebook does; a job takes the
+    weights back with `init_from: hf:FOLDER`, and `generate` and `chat` take the folder.
     """
     from ringworld_model.hf_config import WeightsError
     from ringworld_platform.formatting import bytes_text
-    from ringworld_platform.model_places import prepared_folder, resolved_spec
+    from ringworld_platform.model_places import find_run_model, resolved_spec
     from ringworld_workers.checkpoint_tools.choose import choose_newest
     from ringworld_workers.data.files import DataError
     from ringworld_workers.export import export_checkpoint
@@ -57,6 +68,7 @@ def export(
             place, store = open_place(uri, runs)
             ref = choose_newest(store, place.stage, place.step)
             spec = resolved_spec(place)
+            source = find_run_model(place, tokenizer=tokenizer, codebook=codebook)
             with err().status(f"reading {ref.key}") as line:
                 files = export_checkpoint(
                     store,
@@ -65,7 +77,9 @@ def export(
                     open_sink(to),
                     dtype=dtype,
                     max_shard_bytes=shard_bytes,
-                    tokenizer=tokenizer or prepared_folder(place),
+                    tokenizer=Path(source.tokenizer) if source.tokenizer else None,
+                    codebook=_codebook_of(source),
+                    about=source.about,
                     on_tensor=lambda name, done, of: line.update(f"{done}/{of} {name}"),
                 )
     except (WeightsError, DataError) as error:
@@ -85,6 +99,12 @@ def export(
         next_commands([(load, "in transformers"), (f"init_from: hf:{to}", "in another job")]),
         markup=False,
     )
+
+
+def _codebook_of(source: ModelSource) -> Path | None:
+    """The codebook at hand, where the model has a table for it."""
+    wanted = source.codebook and source.config.vision_codebook_size
+    return Path(source.codebook) if wanted else None
 
 
 def _bytes(text: str) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.recipe import RecipeSpec
+from ringworld_jobs.recipe import Dataset, RecipeSpec
+from ringworld_jobs.recipe_text import ChatDataset, LongQaDataset
+from ringworld_jobs.recipe_vision import MediaTextDataset
 from ringworld_workers.data.assemble import assemble
+from ringworld_workers.data.chat_template import ChatTemplate
 from ringworld_workers.data.draft import DatasetReader, Refused
 from ringworld_workers.data.examples import ExampleRules, WriteExamples
 from ringworld_workers.data.files import DataError
@@ -212,6 +215,9 @@ class Build:
             "pack_apart": dataset.pack_apart,
             "credits": credits_of(self._recipe, dataset),
         }
+        words = chat_words(dataset)
+        if words is not None:
+            meta["chat"] = words
         phase = f"write {name}"
         self._phases.say(phase, 0, len(places))
         with whole_folder(self._folder / "result" / name) as temporary:
@@ -234,6 +240,15 @@ class Build:
                 f"datasets.{dataset}: {refused.name}: {refused.reason} "
                 f"(bad_files: skip leaves such out, and lists them)"
             )
+
+
+def chat_words(dataset: Dataset) -> dict[str, str] | None:
+    """How a dataset spells conversations, as ``ChatTemplate`` takes it; None: it has none."""
+    if isinstance(dataset, ChatDataset | LongQaDataset):
+        fields = ("system", "user_prefix", "assistant_prefix")
+        return {name: getattr(dataset, name) for name in fields}
+    chats = isinstance(dataset, MediaTextDataset) and dataset.template == "chat"
+    return asdict(ChatTemplate()) if chats else None
 
 
 def _refused(folder: Path) -> int:

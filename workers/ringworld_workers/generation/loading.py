@@ -1,4 +1,4 @@
-"""A model with its weights and tokenizers, ready to be asked; every rank of a ring loads its own."""
+"""A model with its weights and tokenizers; every rank of a ring loads its own."""
 
 from __future__ import annotations
 

@@ -45,3 +45,13 @@ class ModelSource:
     tokenizer_digest: str = ""
     codebook_about: Mapping[str, Any] | None = None
     chat: Mapping[str, str] | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is known of the vocabularies that trained it, for an exported folder."""
+        known = {
+            "tokenizer": {"digest": self.tokenizer_digest} if self.tokenizer_digest else None,
+            "codebook": dict(self.codebook_about) if self.codebook_about else None,
+            "chat": dict(self.chat) if self.chat else None,
+        }
+        return {name: value for name, value in known.items() if value is not None}
