@@ -11,6 +11,7 @@ from ringworld_platform.commands import (
     checkpoints,
     data,
     data_look,
+    data_needles,
     deploy,
     dev,
     export,
@@ -224,6 +225,13 @@ app.add_typer(checkpoints_app, name="checkpoints", rich_help_panel=LOOK)
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Prepare training data.")
 _add(data_app, None, data.build, "ringworld data build jobs/recipes/quickstart.yaml")
+_add(
+    data_app,
+    None,
+    data_needles.needles,
+    "ringworld data needles --to needles-2k.jsonl --tokens 2Ki --documents 4000",
+    "ringworld data needles --to n.jsonl --tokens 8Ki --tokenizer tokenizer.json --seed 1",
+)
 _add(
     data_app,
     None,
