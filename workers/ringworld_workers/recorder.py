@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ringworld_workers.reporter import Record
 
-EntryKind = Literal["metrics", "event", "log"]
+EntryKind = Literal["metrics", "answer", "event", "log"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,10 @@ class Recorder:
     def metrics(self, record: Record) -> None:
         """See ``Reporter.metrics``."""
         self._add("metrics", dict(record))
+
+    def answer(self, record: Record) -> None:
+        """See ``Reporter.answer``."""
+        self._add("answer", dict(record))
 
     def event(self, record: Record) -> None:
         """See ``Reporter.event``."""

@@ -16,6 +16,9 @@ class Reporter(Protocol):
     def metrics(self, record: Record) -> None:
         """Hand over one line of the metric log. Called on rank 0 alone."""
 
+    def answer(self, record: Record) -> None:
+        """Hand over a model's answer to one item of an evaluation. Called on any rank."""
+
     def event(self, record: Record) -> None:
         """Hand over something worth a line in the event log (``text``, and what belongs to it)."""
 
