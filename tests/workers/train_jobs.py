@@ -38,7 +38,7 @@ class Collector:
         self.records: list[dict[str, Any]] = []
         self._stop_after, self._step = stop_after, 0
 
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int, ring: Any = None) -> None:
         self._step = step
 
     def metrics(self, record: dict[str, Any]) -> None:

@@ -17,14 +17,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
 
+from ringworld_workers.log_lines import PlainFormatter, Redaction
+from ringworld_workers.rank_gauges import RankGauges
 from ringworld_workers.recorder import Entry, Progress, Recorder, RecorderHandler
 from ringworld_workers.stacks import Stacks, own_stacks, write_stacks_on_signal
 from ringworld_workers.stage_job import StageJob
@@ -32,6 +35,8 @@ from ringworld_workers.stage_job import StageJob
 log = logging.getLogger(__name__)
 
 CONTROL_THREADS = 4
+GAUGE_SECONDS = 5.0
+"""Half of the time between two of Ray's exports, unless that is set to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,7 @@ class RingWorker:
         self._rank = 0
         self._training_thread: int | None = None
         self._errors_file = write_stacks_on_signal()
-        _log_to(self._recorder)
+        self._log = _log_to(self._recorder)
         self._was_warned = False
         # Ray makes actors in the main thread, the only one that may do this.
         self._end: Any = signal.signal(signal.SIGTERM, self._warned)
@@ -200,6 +205,8 @@ class RingWorker:
             timeout_seconds: after which a collective of a lost peer fails by itself; the gang's
                 watch is meant to be faster.
         """
+        node = ray.util.get_node_ip_address()
+        self._log.place(rank=rank, stage=job.stage.name, attempt=job.attempt, node=node)
         try:
             self._recorder.phase("rendezvous", 0)
             self._join(rank, host, port, job, num_threads, timedelta(seconds=timeout_seconds))
@@ -237,6 +244,7 @@ class RingWorker:
             heads_size=job.heads_size,
         )
         self._job, self._rank = job, rank
+        self._show_gauges(job, rank)
         log.info(
             "rank %d of %d (%s) joined on %s, %d threads",
             rank,
@@ -245,6 +253,15 @@ class RingWorker:
             job.device,
             num_threads,
         )
+
+    def _show_gauges(self, job: StageJob, rank: int) -> None:
+        from ray.util.metrics import Gauge
+
+        from ringworld_workers.metrics import memory_bytes
+
+        memory = partial(memory_bytes, self._mesh.device)
+        tags = {"run": job.run_id, "stage": job.stage.name, "rank": str(rank)}
+        RankGauges(Gauge, self._recorder, memory, tags, GAUGE_SECONDS).start()
 
     @ray.method(concurrency_group="train")
     def run_stage(self) -> dict[str, Any] | WorkerFailure:
@@ -287,7 +304,18 @@ class RingWorker:
     def drain(self, after_seq: int) -> Drained:
         """Records since ``after_seq``, and the heartbeat; see ``Recorder.drain``."""
         entries = self._recorder.drain(after_seq)
-        return Drained(entries, self._recorder.progress(), self._recorder.awaited())
+        progress = replace(self._recorder.progress(), memory_bytes=self._memory_bytes())
+        return Drained(entries, progress, self._recorder.awaited())
+
+    def _memory_bytes(self) -> int | None:
+        if self._job is None:
+            return None  # torch may be being imported
+        import torch
+
+        from ringworld_workers.metrics import memory_bytes
+
+        found = memory_bytes(torch.device(self._job.device))
+        return found["memory_device_bytes"] or found["memory_host_bytes"]
 
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
@@ -325,13 +353,18 @@ def _spare_imports() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
-def _log_to(recorder: Recorder) -> None:
+def _log_to(recorder: Recorder) -> RecorderHandler:
     """Send this process's log to the outbox, and to stderr for Ray's own log files."""
-    root = logging.getLogger()
+    root, redact = logging.getLogger(), Redaction(os.environ)
     root.setLevel(logging.INFO)
-    root.addHandler(RecorderHandler(recorder))
+    handler = RecorderHandler(recorder, redact)
+    root.addHandler(handler)
     if not any(type(handler) is logging.StreamHandler for handler in root.handlers):
         root.addHandler(logging.StreamHandler(sys.stderr))
+    for other in root.handlers:
+        if type(other) is logging.StreamHandler:
+            other.setFormatter(PlainFormatter(redact))
+    return handler
 
 
 # Ray's own annotations leave out concurrency groups.

@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ringworld_workers.reporter import Record
+from ringworld_workers.log_lines import Flood, LineFormatter, Redaction, log_line
+from ringworld_workers.reporter import Record, RingPlace
 
 EntryKind = Literal["metrics", "answer", "event", "log"]
 
@@ -37,13 +38,20 @@ class Progress:
         phase: what it is doing, such as ``forward``.
         step: in which step of the stage.
         since: wall-clock time (seconds since the epoch, this worker's clock) at which it began.
-        count: how many phases it has begun; a number that stands still means no progress.
+        count: how many phases and ring hops it has begun; a number that stands still means no
+            progress.
+        hop: exchanges of the ring's present round that are behind it; 0 outside of attention.
+        awaits: the rank whose keys and values it waits for at this moment, if it does.
+        memory_bytes: of its device, or of its process where it computes on the CPU.
     """
 
     phase: str = "start"
     step: int = 0
     since: float = 0.0
     count: int = 0
+    hop: int = 0
+    awaits: int | None = None
+    memory_bytes: int | None = None
 
 
 class Recorder:
@@ -56,12 +64,15 @@ class Recorder:
         self._last_seq = self._stored_seq = self._awaited_seq = 0
         self._stop = threading.Event()
         self._progress = Progress(since=time.time())
+        self._ring: RingPlace | None = None
+        self._hops_before = 0
 
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int, ring: RingPlace | None = None) -> None:
         """See ``Reporter.phase``."""
         with self._lock:
-            count = self._progress.count + 1
+            count = self._counted() + 1
             self._progress = Progress(phase=name, step=step, since=time.time(), count=count)
+            self._ring, self._hops_before = ring, ring.hops if ring is not None else 0
 
     def metrics(self, record: Record) -> None:
         """See ``Reporter.metrics``."""
@@ -106,7 +117,14 @@ class Recorder:
     def progress(self) -> Progress:
         """The newest heartbeat."""
         with self._lock:
-            return self._progress
+            if self._ring is None:
+                return self._progress
+            hop, awaits = self._ring.hop, self._ring.awaits
+            return replace(self._progress, count=self._counted(), hop=hop, awaits=awaits)
+
+    def _counted(self) -> int:
+        hops = self._ring.hops - self._hops_before if self._ring is not None else 0
+        return self._progress.count + max(0, hops)
 
     def drain(self, after_seq: int) -> list[Entry]:
         """Everything after entry ``after_seq``; what came before it is forgotten.
@@ -126,17 +144,36 @@ class Recorder:
 
 
 class RecorderHandler(logging.Handler):
-    """Sends a worker's Python log lines to its outbox."""
+    """Sends a worker's Python log lines to its outbox, see ``log_lines``."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        """Send to ``recorder``."""
+    def __init__(self, recorder: Recorder, redact: Redaction) -> None:
+        """Send to ``recorder``, without secrets."""
         super().__init__()
         self._recorder = recorder
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._place: dict[str, Any] = {}
+        self._flood, self._warnings = Flood(), Flood()
+        self.setFormatter(LineFormatter(self._about, redact))
+
+    def place(self, *, rank: int, stage: str, attempt: int, node: str) -> None:
+        """Say from now on where in the run this worker is."""
+        self._place = {"rank": rank, "stage": stage, "attempt": attempt, "node": node}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Format one line and keep it."""
         try:
+            # Apart: chatter must not push out what tells of trouble.
+            flood = self._warnings if record.levelno >= logging.WARNING else self._flood
+            if not flood.passes():
+                return
+            if flood.left_out:
+                text = f"{flood.left_out} lines left out: too many at once"
+                flood.left_out = 0
+                name = __name__
+                line = log_line(record.created, "WARNING", name, text, **self._about())
+                self._recorder.log_line(line)
             self._recorder.log_line(self.format(record))
         except Exception:
             self.handleError(record)
+
+    def _about(self) -> dict[str, Any]:
+        return {**self._place, "step": self._recorder.progress().step}

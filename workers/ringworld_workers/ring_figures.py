@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Iterable
 
 import torch
 
 from ringworld_model.ring import RingStats
 
+log = logging.getLogger(__name__)
+
 FIGURES = 3
+LOG_SECONDS = 10.0
+"""Between two lines of a rank's log: the metric log has every step."""
 
 
 def ring_figures(stats: Iterable[RingStats], rank: int, world_size: int) -> torch.Tensor:
@@ -52,3 +59,30 @@ def ring_record(figures: torch.Tensor) -> dict[str, float | list[float]]:
         "ring_slowest_rank": int(figures[:, 0].argmax()),
         "ring_compute_by_rank": [round(seconds, 6) for seconds in figures[:, 0].tolist()],
     }
+
+
+class RingLog:
+    """Writes a rank's own figures into its log now and then, the first step's at once."""
+
+    def __init__(self) -> None:
+        """Nothing is written yet."""
+        self._written = -math.inf
+
+    def step(self, step: int, figures: torch.Tensor) -> None:
+        """Take a step's figures.
+
+        Args:
+            step: counted from 1.
+            figures: of this rank, [3], a row of ``ring_figures``.
+        """
+        if time.monotonic() - self._written < LOG_SECONDS:
+            return
+        self._written = time.monotonic()
+        compute, wait, sent = figures.tolist()
+        log.info(
+            "step %d: ring compute %.3f s, exposed wait %.3f s, %.1f MiB sent",
+            step,
+            compute,
+            wait,
+            sent / 2**20,
+        )

@@ -41,7 +41,7 @@ from ringworld_workers.micro_batch import (
     prepare_micro_batch,
 )
 from ringworld_workers.reporter import Reporter
-from ringworld_workers.ring_figures import ring_figures
+from ringworld_workers.ring_figures import RingLog, ring_figures
 from ringworld_workers.stage_job import StageJob
 from ringworld_workers.step_figures import StepSums, step_figures, step_losses
 
@@ -143,7 +143,7 @@ class StageRun:
         self.reporter, self.loader, self.engine = reporter, loader, engine
         self.checkpoints = checkpoints
         self.backend, self.backend_reason = choose_stage_backend(job, mesh)
-        self.timer = StepTimer(mesh.device)
+        self.timer, self._ring_log = StepTimer(mesh.device), RingLog()
         self.shares = (self.stage.loss.text, self.stage.loss.vision)
         self.guard = NumericGuard(job.spec.recovery)
         self.gang = Gang(job, mesh, engine, loader, reporter)
@@ -298,11 +298,11 @@ class StageRun:
         self._local = []
         self.engine.set_learning_rate(learning_rate)
         for batch in batches:
-            self.reporter.phase("forward", step + 1)
+            self.reporter.phase("forward", step + 1, batch.ring.stats)
             with self.timer.phase("forward"):
                 sums: LossSums = self.engine(batch.local, batch.ring)
                 loss = combine(sums, weight, self.shares, self.engine.loss_factor)
-            self.reporter.phase("backward", step + 1)
+            self.reporter.phase("backward", step + 1, batch.ring.stats)
             with self.timer.phase("backward"):
                 self.engine.backward(loss)
             parts = (sums.nll.detach(), sums.correct, sums.count)
@@ -313,7 +313,7 @@ class StageRun:
         ring = ring_figures(
             (batch.ring.stats for batch in batches), self.mesh.rank, self.mesh.world_size
         )
-        self._log_ring(step + 1, ring[self.mesh.rank])
+        self._ring_log.step(step + 1, ring[self.mesh.rank])
         totals = torch.stack(self._local).sum(0)
         # Rank 0's norm for all: what is judged must be the same to the last bit.
         norm = torch.tensor([grad_norm if self.mesh.rank == 0 else 0.0], dtype=torch.float64)
@@ -321,17 +321,6 @@ class StageRun:
         dist.all_reduce(together, group=self.mesh.control_group)
         nll, correct, num_targets = together[:6].view(3, 2)
         return StepSums(nll, correct, num_targets, float(together[6]), together[7:].view_as(ring))
-
-    def _log_ring(self, step: int, figures: torch.Tensor) -> None:
-        """This rank's own figures, in its own log."""
-        compute, wait, sent = figures.tolist()
-        log.info(
-            "step %d: ring compute %.3f s, exposed wait %.3f s, %.1f MiB sent",
-            step,
-            compute,
-            wait,
-            sent / 2**20,
-        )
 
     def _report_step(
         self,

@@ -61,11 +61,16 @@ class RingStats:
 
     Attributes:
         bytes_sent: bytes that this rank sent.
+        hops: exchanges that have ended.
+        hop: of these, the ones of the round at hand.
+        awaits: the rank (of the world) that the host waits for at this moment; on CUDA it waits
+            for nobody, and hops end when they are queued.
     """
 
     def __init__(self) -> None:
         """Begin at zero."""
-        self.bytes_sent = 0
+        self.bytes_sent = self.hops = self.hop = 0
+        self.awaits: int | None = None
         self._compute, self._wait = _Clock(), _Clock()
 
     @property
@@ -92,7 +97,7 @@ class RingStats:
 
     def reset(self) -> None:
         """Set every figure to zero, without waiting for anything."""
-        self.bytes_sent = 0
+        self.bytes_sent = self.hops = self.hop = 0
         self._compute, self._wait = _Clock(), _Clock()
 
 
@@ -180,6 +185,7 @@ class Exchange:
         self._members = dist.get_process_group_ranks(ring.group) if ring.group else [0]
         self._posted: list[Parcel] | None = None
         self._works: list[dist.Work] = []
+        stats.hop = 0
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         """Post parcels. None may be written, nor a received one read, until ``finish``.
@@ -222,12 +228,20 @@ class Exchange:
         if self._posted is None:
             raise RuntimeError("finish() without post()")
         if self._works:
+            # Sends come first: the last one is received, where anything is.
+            self._stats.awaits = self._peer(self._posted[-1])
             with self._stats.waiting(self._posted[0].tensor.device):
                 for work in self._works:
                     work.wait()
+            self._stats.awaits = None
+        self._stats.hops += 1
+        self._stats.hop += 1
         self._posted, self._works = None, []
 
     def _transfer(self, operation: Callable[..., Any], parcel: Parcel) -> dist.P2POp:
-        peer = self._members[parcel.peer % self._ring.size]
         # NCCL pairs by order; gloo by tag.
-        return dist.P2POp(operation, parcel.tensor, peer, self._ring.group, int(parcel.message))
+        group, tag = self._ring.group, int(parcel.message)
+        return dist.P2POp(operation, parcel.tensor, self._peer(parcel), group, tag)
+
+    def _peer(self, parcel: Parcel) -> int:
+        return self._members[parcel.peer % self._ring.size]

@@ -295,6 +295,8 @@ def test_stats_count_what_is_sent(ranks):
         halves = 1 + 1 + 2 if rank == 0 else 2 + 2 + 1
         assert stats.bytes_sent == halves * block // 2
         assert stats.compute_seconds > 0 and stats.wait_seconds > 0
+        # Two forward; backward two, and one that brings the gradients home.
+        assert (stats.hops, stats.hop, stats.awaits) == (2 + 3, 3, None)
     assert ranks[0][0]["alone", torch.float32][1].bytes_sent == 0
 
 
