@@ -50,6 +50,7 @@ class Subject:
 
     Attributes:
         loaded: the model with all that belongs to it.
+        stage_name: the stage whose model it is.
         seed: of the job; what a task draws, it draws from this and an item's id.
         context_length: longest row that is asked for: the stage's.
         sources: folder or URL of each prepared dataset of the job, for tasks on held-out data.
@@ -62,6 +63,7 @@ class Subject:
     """
 
     loaded: LoadedModel
+    stage_name: str
     seed: int
     context_length: int
     sources: Mapping[str, str] = field(default_factory=dict)
