@@ -30,7 +30,7 @@ from ringworld_workers.log_lines import PlainFormatter, Redaction
 from ringworld_workers.rank_gauges import RankGauges
 from ringworld_workers.recorder import Entry, Progress, Recorder, RecorderHandler
 from ringworld_workers.stacks import Stacks, own_stacks, write_stacks_on_signal
-from ringworld_workers.stage_job import StageJob
+from ringworld_workers.stage_job import GangJob
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class RingWorker:
         """Set up logging; nothing heavy.
 
         Args:
-            stage_function: ``module:function`` that trains a stage.
+            stage_function: ``module:function`` that trains a stage, or does other work of a gang.
             prepare_function: ``module:function`` that builds a data recipe.
         """
         self._stage_function = stage_function
@@ -111,7 +111,7 @@ class RingWorker:
         self._recorder = Recorder()
         self._rendezvous: Any = None
         self._mesh: Any = None
-        self._job: StageJob | None = None
+        self._job: GangJob | None = None
         self._rank = 0
         self._training_thread: int | None = None
         self._errors_file = write_stacks_on_signal()
@@ -190,7 +190,7 @@ class RingWorker:
         rank: int,
         host: str,
         port: int,
-        job: StageJob,
+        job: GangJob,
         num_threads: int,
         timeout_seconds: float,
     ) -> WorkerFailure | None:
@@ -200,13 +200,13 @@ class RingWorker:
             rank: this worker's place.
             host: rank 0's rendezvous.
             port: rank 0's rendezvous.
-            job: the stage to run.
+            job: what the stage function is told.
             num_threads: threads of one torch operation on CPU.
             timeout_seconds: after which a collective of a lost peer fails by itself; the gang's
                 watch is meant to be faster.
         """
         node = ray.util.get_node_ip_address()
-        self._log.place(rank=rank, stage=job.stage.name, attempt=job.attempt, node=node)
+        self._log.place(rank=rank, stage=job.stage_name, attempt=job.attempt, node=node)
         try:
             self._recorder.phase("rendezvous", 0)
             self._join(rank, host, port, job, num_threads, timedelta(seconds=timeout_seconds))
@@ -215,7 +215,7 @@ class RingWorker:
         return None
 
     def _join(
-        self, rank: int, host: str, port: int, job: StageJob, num_threads: int, timeout: timedelta
+        self, rank: int, host: str, port: int, job: GangJob, num_threads: int, timeout: timedelta
     ) -> None:
         import torch
         from torch import distributed as dist
@@ -254,13 +254,13 @@ class RingWorker:
             num_threads,
         )
 
-    def _show_gauges(self, job: StageJob, rank: int) -> None:
+    def _show_gauges(self, job: GangJob, rank: int) -> None:
         from ray.util.metrics import Gauge
 
         from ringworld_workers.metrics import memory_bytes
 
         memory = partial(memory_bytes, self._mesh.device)
-        tags = {"run": job.run_id, "stage": job.stage.name, "rank": str(rank)}
+        tags = {"run": job.run_id, "stage": job.stage_name, "rank": str(rank)}
         RankGauges(Gauge, self._recorder, memory, tags, GAUGE_SECONDS).start()
 
     @ray.method(concurrency_group="train")

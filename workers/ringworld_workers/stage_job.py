@@ -4,10 +4,50 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ringworld_jobs.spec import JobSpec, StageSpec
 from ringworld_model.config import ModelConfig
+
+
+class GangJob(Protocol):
+    """What a worker needs to know to take its place in a gang, whatever the gang does."""
+
+    @property
+    def run_id(self) -> str:
+        """The run, such as ``quickstart-1``."""
+
+    @property
+    def stage_name(self) -> str:
+        """The stage that it is about."""
+
+    @property
+    def attempt(self) -> int:
+        """See ``StageJob``."""
+
+    @property
+    def group_name(self) -> str:
+        """Name of the gang's rendezvous: unlike for any two attempts."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the gang."""
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Ranks that share one sequence."""
+
+    @property
+    def heads_size(self) -> int:
+        """Of these, the ranks of one ring place."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Rings."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What the ranks compute on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +102,11 @@ class StageJob:
     def stage(self) -> StageSpec:
         """The stage to train."""
         return self.spec.stages[self.stage_index]
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the stage."""
+        return self.stage.name
 
     @property
     def group_name(self) -> str:
