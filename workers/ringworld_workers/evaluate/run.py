@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ringworld_workers.evaluate.job import EvaluationJob
+from ringworld_workers.evaluate.no_tokenizer import coder_of
 from ringworld_workers.evaluate.registry import make_tasks
 from ringworld_workers.evaluate.task import EvaluationRing, Item, Record, Subject, Task
 from ringworld_workers.generation import load_model
@@ -53,6 +54,7 @@ def run_evaluation(job: EvaluationJob, mesh: Mesh, reporter: Reporter) -> dict[s
         job.model,
         device=mesh.device,
         dtype=DTYPES[job.precision],
+        coder=coder_of(job.model, str(mesh.device)),
         on_tensor=lambda done, total: reporter.phase(f"load {done}/{total}", done),
     )
     subject = Subject(
