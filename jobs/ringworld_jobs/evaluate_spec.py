@@ -7,64 +7,23 @@ names: ``min_X`` and ``max_X`` are gates on the figure X of what the task finds.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ringworld_jobs.evaluate_base import Gate, TaskSpec, too_long
+from ringworld_jobs.evaluate_needles import MultiNeedleTask, NeedleTask, VideoNeedleTask
+from ringworld_jobs.evaluate_questions import QuestionsTask, ReconstructionTask
 from ringworld_jobs.spec_base import Positive, Share, Size, Spec
-from ringworld_jobs.units import ContextLength, format_tokens
+from ringworld_jobs.units import ContextLength
 
-TaskName = Literal["validation", "perplexity", "short_context"]
-"""Every task, in the order in which they are done."""
+__all__ = ["EvaluateSpec", "Evaluations", "Gate", "TaskName", "TaskSpec", "asked_for", "too_long"]
 
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """A limit on one figure of a task.
-
-    Attributes:
-        field: of the task's settings, such as ``min_accuracy``.
-        figure: name of the figure.
-        limit: least or greatest value that passes.
-        least: whether it is the least.
-    """
-
-    field: str
-    figure: str
-    limit: float
-    least: bool
-
-    def missed(self, value: float) -> bool:
-        """Whether a value is beyond the limit; what is no number is."""
-        return not (value >= self.limit if self.least else value <= self.limit)
-
-
-class TaskSpec(Spec):
-    """Settings that every task has."""
-
-    on_missed: Literal["stop", "warn"] = "stop"
-    """What happens when a figure misses its limit. stop: the job fails there, with the figure and
-    the limit; warn: an event says so, and the job goes on."""
-
-    def gates(self) -> Iterator[Gate]:
-        """The limits that are set."""
-        for name in type(self).model_fields:
-            kind, _, figure = name.partition("_")
-            limit = getattr(self, name)
-            if kind in ("min", "max") and isinstance(limit, int | float):
-                yield Gate(name, figure, float(limit), kind == "min")
-
-    def problems(self, context_length: int) -> Iterator[tuple[str, str]]:
-        """What the settings ask for that this context cannot hold.
-
-        Args:
-            context_length: of the stage or model that is evaluated.
-
-        Yields:
-            The field, and the message with limit and remedy.
-        """
-        yield from ()
+TaskName = Literal[
+    "validation", "perplexity", "short_context", "needle", "multi_needle", "video_needle"
+]
+"""Every task that can be asked for by its name alone."""
 
 
 class ValidationTask(TaskSpec):
@@ -127,6 +86,16 @@ class EvaluateSpec(Spec):
     """Loss against context length."""
     short_context: ShortContextTask | None = None
     """Loss at short contexts, against the stages before."""
+    needle: NeedleTask | None = None
+    """One needle in a long text, by context length and depth."""
+    multi_needle: MultiNeedleTask | None = None
+    """Several needles in a long text."""
+    video_needle: VideoNeedleTask | None = None
+    """A marked frame in a long clip."""
+    questions: QuestionsTask | None = None
+    """Questions of one's own, with known answers."""
+    reconstruction: ReconstructionTask | None = None
+    """Images and videos through the codebook."""
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +112,16 @@ class EvaluateSpec(Spec):
             if settings is not None:
                 yield name, settings
 
+    def absolute(self, base: Path) -> EvaluateSpec:
+        """The same with paths that mean the same wherever they are read.
+
+        Args:
+            base: folder that they are relative to: the job file's.
+        """
+        return self.model_copy(
+            update={name: settings.absolute(base) for name, settings in self.tasks()}
+        )
+
 
 Evaluations = Annotated[list[TaskName], Field(min_length=1)] | EvaluateSpec
 """A list of names, or a mapping of names to settings."""
@@ -155,16 +134,3 @@ def asked_for(evaluations: Evaluations | None) -> EvaluateSpec:
     if isinstance(evaluations, EvaluateSpec):
         return evaluations
     return EvaluateSpec.model_validate({name: {} for name in evaluations})
-
-
-def too_long(
-    field: str, lengths: Iterator[int] | list[int], context_length: int
-) -> Iterator[tuple[str, str]]:
-    """One problem where a length is beyond the context; see ``TaskSpec.problems``."""
-    longest = max(lengths)
-    if longest > context_length:
-        yield (
-            field,
-            f"{format_tokens(longest)} tokens are more than the context of "
-            f"{format_tokens(context_length)}; take lengths up to {format_tokens(context_length)}",
-        )

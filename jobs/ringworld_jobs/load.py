@@ -10,6 +10,7 @@ from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.credentials import refuse_secrets
 from ringworld_jobs.curriculum import check_curriculum, merge_defaults
 from ringworld_jobs.document import Document, read_document
+from ringworld_jobs.evaluate_spec import EvaluateSpec
 from ringworld_jobs.files import (
     check_codebook_files,
     check_recipe_files,
@@ -258,4 +259,11 @@ def _absolute(spec: JobSpec, base: Path) -> JobSpec:
             else source.model_copy(update={"shards": str((base / source.shards).resolve())})
             for name, source in spec.data.sources.items()
         }
-    return spec.model_copy(update={"data": spec.data.model_copy(update=data)})
+    stages = [
+        stage.model_copy(update={"evaluate": stage.evaluate.absolute(base)})
+        if isinstance(stage.evaluate, EvaluateSpec)
+        else stage
+        for stage in spec.stages
+    ]
+    data_spec = spec.data.model_copy(update=data)
+    return spec.model_copy(update={"data": data_spec, "stages": stages})

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ringworld_jobs.recipe_text import CHAT_SYSTEM
 from ringworld_jobs.spec_base import Size, Spec
 
 NEEDLE = "\nThe special magic {city} number is: {number}\n"
@@ -43,12 +42,13 @@ class NeedleFormat(Spec):
     looks for the number alone."""
     digits: Annotated[int, Field(ge=3, le=18)] = 7
     """Digits of a number, of which the first is not 0."""
-    system: str = CHAT_SYSTEM
-    """The line before the document; chat only."""
-    user_prefix: str = "USER:"
-    """What comes before the document; chat only."""
-    assistant_prefix: str = "ASSISTANT:"
-    """What the prompt ends in; chat only."""
+    system: str | None = None
+    """The line before the document; empty: that of the conversations that the model was trained on,
+    else LWM's. Chat only."""
+    user_prefix: str | None = None
+    """What comes before the document; likewise."""
+    assistant_prefix: str | None = None
+    """What the prompt ends in; likewise."""
 
     @model_validator(mode="after")
     def _placeholders(self) -> NeedleFormat:

@@ -7,14 +7,13 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from ringworld_jobs.chat_words import ASSISTANT_PREFIX, CHAT_SYSTEM, USER_PREFIX
 from ringworld_jobs.lwm_fields import parse_layout
 from ringworld_jobs.recipe_dataset import DatasetBase, Longer
 from ringworld_jobs.spec import Positive, Share, Size, Spec
 from ringworld_jobs.units import ContextLength, Seconds
 
 Files = Annotated[list[str], Field(min_length=1)]
-CHAT_SYSTEM = "You are a helpful assistant."
-"""LWM's system line."""
 
 
 class TextDataset(DatasetBase):
@@ -103,9 +102,9 @@ class ChatDataset(DatasetBase):
     ...]}`. auto looks at each record."""
     system: str = CHAT_SYSTEM
     """The line before a conversation that has no system message of its own."""
-    user_prefix: str = "USER:"
+    user_prefix: str = USER_PREFIX
     """What comes before a question."""
-    assistant_prefix: str = "ASSISTANT:"
+    assistant_prefix: str = ASSISTANT_PREFIX
     """What comes before an answer. An answer ends in eos, and both carry loss."""
     media_root: str = ""
     """Folder of the images and videos that messages name; empty: the recipe's."""
@@ -181,10 +180,10 @@ class LongQaDataset(DatasetBase):
     """Who asks and answers."""
     system: str = CHAT_SYSTEM
     """The line before the document."""
-    user_prefix: str = "USER:"
+    user_prefix: str = USER_PREFIX
     """What comes before the document, which the first question follows, and before each later
     question."""
-    assistant_prefix: str = "ASSISTANT:"
+    assistant_prefix: str = ASSISTANT_PREFIX
     """What comes before an answer."""
     pack_apart: bool = True
     """Rows hold examples of this dataset alone: less than a hundredth of their tokens carry loss,

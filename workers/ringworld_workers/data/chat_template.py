@@ -9,13 +9,13 @@ A clip stands after the question's text and a newline, as in LWM's own prompts:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ringworld_jobs.recipe_text import CHAT_SYSTEM
+from ringworld_jobs.chat_words import ASSISTANT_PREFIX, CHAT_SYSTEM, USER_PREFIX
 from ringworld_model.tokens import VISION_END, VISION_START
 from ringworld_workers.data.draft import Part, SpecialPart, TextPart, VisionPart
 
@@ -47,8 +47,8 @@ class ChatTemplate:
     """
 
     system: str = CHAT_SYSTEM
-    user_prefix: str = "USER:"
-    assistant_prefix: str = "ASSISTANT:"
+    user_prefix: str = USER_PREFIX
+    assistant_prefix: str = ASSISTANT_PREFIX
 
     def parts(self, turns: Sequence[Turn]) -> tuple[Part, ...]:
         """The parts of a conversation, from bos to the last answer's eos.
@@ -83,6 +83,28 @@ class ChatTemplate:
         if not turns or turns[-1].role != "user":
             raise ValueError("the last message is not of role 'user', so nothing is asked")
         return self._spelled(turns)
+
+    def question(self, content: Sequence[Content], *, first: bool) -> tuple[Part, ...]:
+        """The parts of a question, up to its answer, for who spells a conversation turn by turn.
+
+        Args:
+            content: texts and clips in order.
+            first: it opens the conversation, so that the system line precedes it; bos does not.
+        """
+        lead = f"{self.system} {self.user_prefix}" if first and self.system else self.user_prefix
+        return tuple(self._question(lead, content))
+
+    def continued(self, content: Sequence[Content], *, after_clip: bool) -> tuple[Part, ...]:
+        """The rest of a question whose beginning, such as a document, has been spelled already.
+
+        Args:
+            content: texts and clips in order.
+            after_clip: the beginning ends in a clip; else in text.
+        """
+        found = tuple(self._question("", content))
+        if after_clip or not isinstance(found[0], TextPart):
+            return found
+        return (replace(found[0], text=found[0].text.lstrip(" "), after_space=True), *found[1:])
 
     def _spelled(self, turns: Sequence[Turn]) -> tuple[Part, ...]:
         system = self.system

@@ -139,7 +139,7 @@ def _document(
         answer = spec.format.answer_of([needle.number])
         used += len(wording.tail(question)) + len(wording.within(f" {answer}")) + _END
         if turn and spec.format.template == "chat":
-            used += len(wording.within(f" {spec.format.user_prefix}"))
+            used += len(wording.within(f" {wording.template.user_prefix}"))
         turns.append((question, answer))
     # A tokenizer that marks words marks a later turn's, too.
     used += len(turns) * wording.tokenizer.marks_words

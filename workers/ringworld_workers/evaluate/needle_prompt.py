@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringworld_jobs.needle_format import NeedleFormat
+from ringworld_workers.data.chat_template import ChatTemplate
 from ringworld_workers.data.tokenizer import TextTokenizer
 from ringworld_workers.evaluate.haystack import Haystack, encode_within
 
@@ -48,24 +49,39 @@ class NeedlePrompt:
 class Wording:
     """A needle test's words in a model's tokens."""
 
-    def __init__(self, format_: NeedleFormat, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self,
+        format_: NeedleFormat,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate | None = None,
+    ) -> None:
         """Encode what every prompt begins with.
 
         Args:
             format_: the words.
             tokenizer: the model's.
+            template: of the conversations that the model was trained on, for what ``format_``
+                leaves open; None: LWM's.
         """
+        known = template or ChatTemplate()
         self.format, self.tokenizer = format_, tokenizer
+        self.template = ChatTemplate(
+            known.system if format_.system is None else format_.system,
+            known.user_prefix if format_.user_prefix is None else format_.user_prefix,
+            known.assistant_prefix
+            if format_.assistant_prefix is None
+            else format_.assistant_prefix,
+        )
         opening = ""
         if format_.template == "chat":
-            opening = " ".join(filter(None, (format_.system, format_.user_prefix)))
+            opening = " ".join(filter(None, (self.template.system, self.template.user_prefix)))
         self.head = [tokenizer.bos_id, *(tokenizer.encode(opening) if opening else [])]
 
     def tail(self, question: str) -> list[int]:
         """Ids of a question after a document, up to where the answer begins."""
         text = f" {question}"
         if self.format.template == "chat":
-            text += f" {self.format.assistant_prefix}"
+            text += f" {self.template.assistant_prefix}"
         return self.within(text)
 
     def within(self, text: str) -> list[int]:

@@ -12,6 +12,11 @@ TASKS = {
     "validation": "ringworld_workers.evaluate.validation:ValidationRows",
     "perplexity": "ringworld_workers.evaluate.perplexity:Perplexity",
     "short_context": "ringworld_workers.evaluate.short_context:ShortContext",
+    "needle": "ringworld_workers.evaluate.needle:SingleNeedle",
+    "multi_needle": "ringworld_workers.evaluate.multi_needle:MultiNeedle",
+    "video_needle": "ringworld_workers.evaluate.video_needle:VideoNeedle",
+    "questions": "ringworld_workers.evaluate.questions:Questions",
+    "reconstruction": "ringworld_workers.evaluate.reconstruction:Reconstruction",
 }
 """``module:class`` of each field of ``EvaluateSpec``; the class takes (settings, subject)."""
 
