@@ -39,6 +39,7 @@ from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.runs_roots import RootList
 from ringworld_platform.settling import settle_stored
 from ringworld_platform.stage_setup import device_of
+from ringworld_platform.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class Controller:
         with self._line.closed():
             self._take_up()
         self._prewarmer = Prewarmer(self._line, self._at_work)
+        self._telemetry = Telemetry(lambda: list(self._adoption.runners.values()), self._line)
+        self._telemetry.start()
         if not config.runner.one_shot:
             threading.Thread(target=self._adopt_forever, name="adopt", daemon=True).start()
             self._prewarmer.start()
@@ -207,6 +210,7 @@ class Controller:
         for runner in runners:
             runner.release()
         self._prewarmer.close()
+        self._telemetry.close()
         deadline = time.monotonic() + RELEASE_SECONDS
         for runner in runners:
             runner.join(max(0.0, deadline - time.monotonic()))

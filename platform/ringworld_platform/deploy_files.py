@@ -69,11 +69,13 @@ class Target:
         files: their names.
         summary: what they are for, in a line.
         needs: values that have no default.
+        commands: that come next, with marks as in the files.
     """
 
     files: tuple[str, ...]
     summary: str
     needs: tuple[str, ...]
+    commands: tuple[str, ...] = ()
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -93,6 +95,24 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             ("kuberay-cluster.yaml", "kuberay-job.yaml"),
             "a RayCluster, and a RayJob with a cluster of its own, for KubeRay",
             ("bucket", "image"),
+        ),
+        "observability": Target(
+            (
+                "prometheus.yml",
+                "grafana/grafana.ini",
+                "grafana/provisioning/datasources/ringworld.yaml",
+                "grafana/provisioning/dashboards/ringworld.yaml",
+                "grafana/dashboards/ringworld.json",
+            ),
+            "Prometheus and Grafana for a cluster, that of `ringworld up` unless you name another",
+            (),
+            (
+                "prometheus --config.file=@{folder}/prometheus.yml "
+                "--storage.tsdb.path=@{folder}/prometheus-data "
+                "--web.listen-address=127.0.0.1:9090",
+                "grafana server --homepath=/usr/share/grafana "
+                "--config=@{folder}/grafana/grafana.ini",
+            ),
         ),
     }
 )
@@ -114,6 +134,9 @@ class Values:
         subnet: of the head.
         worker_subnet: of the workers; default: the head's.
         security_group: of all machines.
+        folder: that the files go to, absolute.
+        dashboard: of Ray, ``http://HOST:PORT``.
+        token_file: with the token that the dashboard asks for; empty: it asks for none.
     """
 
     name: str = "ringworld"
@@ -130,6 +153,9 @@ class Values:
     subnet: str = ""
     worker_subnet: str = ""
     security_group: str = ""
+    folder: str = "/etc/ringworld"
+    dashboard: str = "http://127.0.0.1:8265"
+    token_file: str = ""
 
 
 class _Marks(string.Template):
@@ -162,6 +188,11 @@ def render(target: str, values: Values) -> dict[str, str]:
     return {name: _fill(name, marks) for name in TARGETS[target].files}
 
 
+def next_commands(target: str, values: Values) -> list[str]:
+    """What to do with a target's files, where they do not say it all themselves."""
+    return [_Marks(command).substitute(_marks(values)) for command in TARGETS[target].commands]
+
+
 def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> list[Path]:
     """Write files into a folder, all of them or none.
 
@@ -178,7 +209,7 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> lis
     """
     paths = {folder / name: text for name, text in files.items()}
     other = [
-        path.name
+        str(path.relative_to(folder))
         for path, text in paths.items()
         if path.exists() and not (path.is_file() and path.read_text(encoding="utf-8") == text)
     ]
@@ -187,8 +218,8 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> lis
             f"{folder} holds {', '.join(other)} with other content, yours perhaps; "
             "--force replaces them, --to names another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for path, text in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return list(paths)
 
@@ -222,6 +253,13 @@ def _marks(values: Values) -> dict[str, str]:
         "subnet": values.subnet,
         "security_group": values.security_group,
         "network_interfaces": "\n".join(interfaces),
+        "folder": values.folder,
+        "dashboard": values.dashboard.rstrip("/"),
+        "authorization": (
+            f'\n        authorization: {{credentials_file: "{values.token_file}"}}'
+            if values.token_file
+            else ""
+        ),
         "gpus": str(machine.gpus),
         "cpus": str(int(machine.cpus * _CPUS_FOR_PODS)),
         "memory": f"{int(machine.memory_gib * _MEMORY_FOR_PODS)}Gi",
@@ -256,7 +294,15 @@ def _check(target: str, values: Values) -> None:
             raise DeployError("--bucket or --prefix holds more than a name") from None
         except ValueError as error:
             raise DeployError(f"--bucket or --prefix: {error}") from None
+    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+/?", values.dashboard):
+        raise DeployError(
+            f"--dashboard {values.dashboard!r} is none: write http://HOST:PORT, as in the line "
+            "that `ringworld up` prints"
+        )
+    watching = target == "observability"
     for option, text in (
+        ("--to", values.folder if watching else ""),
+        ("RAY_AUTH_TOKEN_PATH", values.token_file if watching else ""),
         ("--image", values.image),
         ("--ami", values.ami),
         ("--subnet", values.subnet),

@@ -186,13 +186,18 @@ def auth_token() -> str | None:
     given = os.environ.get("RAY_AUTH_TOKEN")
     if given:
         return given
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        return None
+    path = token_file()
     try:
-        return path.read_text().strip() or None
+        return path.read_text().strip() or None if path is not None else None
     except OSError:
         return None
+
+
+def token_file() -> Path | None:
+    """Where the token lies, or will; None where none is asked for."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return None
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -26,6 +26,7 @@ from ringworld_platform.run_state import (
     WorkerRow,
     this_machine,
 )
+from ringworld_platform.tally import Tally
 from ringworld_workers.actor import Identity
 from ringworld_workers.recorder import Progress
 
@@ -102,6 +103,8 @@ class LiveRun:
         self._saved_at = 0.0
         self._changed = False
         self._predictions = Predictions(spec)
+        self.tally = Tally(spec)
+        """For whoever measures."""
 
     @property
     def run_id(self) -> str:
@@ -120,6 +123,7 @@ class LiveRun:
 
     def event(self, kind: str, text: str, **more: Any) -> None:
         """Write a line of the event log."""
+        self.tally.event(kind)
         self.folder.append_event(kind, text, **more)
 
     def set_state(self, state: RunState, reason: str, **fields: Any) -> None:
@@ -298,6 +302,7 @@ class LiveRun:
     def metrics(self, records: Sequence[Record]) -> None:
         """Log rank 0's records, then show them in the state."""
         self.folder.append_metrics(records)
+        self.tally.hear(records)
         handlers: dict[str, Callable[[Record], None]] = {
             "step": self._step,
             "checkpoint": self._checkpoint,

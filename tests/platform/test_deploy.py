@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
 import functools
 import json
@@ -167,14 +168,17 @@ def rendered(target: str, name: str, values: Values = VALUES) -> Any:
 
 
 def test_every_file_is_of_a_target_and_says_how_it_is_used() -> None:
-    shipped = {path.name for path in FOLDER.iterdir() if path.suffix in {".yaml", ".json", ""}}
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
     ours = {name for target in TARGETS.values() for name in target.files}
-    assert ours <= shipped
+    parts = {"kuberay-groups.yaml"}
+    assert {str(path.relative_to(FOLDER)) for path in files} == ours | parts
     for target in TARGETS:
         for name, text in render(target, VALUES).items():
             assert "@{" not in text, name
-            if name.endswith(".yaml") or name == "Dockerfile":
-                assert re.search(r"^#   (ray|kubectl|aws|docker) ", text, re.MULTILINE), name
+            if "/" not in name and not name.endswith(".json"):
+                assert re.search(
+                    r"^#   (ray|kubectl|aws|docker|prometheus) ", text, re.MULTILINE
+                ), name
 
 
 def test_the_wheel_ships_them() -> None:
@@ -203,9 +207,52 @@ def test_the_command_writes_and_never_replaces_unasked(tmp_path: Path) -> None:
     assert policy.read_text() == before
 
 
+def test_what_watches_a_cluster_points_to_it_and_to_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where no cluster runs
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/keys/token")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    to = tmp_path / "watch"
+    command = ["deploy", "observability", "--to", str(to), "--dashboard", "http://10.0.0.5:8265/"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    printed = result.output.replace("\n", " ")
+    assert f"prometheus --config.file={to}/prometheus.yml" in printed
+    assert (
+        f"grafana server --homepath=/usr/share/grafana --config={to}/grafana/grafana.ini" in printed
+    )
+
+    scraped = yaml.safe_load((to / "prometheus.yml").read_text())
+    (found,) = scraped["scrape_configs"][0]["http_sd_configs"]
+    assert found["url"] == "http://10.0.0.5:8265/api/prometheus/sd"
+    assert found["authorization"] == {"credentials_file": "/keys/token"}
+    ini = configparser.ConfigParser()
+    ini.read(to / "grafana/grafana.ini")
+    assert ini["server"]["http_addr"] == "127.0.0.1"
+    provisioning = Path(ini["paths"]["provisioning"])
+    assert provisioning == to / "grafana/provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources/ringworld.yaml").read_text())[
+        "datasources"
+    ]
+    assert (source["type"], source["url"]) == ("prometheus", "http://127.0.0.1:9090")
+    (provider,) = yaml.safe_load((provisioning / "dashboards/ringworld.yaml").read_text())[
+        "providers"
+    ]
+    boards = list(Path(provider["options"]["path"]).glob("*.json"))
+    assert boards == [Path(ini["dashboards"]["default_home_dashboard_path"])]
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert "authorization" not in (to / "prometheus.yml").read_text()
+    wrong = CliRunner().invoke(app, ["deploy", "observability", "--dashboard", "10.0.0.5:8265"])
+    assert wrong.exit_code == 2
+
+
 def test_the_command_lists_what_there_is() -> None:
     output = CliRunner().invoke(app, ["deploy", "--list"]).output
-    assert all(name in output for target in TARGETS.values() for name in target.files)
+    files = [name for target in TARGETS.values() for name in target.files]
+    assert all(name.partition("/")[0] in output for name in files)
 
 
 @pytest.mark.parametrize(

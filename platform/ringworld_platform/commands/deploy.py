@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ringworld_platform.console import MISTAKE, err, out
-from ringworld_platform.deploy_files import TARGETS, DeployError, Values, render, write
+from ringworld_platform.deploy_files import (
+    TARGETS,
+    DeployError,
+    Values,
+    next_commands,
+    render,
+    write,
+)
+from ringworld_platform.head import find_running, token_file
 
 _DEFAULT = Values()
 
@@ -55,21 +64,37 @@ def deploy(
     security_group: Annotated[
         str, typer.Option("--security-group", metavar="ID", help="Of all machines.")
     ] = _DEFAULT.security_group,
+    dashboard: Annotated[
+        str | None,
+        typer.Option(
+            "--dashboard",
+            metavar="URL",
+            help="Ray's, for Prometheus to ask; that of `ringworld up` if left out.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace files that are there already.")
     ] = False,
 ) -> None:
-    """Write the files that a cluster on AWS or Kubernetes is made of, with your names in them.
+    """Write the files that a cluster is made of, or is watched with, with your names in them.
 
     Nothing is contacted and nothing started: each file says in its head what to do with it, and
     docs/deploy.md goes the whole way.
     """
     if show or target is None:
         for key, known in TARGETS.items():
-            out().print(f"[bold]{key:<10}[/bold]  {known.summary}")
-            out().print(f"{'':<10}  {', '.join(known.files)}", style="dim")
+            out().print(f"[bold]{key:<13}[/bold]  {known.summary}")
+            # Of a folder its name is enough.
+            files = dict.fromkeys(re.sub("/.*", "/", file) for file in known.files)
+            out().print(f"{'':<13}  {', '.join(files)}", style="dim")
         return
+    running = find_running()
+    found = running.dashboard_url if running else None
+    token = token_file()
     values = Values(
+        folder=str(to.absolute()),
+        dashboard=dashboard or found or _DEFAULT.dashboard,
+        token_file=str(token) if token else "",
         name=name,
         region=region,
         bucket=bucket,
@@ -89,3 +114,5 @@ def deploy(
         raise typer.Exit(MISTAKE) from None
     for path in paths:
         out().print(str(path), markup=False)
+    for command in next_commands(target, values):
+        out().print(command, markup=False, soft_wrap=True)
