@@ -142,6 +142,9 @@ class TrackingSpec(Spec):
     """Tracking URI; auto is a sqlite file in the run's folder; off turns MLflow off."""
     experiment: str = "ringworld"
     """MLflow experiment."""
+    registered_model: Annotated[str, Field(pattern=r"^[^/:']+$", max_length=200)] = "auto"
+    """Registered model in MLflow that each stage's last checkpoint becomes a version of; auto is
+    the job's name; off registers none."""
 
 
 class LossSpikeSpec(Spec):

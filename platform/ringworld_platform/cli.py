@@ -8,6 +8,7 @@ from collections.abc import Callable
 import typer
 
 from ringworld_platform.commands import (
+    chat,
     checkpoints,
     data,
     data_look,
@@ -15,16 +16,18 @@ from ringworld_platform.commands import (
     deploy,
     dev,
     export,
+    generate,
     look,
     machines,
     parity,
     plan,
+    track,
     train,
     train_codebook,
 )
 from ringworld_platform.console import Guarded, examples
 
-TRAIN, LOOK, MACHINES = "Train", "Look", "Data and machines"
+TRAIN, ASK, LOOK, MACHINES = "Train", "Ask a model", "Look", "Data and machines"
 
 app = typer.Typer(
     name="ringworld",
@@ -149,6 +152,24 @@ _add(
 )
 _add(
     app,
+    ASK,
+    generate.generate,
+    'ringworld generate quickstart "My fellow Americans,"',
+    'ringworld generate RUN "What is this?" --image cat.png',
+    'ringworld generate RUN "A drummer in blue light" --to-image drummer.png',
+    'ringworld generate RUN "A band plays" --to-video band.mp4 --from start.mp4 --frames 8',
+    "ringworld generate weights --prompts questions.jsonl --out answers.jsonl --ring 2",
+)
+_add(
+    app,
+    ASK,
+    chat.chat,
+    "ringworld chat quickstart",
+    "ringworld chat RUN --document book.txt --ring 2",
+    "ringworld chat weights --video clip.mp4 --fps 2 < questions.txt",
+)
+_add(
+    app,
     LOOK,
     look.status,
     "ringworld status                        # the newest run",
@@ -172,6 +193,13 @@ _add(
     "ringworld logs quickstart-3 --rank 1",
 )
 _add(app, LOOK, look.report, "ringworld report", "ringworld report quickstart-3")
+_add(
+    app,
+    LOOK,
+    track.track,
+    "ringworld track quickstart-3                         # MLflow was away at its end",
+    "ringworld track quickstart-3 --to http://mlflow:5000",
+)
 
 checkpoints_app = typer.Typer(
     no_args_is_help=True,

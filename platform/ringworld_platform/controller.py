@@ -33,13 +33,14 @@ from ringworld_platform.prewarmer import Prewarmer
 from ringworld_platform.run_changes import ask_to_stop, fresh_start, stopped
 from ringworld_platform.run_claims import check_store
 from ringworld_platform.run_folder import Page, RunFolder
-from ringworld_platform.run_records import SPEC_FILE
+from ringworld_platform.run_records import SPEC_FILE, read_spec
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.runs_roots import RootList
 from ringworld_platform.settling import settle_stored
 from ringworld_platform.stage_setup import device_of
 from ringworld_platform.telemetry import Telemetry
+from ringworld_platform.tracking_service import TrackingService
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Controller:
         self._cluster = partial(cluster, fixed=config.runner.one_shot)
         self._line = JobQueue(self._cluster)
         self._drains = DrainWatch()
+        self._tracking = TrackingService()
         self._adoption = Adoption(
             config.controller_id, self._runner, config.runner.store_lease_seconds
         )
@@ -202,6 +204,14 @@ class Controller:
         """Lines of a rank's log from byte ``after`` on."""
         return self._folder(name).log(rank, after)
 
+    def log_ends(self, name: str) -> dict[int, int]:
+        """The ranks of a run that have a log, and the place behind its last line."""
+        return self._folder(name).log_ends()
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """A run's resolved spec as plain data; empty where it cannot be read."""
+        return read_spec(self._folder(name).path)
+
     def shutdown(self) -> None:
         """End every gang; the runs stay as they are, for the next controller."""
         self._closing.set()
@@ -214,6 +224,7 @@ class Controller:
         deadline = time.monotonic() + RELEASE_SECONDS
         for runner in runners:
             runner.join(max(0.0, deadline - time.monotonic()))
+        self._tracking.close()
 
     # --- finding runs ---
 
@@ -221,7 +232,7 @@ class Controller:
         return [one.live for one in list(self._adoption.runners.values()) if one.active]
 
     def _runner(self, live: LiveRun) -> JobRunner:
-        return JobRunner(live, self._line, self._drains, self._config.runner)
+        return JobRunner(live, self._line, self._drains, self._config.runner, self._tracking)
 
     def _status(self, states: RunStates, record: JobRecord) -> dict[str, Any]:
         runner = self._adoption.runner_of(states, record)

@@ -23,7 +23,6 @@ class Hearing:
         *,
         tick: Callable[[], None],
         heed: Callable[[Notice], None],
-        logged: Callable[[], None],
         rhythm: Callable[[], Rhythm],
     ) -> None:
         """Hear nothing yet.
@@ -33,11 +32,10 @@ class Hearing:
             warnings: of workers that will soon be gone.
             tick: called several times a second while a gang works.
             heed: a worker was told to end.
-            logged: the metric log has new lines.
             rhythm: how often to ask the ranks.
         """
         self._live, self._warnings = live, warnings
-        self._tick, self._heed, self._logged = tick, heed, logged
+        self._tick, self._heed = tick, heed
         self._rhythm = rhythm
         self._slow = SlowRanks()
 
@@ -78,7 +76,6 @@ class Hearing:
             for record in metrics:
                 self._look_for_slow(record)
             live.metrics(metrics)
-            self._logged()
 
     def _look_for_slow(self, record: Record) -> None:
         """Tell of ranks that hold up the others, once an episode."""

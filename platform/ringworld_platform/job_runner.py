@@ -31,27 +31,30 @@ from ringworld_platform.recovering import Recovering
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.repeats import Repeats
 from ringworld_platform.room import Bundle
-from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import RunState, next_attempt
+from ringworld_platform.run_tracking import RunTracking
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.scheduler import Demand
 from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
-from ringworld_platform.tracking import Tracker
+from ringworld_platform.tracking_service import TrackingService
 from ringworld_platform.turn import Turn
 from ringworld_workers.store.base import StoreError
 
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.2
-# Shorter than LEASE_SECONDS: nobody takes a run over while its last metrics are sent.
-FINISH_SECONDS = 20.0
 
 
 class JobRunner:
     """Runs one job in a thread of its own."""
 
     def __init__(
-        self, live: LiveRun, line: JobQueue, drains: DrainWatch, config: RunnerConfig
+        self,
+        live: LiveRun,
+        line: JobQueue,
+        drains: DrainWatch,
+        config: RunnerConfig,
+        tracking: TrackingService,
     ) -> None:
         """Take a claimed run; ``start`` begins."""
         self.live, self._line, self._config = live, line, config
@@ -59,7 +62,7 @@ class JobRunner:
         self._stop = threading.Event()
         self._release = threading.Event()
         self._thread = threading.Thread(target=self._main, name=live.run_id, daemon=True)
-        self._tracker: Tracker | None = None
+        self._tracking = RunTracking(live, tracking)
         self._present: Gang | None = None
         self._training: Gang | None = None
         """The present gang, once it trains."""
@@ -76,7 +79,6 @@ class JobRunner:
             self._warnings,
             tick=self.tick,
             heed=self._heed,
-            logged=self._logged,
             rhythm=lambda: line.rhythm,
         )
 
@@ -108,8 +110,7 @@ class JobRunner:
         try:
             if live.record.stop_requested:
                 self._stop.set()
-            self._tracker = Tracker(live.folder.path, self.spec, live.run_id)
-            self._tracker.start()
+            self._tracking.start()
             self._prepare()
             while live.record.stages_done < len(self.spec.stages):
                 self._until_done(self._stage)
@@ -133,9 +134,7 @@ class JobRunner:
             self._end(RunState.FAILED, f"controller: {type(error).__name__}: {error}")
         finally:
             self._line.leave(live.run_id)
-            if self._tracker is not None:
-                # A run that goes on elsewhere has a tracker there.
-                self._tracker.abandon()
+            self._tracking.close()
             self._try(live.close)
 
     def _end(self, state: RunState, reason: str) -> None:
@@ -147,7 +146,7 @@ class JobRunner:
         error = reason if state is RunState.FAILED else None
         # The tracker's last words may take longer than a silent owner's lease.
         self._try(live.save)
-        self._try(lambda: self._finish_tracking(state))
+        self._try(lambda: self._tracking.finish(state))
         try:
             live.conclude(state, reason, error)
         except OwnershipLost:
@@ -157,18 +156,6 @@ class JobRunner:
             # The disk may have refused; the state in memory must be terminal even so.
             live.set_fields(state=state, reason=reason, error=error)
             self._try(live.save)
-
-    def _finish_tracking(self, state: RunState) -> None:
-        tracker = self._tracker
-        nothing = not self.live.folder.metrics().items
-        if tracker is None or (nothing and tracker.state == "starting"):
-            # To wait for the server would be to wait for nothing.
-            return
-        if tracker.finish(state.value, FINISH_SECONDS):
-            return
-        why = tracker.problem or f"it took more than {FINISH_SECONDS:g} s"
-        text = f"MLflow lacks the end of this run: {why}; a resume sends it from {METRICS_FILE}"
-        self._try(lambda: self.live.event("tracking", text))
 
     def _prepare(self) -> None:
         recipe, prepared = self.spec.data.recipe, self.live.record.prepared
@@ -316,11 +303,6 @@ class JobRunner:
         limit = self.spec.recovery.stall_timeout
         return Pace(None if limit == "auto" else limit)
 
-    def _logged(self) -> None:
-        """The metric log has new lines."""
-        if self._tracker is not None:
-            self._tracker.poke()
-
     def _pause(self) -> None:
         """Between two looks of a wait."""
         self._stop.wait(TURN_SECONDS)
@@ -330,6 +312,7 @@ class JobRunner:
         """Save now and then, and hear what the controller wants."""
         if self._release.is_set():
             raise JobReleased
+        self._tracking.look()
         self.live.touch(self._line.rhythm.save)
         if self.live.record.stop_requested:
             self._stop.set()

@@ -119,6 +119,8 @@ class JobRecord(BaseModel):
     stall_limit_seconds: float | None = None
     """So long without progress of any rank ends the gang; None while there is no gang."""
     error: str | None = None
+    tracking_problem: str | None = None
+    """Why MLflow has not everything yet, in one line."""
     run_folder: str
     workers: list[WorkerRow] = []
     submitted: float = 0.0

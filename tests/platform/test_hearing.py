@@ -33,7 +33,6 @@ def test_only_a_build_of_data_is_shown_as_one(
         Warnings(DrainWatch(dict)),
         tick=lambda: None,
         heed=lambda notice: None,
-        logged=lambda: None,
         rhythm=Rhythm,
     )
 

@@ -17,6 +17,7 @@ from ringworld_platform.live_run import LiveRun, claim
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_state import JobRecord, RunState, RunStates
 from ringworld_platform.runner_config import RunnerConfig
+from ringworld_platform.tracking_service import TrackingService
 
 
 class Watched(RunStates):
@@ -87,9 +88,8 @@ class Slow(RunFolder):
 @pytest.mark.timeout(60)
 def test_a_run_whose_end_was_told_is_not_at_work(live: LiveRun) -> None:
     folder = live.folder = Slow(live.folder.path)
-    runner = JobRunner(
-        live, JobQueue(lambda: Cluster({}, {})), DrainWatch(dict), RunnerConfig(one_shot=True)
-    )
+    line, tracking = JobQueue(lambda: Cluster({}, {})), TrackingService()
+    runner = JobRunner(live, line, DrainWatch(dict), RunnerConfig(one_shot=True), tracking)
 
     runner.start()
     try:

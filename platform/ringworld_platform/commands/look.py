@@ -72,6 +72,8 @@ def status(
             lines.append(f"time left   {duration(found['eta_seconds'])}")
         if found.get("stall_limit_seconds") and not progress.ended:
             lines.append(f"stall       after {duration(found['stall_limit_seconds'])} of silence")
+        if found.get("tracking_problem"):
+            lines.append(f"mlflow      {found['tracking_problem']}")
         if found.get("error"):
             name = "error" if found.get("state") == "FAILED" else "last error"
             lines.append(f"{name:<10}  {found['error']}")
