@@ -25,8 +25,6 @@ from ringworld_platform.telemetry_table import Series
 
 log = logging.getLogger(__name__)
 
-LEAST_PACE_SECONDS = 0.5
-
 
 class Runner(Protocol):
     """A run in the controller's hands: ``JobRunner``."""
@@ -107,13 +105,15 @@ class Telemetry:
         self._closing.set()
 
     def _forever(self) -> None:
+        from ringworld_workers.actor import export_seconds
+
         try:
             meters, pace = self._make(), export_seconds() / 2
         except Exception:
             log.exception("no metrics for Prometheus")
             return
         told = ""
-        while not self._closing.wait(max(LEAST_PACE_SECONDS, pace)):
+        while not self._closing.wait(pace):
             try:
                 self.measure(meters)
             except Exception as error:
@@ -187,11 +187,3 @@ def _set_all(
         value = found.get(series.source)
         if isinstance(value, int | float):
             meters.set(series, value, tags)
-
-
-def export_seconds() -> float:
-    """How often Ray exports what it was told; it forgets a gauge after twice that."""
-    import ray
-
-    # As Ray's own recorder reads it; there is no public way.
-    return max(float(ray._config.metrics_report_interval_ms()), 1000.0) / 1000.0  # type: ignore[attr-defined]

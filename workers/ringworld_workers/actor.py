@@ -35,8 +35,6 @@ from ringworld_workers.stage_job import GangJob
 log = logging.getLogger(__name__)
 
 CONTROL_THREADS = 4
-GAUGE_SECONDS = 5.0
-"""Half of the time between two of Ray's exports, unless that is set to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +259,7 @@ class RingWorker:
 
         memory = partial(memory_bytes, self._mesh.device)
         tags = {"run": job.run_id, "stage": job.stage_name, "rank": str(rank)}
-        RankGauges(Gauge, self._recorder, memory, tags, GAUGE_SECONDS).start()
+        RankGauges(Gauge, self._recorder, memory, tags, export_seconds() / 2).start()
 
     @ray.method(concurrency_group="train")
     def run_stage(self) -> dict[str, Any] | WorkerFailure:
@@ -333,6 +331,12 @@ class RingWorker:
     def _failed(self, error: Exception) -> WorkerFailure:
         log.error("failed", exc_info=error)
         return WorkerFailure.of(error)
+
+
+def export_seconds() -> float:
+    """How often Ray exports metrics; it forgets a gauge that was not set for twice as long."""
+    # As Ray's own exporter reads it: there is no public way.
+    return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1000.0)  # type: ignore[attr-defined]
 
 
 def _named(name: str) -> Callable[..., Any]:
