@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ringworld_platform.errors import RunFolderError
+from ringworld_platform.evaluation_records import EVALUATIONS_FOLDER, answers_files
 from ringworld_platform.proofs import keep_proof
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE, SPEC_FILE, Record, read_lines
 
@@ -70,6 +71,7 @@ class RunFolder:
                 scratch.write_text(spec_yaml, encoding="utf-8")
                 scratch.replace(spec)
             logs = [f"{LOGS_FOLDER}/{log.name}" for log in (self.path / LOGS_FOLDER).iterdir()]
+            logs += answers_files(self.path)
             for name in (EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, *logs):
                 _cut_torn_line(self.path / name)
         except OSError as error:
@@ -120,6 +122,20 @@ class RunFolder:
             keep_proof(self.path, "preflight", report)
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def append_answers(self, name: str, records: Sequence[Record]) -> None:
+        """Add lines to a log of answers.
+
+        Args:
+            name: of the log, see ``evaluation_records.answers_file``.
+            records: answers, or figures made of them.
+        """
+        with self._lock:
+            try:
+                (self.path / EVALUATIONS_FOLDER).mkdir(exist_ok=True)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self._append(name, b"".join(_line(record) for record in records))
 
     def append_log(self, rank: int, lines: Sequence[str]) -> None:
         """Add lines to one rank's log."""

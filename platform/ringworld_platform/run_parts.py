@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ringworld_platform.evaluation_records import (
+    EVALUATIONS_FOLDER,
+    answers_files,
+    is_answers_file,
+)
 from ringworld_platform.run_folder import LOGS_FOLDER, SAMPLES_FILE
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE
 from ringworld_workers.store.base import Store
@@ -28,7 +33,7 @@ _READERS = 8
 _PART = re.compile(r"(?P<stem>.+)-(?P<epoch>\d{4,})-(?P<offset>\d{12,})(?P<suffix>\.[a-z]+)")
 # What is written once or replaced, rather than added to.
 _WHOLE = ("mlflow.json", "parity.json")
-_WHOLE_FOLDERS = ("evidence", "stacks")
+_WHOLE_FOLDERS = ("evidence", "stacks", EVALUATIONS_FOLDER)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -67,13 +72,13 @@ def is_log(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     if folder == LOGS_FOLDER:
         return re.fullmatch(r"rank-\d+\.log", file) is not None
-    return name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE)
+    return name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE) or is_answers_file(name)
 
 
 def logs_in(folder: Path) -> list[str]:
     """The logs that a run's folder has; the metric log last, so that it is never ahead."""
     ranks = sorted(f"{LOGS_FOLDER}/{path.name}" for path in (folder / LOGS_FOLDER).glob("*.log"))
-    found = [*ranks, EVENTS_FILE, SAMPLES_FILE, METRICS_FILE]
+    found = [*ranks, EVENTS_FILE, SAMPLES_FILE, *answers_files(folder), METRICS_FILE]
     return [name for name in found if is_log(name) and (folder / name).is_file()]
 
 
@@ -83,8 +88,9 @@ def whole_files(folder: Path) -> list[str]:
     found = []
     for path in [*(folder / name for name in _WHOLE), *below]:
         with contextlib.suppress(OSError):
-            if path.is_file() and path.stat().st_size <= WHOLE_BYTES:
-                found.append(path.relative_to(folder).as_posix())
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and path.stat().st_size <= WHOLE_BYTES and not is_log(name):
+                found.append(name)
     return found
 
 
