@@ -1,0 +1,300 @@
+"""A ring of processes on this machine: this one is its first rank, the others do as it does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ringworld_model.decode import DEFAULT_CHUNK
+from ringworld_workers.generation.asker import Asker
+from ringworld_workers.generation.coder import Coder
+from ringworld_workers.generation.loading import choose_device, choose_dtype, load_model
+from ringworld_workers.generation.source import ModelSource, RequestError
+
+_TIMEOUT = timedelta(hours=1)
+"""Of one collective: a pass over a million tokens takes minutes on a CPU. A rank that dies is
+noticed at once, for its connections end with it."""
+_GRACE_SECONDS = 5.0
+_READY = "ready"
+
+
+class RingError(RuntimeError):
+    """A rank of the ring is lost; the message says why, as far as it is known."""
+
+
+class LocalRing:
+    """Ranks that hold a model each and share the cache. A context manager.
+
+    Attributes:
+        asker: this process's.
+    """
+
+    asker: Asker
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        size: int = 1,
+        device: str = "auto",
+        dtype: str = "auto",
+        coder: Coder | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        on_tensor: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        """Say what the ring is to be; nothing is started yet.
+
+        Args:
+            source: of the model.
+            size: ranks; each takes the memory of the whole model.
+            device: auto, cpu or cuda; on cuda each rank has a GPU of its own.
+            dtype: auto, or a key of ``loading.DTYPES``.
+            coder: the model's, if it is loaded already.
+            chunk: tokens of a prefill pass.
+            on_tensor: told how the first rank's weights are read.
+
+        Raises:
+            RequestError: the machine has fewer GPUs than the ring has ranks, or none.
+        """
+        chosen = choose_device(device)
+        gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
+        if chosen.type == "cuda" and gpus < size:
+            raise RequestError(
+                f"a ring of {size} on {chosen.type} needs {size} GPUs, and this machine has "
+                f"{gpus}; take a smaller --ring, or --device cpu"
+            )
+        self._source, self._size, self._chunk = source, size, chunk
+        self._device, self._dtype = chosen.type, dtype
+        self._coder, self._on_tensor = coder, on_tensor
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def __enter__(self) -> LocalRing:
+        """Start the other ranks, load the weights on all of them, and join.
+
+        Raises:
+            RequestError, DataError, CheckpointError, StoreError, WeightsError: the model cannot be
+                loaded.
+            RingError: a rank ended while it was being started.
+        """
+        self._scratch = tempfile.TemporaryDirectory(prefix="ringworld-ring-")
+        try:
+            self._start()
+            if self._size > 1:
+                _limit_threads(self._size)
+            self.asker = _asker(
+                self._source,
+                0,
+                self._size,
+                self._device,
+                self._dtype,
+                self._chunk,
+                self._scratch.name,
+                coder=self._coder,
+                on_tensor=self._on_tensor,
+                together=self._wait_for_all,
+            )
+        except BaseException as error:
+            known = not isinstance(error, RuntimeError) or isinstance(error, RingError)
+            lost = None if known else self._lost()
+            self.close()
+            if lost is not None:
+                raise lost from error
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the other ranks."""
+        self.close()
+
+    def call(self, method: str, *args: Any, **own: Any) -> Any:
+        """Call a method of ``Asker`` on every rank.
+
+        Args:
+            method: its name.
+            *args: for all ranks; plain data.
+            **own: for this one alone.
+
+        Returns:
+            What it returns here. An iterator must be iterated to its end, or the ring be closed.
+
+        Raises:
+            ValueError: what is asked is wrong; the ring goes on.
+            RingError: a rank was lost.
+        """
+        with self._losses():
+            for pipe in self._pipes:
+                pipe.send((method, args))
+            found = getattr(self.asker, method)(*args, **own)
+        return self._watched(found) if isinstance(found, Iterator) else found
+
+    def _watched(self, events: Iterator[Any]) -> Iterator[Any]:
+        with self._losses():
+            yield from events
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Say that a rank was lost, where a collective only says that a connection is."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except (RuntimeError, OSError) as error:
+            lost = self._lost()
+            if lost is None:
+                raise
+            raise lost from error
+
+    def close(self) -> None:
+        """End the other ranks, whatever they are doing. May be called twice."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(_GRACE_SECONDS)
+        if self._size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        self._pipes, self._processes = [], []
+        self._scratch.cleanup()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        told = (self._source, self._size, self._device, self._dtype, self._chunk)
+        with _interrupts_held():
+            for rank in range(1, self._size):
+                here, there = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(rank, there, *told, self._scratch.name), daemon=True
+                )
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._pipes.append(here)
+
+    def _wait_for_all(self) -> None:
+        """Until every rank has its weights. The rendezvous would wait for one that is lost."""
+        for rank, pipe in enumerate(self._pipes, 1):
+            try:
+                said = pipe.recv()
+            except EOFError:
+                raise RingError(f"rank {rank} of the ring ended while it was started") from None
+            if said != _READY:
+                raise RingError(f"rank {rank} of the ring: {said}")
+
+    def _lost(self) -> RingError | None:
+        """Why a rank is gone; None: all are there."""
+        for rank, (process, pipe) in enumerate(zip(self._processes, self._pipes, strict=True), 1):
+            # One that fails says why, and ends.
+            process.join(1.0)
+            if process.exitcode is None:
+                continue
+            said = ""
+            try:
+                if pipe.poll():
+                    said = f": {pipe.recv()}"
+            except (EOFError, OSError):
+                pass
+            return RingError(f"rank {rank} of the ring ended (exit code {process.exitcode}){said}")
+        return None
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes that never see Ctrl-C: this one ends them."""
+    # Its first start would unblock the signal again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _limit_threads(size: int) -> None:
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+
+
+def _asker(
+    source: ModelSource,
+    rank: int,
+    size: int,
+    device: str,
+    dtype: str,
+    chunk: int,
+    scratch: str,
+    *,
+    coder: Coder | None = None,
+    on_tensor: Callable[[int, int], None] = lambda *_: None,
+    together: Callable[[], None] = lambda: None,
+) -> Asker:
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    loaded = load_model(
+        source, device=place, dtype=choose_dtype(dtype, place), coder=coder, on_tensor=on_tensor
+    )
+    group = None
+    if size > 1:
+        together()
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.FileStore(str(Path(scratch, "store")), size),
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+        )
+        group = dist.group.WORLD
+    return Asker(loaded, group, chunk)
+
+
+def _serve(
+    rank: int,
+    pipe: Connection,
+    source: ModelSource,
+    size: int,
+    device: str,
+    dtype: str,
+    chunk: int,
+    scratch: str,
+) -> None:
+    """Another rank: do what the first one says, until it is gone."""
+    _limit_threads(size)
+    try:
+        asker = _asker(
+            *(source, rank, size, device, dtype, chunk, scratch),
+            together=lambda: pipe.send(_READY),
+        )
+        while True:
+            try:
+                method, args = pipe.recv()
+            except EOFError:
+                os._exit(0)
+            try:
+                found = getattr(asker, method)(*args)
+                if isinstance(found, Iterator):
+                    for _ in found:
+                        pass
+            except ValueError:
+                # The first rank has raised the same, and tells its caller.
+                continue
+    except BaseException:
+        try:
+            pipe.send(traceback.format_exc())
+        except OSError:
+            pass
+        # A tidy end would wait for peers that may be gone.
+        os._exit(1)
