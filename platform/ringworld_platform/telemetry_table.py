@@ -124,7 +124,7 @@ RECOVERIES = Series(
 )
 EVENTS = Series(
     "ringworld_events",
-    "lines of the event logs: failure, checkpoint, preempted, drain, slow, stage, state, …",
+    "lines of the event logs: failure, checkpoint, preempted, drain, slow, stage and others",
     ("kind",),
     counter=True,
 )

@@ -154,6 +154,7 @@ def test_every_name_is_said_once_and_ends_in_its_unit(
         short = name.removeprefix("ringworld_")
         assert re.fullmatch(r"ringworld_[a-z_]+", name)
         assert short in WITHOUT_UNIT or short.endswith(UNITS), name
+    assert all(series.meaning.isascii() for series in all_series())  # Ray takes no other text
     # Prometheus has that label itself, for what it scrapes.
     assert not [series for series in all_series() if "job" in series.tags]
     logged = next(r for r in recording["metrics"]() if r["kind"] == "step")
