@@ -143,6 +143,11 @@ class DecodeSession:
         self._next_row += count
         return list(made)
 
+    def reserve(self, row: int, count: int) -> None:
+        """Make room for as many tokens more at once, for a prompt that comes in parts."""
+        cache = self._row(row)
+        cache.reserve(min(cache.length + count, self.max_length), self.max_length)
+
     def fork(self, row: int, count: int = 1) -> list[int]:
         """Make rows that go on from where ``row`` is, and share its memory so far.
 
