@@ -1,78 +1,62 @@
-"""The loss of a whole row: one forward pass over the ring, every position at once."""
+"""How answers are scored: the needle test's rule, and those of question answering."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
-
-from ringworld_model.batch import TrainBatch, cut
-from ringworld_model.loss import POSITION_BUCKETS
-from ringworld_model.ring import RingContext, choose_backend, plan_rows
-from ringworld_workers.evaluate.task import EvaluationRing
-
-MODALITIES = 2
-MLP_TILE_TOKENS = 8192
-"""Tokens of a rank above which its feed-forward layers work in tiles: their inner tensors would
-take several times the memory of all else."""
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LETTER = re.compile(r"\(?\b([A-Z])\b\)?")
 
 
-@dataclass(frozen=True)
-class RowLoss:
-    """Sums over the targets of one row, index 0 text, 1 vision.
-
-    Attributes:
-        nll: sum of weight * negative log-likelihood, nats.
-        weight: sum of the loss weights.
-        correct: sum of the weights of targets that the model ranks first.
-        by_position: of each modality, nll and weight by bucket of positions; see
-            ``ringworld_model.loss.bucket_edges``.
-    """
-
-    nll: list[float]
-    weight: list[float]
-    correct: list[float]
-    by_position: list[list[list[float]]]
-
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "nll": self.nll,
-            "weight": self.weight,
-            "correct": self.correct,
-            "by_position": self.by_position,
-        }
+def holds(answer: str, expected: str) -> float:
+    """The paper's rule of needles: 1 where what is expected is part of the answer, else 0."""
+    return float(expected in answer)
 
 
-def score_row(ring: EvaluationRing, row: TrainBatch) -> RowLoss:
-    """Score one whole row. A collective of the ring: all its ranks give the same row.
+def names(answer: str, word: str) -> float:
+    """1 where the answer holds a word or number whole, whatever its case, else 0."""
+    return float(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) is not None)
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation, articles and further white space: SQuAD's, as LOFT's."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact(answer: str, expected: Sequence[str]) -> float:
+    """1 where the normalized answer is one of those expected, else 0."""
+    return float(normalized(answer) in {normalized(one) for one in expected})
+
+
+def f1(answer: str, expected: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall of words, against the best of those expected."""
+    return max(_f1(normalized(answer).split(), normalized(one).split()) for one in expected)
+
+
+def _f1(said: Sequence[str], wanted: Sequence[str]) -> float:
+    if not said or not wanted:
+        return float(list(said) == list(wanted))
+    common = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * common / (len(said) + len(wanted))
+
+
+def letter(answer: str, options: int) -> str:
+    """The letter that an answer to multiple choice names first; empty where it names none.
 
     Args:
-        ring: with the model; each rank computes its share of the tokens.
-        row: tensors [1, S] on the CPU; attention stays within its documents.
+        answer: such as ``B``, ``(B)``, ``The best answer is B.``.
+        options: how many there are, from A on.
     """
-    model = ring.loaded.model
-    weight = model.text_embed.weight
-    head_dim = model.config.head_dim
-    backend, _ = choose_backend(ring.device.type, str(weight.dtype), "auto", head_dim)
-    plans = plan_rows(
-        row.document_lengths,
-        context_length=row.tokens.shape[1],
-        ring_size=ring.size,
-        backend=backend,
-    )
-    local = cut(row, plans, ring.rank).to(ring.device)
-    tile = MLP_TILE_TOKENS if local.tokens.shape[1] > MLP_TILE_TOKENS else None
-    for layer in model.layers:
-        layer.mlp.tile_tokens = tile
-    with torch.no_grad():
-        sums = model(local, RingContext(plans=plans, group=ring.group, backend=backend))
-    parts = (sums.nll, sums.weight, sums.correct, sums.by_position)
-    flat = torch.cat([part.detach().double().flatten() for part in parts])
-    if ring.group is not None:
-        dist.all_reduce(flat, group=ring.group)
-    nll, weights, correct = flat[: 3 * MODALITIES].view(3, MODALITIES).tolist()
-    by_position = flat[3 * MODALITIES :].view(MODALITIES, POSITION_BUCKETS, 2).tolist()
-    return RowLoss(nll, weights, correct, by_position)
+    valid = string.ascii_uppercase[:options]
+    # "A frog" names no option: the article is one only where nothing but it is said.
+    said = re.sub(r"^\s*A(?=\s+[a-z])", "", answer)
+    return next((found for found in _LETTER.findall(said) if found in valid), "")
+
+
+def recall(answer: str, wanted: Sequence[str]) -> float:
+    """Share of wanted ids that the answer names."""
+    return sum(names(answer, one) for one in wanted) / len(wanted)
