@@ -21,6 +21,7 @@ from ringworld_platform.commands import (
     machines,
     parity,
     plan,
+    records,
     track,
     train,
     train_codebook,
@@ -188,9 +189,20 @@ _add(app, LOOK, look.watch, "ringworld watch", "ringworld watch quickstart")
 _add(
     app,
     LOOK,
-    look.logs,
-    "ringworld logs -f quickstart",
-    "ringworld logs quickstart-3 --rank 1",
+    records.events,
+    "ringworld events                        # the newest run",
+    "ringworld events quickstart --kind failure,slow --since 2h",
+    "ringworld events quickstart-3 --json | jq .text",
+    "ringworld events -f s3://bucket/runs/quickstart-3",
+)
+_add(
+    app,
+    LOOK,
+    records.logs,
+    "ringworld logs -f quickstart            # all ranks, as they come",
+    "ringworld logs quickstart-3 --rank 0,4-7 --level warning",
+    "ringworld logs quickstart --stage 16k --grep 'ring compute' --tail 20",
+    "ringworld logs quickstart --json | jq 'select(.traceback)'",
 )
 _add(app, LOOK, look.report, "ringworld report", "ringworld report quickstart-3")
 _add(

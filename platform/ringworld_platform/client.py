@@ -172,6 +172,14 @@ class Client:
         page: Page = self._call(lambda c: c.logs.remote(name, rank, after))
         return page
 
+    def log_ends(self, name: str) -> dict[int, int]:
+        """The ranks that have a log, and the place behind its last line."""
+        return dict(self._call(lambda c: c.log_ends.remote(name)))
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """The resolved spec of a run as plain data; empty where it cannot be read."""
+        return dict(self._call(lambda c: c.spec.remote(name)))
+
     def wait(self, name: str, *, timeout_seconds: float | None = None) -> dict[str, Any]:
         """Wait until a run has ended; returns its status, or the last one seen at the timeout."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds

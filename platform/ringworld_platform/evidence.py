@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 
+from ringworld_platform.log_records import FolderLogs, LogReader, Wanted, in_plain
 from ringworld_platform.recovery import Failure
-from ringworld_platform.run_folder import LOGS_FOLDER
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.run_state import JobRecord
 from ringworld_workers.actor import Examined, Identity
@@ -206,8 +206,9 @@ def _write(
     records = _tail(run_folder / METRICS_FILE, LAST_RECORDS)
     (folder / "records.jsonl").write_text(records, encoding="utf-8")
     if failure.rank is not None:
-        lines = _tail(run_folder / LOGS_FOLDER / f"rank-{failure.rank}.log", LAST_LINES)
-        (folder / "log.txt").write_text(lines, encoding="utf-8")
+        reader = LogReader(FolderLogs(run_folder), "", Wanted(ranks=frozenset({failure.rank})))
+        lines = "".join(f"{in_plain(record)}\n" for record in reader.tail(LAST_LINES))
+        (folder / "log.txt").write_text(lines, encoding="utf-8", errors="replace")
 
 
 def _stacks_text(failure: Failure, evidence: Evidence) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ringworld_platform import rank_logs
 from ringworld_platform.errors import RunFolderError
 from ringworld_platform.evaluation_records import EVALUATIONS_FOLDER, answers_files
 from ringworld_platform.proofs import keep_proof
+from ringworld_platform.rank_logs import LOGS_FOLDER
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE, SPEC_FILE, Record, read_lines
 
 SAMPLES_FILE = "samples.jsonl"
-LOGS_FOLDER = "logs"
 PAGE_BYTES = 1 << 20
 
 
@@ -48,6 +49,7 @@ class RunFolder:
         self._files: dict[str, BinaryIO] = {}
         self._lock = threading.Lock()
         self._last_event = 0
+        self._rotation = rank_logs.Rotation(path)
 
     def open(self, spec_yaml: str | None = None) -> None:
         """Create the folder and its spec, and mend what a crash left half-written.
@@ -138,12 +140,16 @@ class RunFolder:
             self._append(name, b"".join(_line(record) for record in records))
 
     def append_log(self, rank: int, lines: Sequence[str]) -> None:
-        """Add lines to one rank's log."""
+        """Add lines to one rank's log, whose oldest pieces go as it grows: see ``rank_logs``."""
         if not lines:
             return
         text = "".join(line.rstrip("\n") + "\n" for line in lines)
+        data = text.encode("utf-8", "replace")
         with self._lock:
-            self._append(_log_name(rank), text.encode("utf-8", "replace"))
+            name, full = self._rotation.piece_for(rank, len(data))
+            if full is not None and (file := self._files.pop(full, None)) is not None:
+                file.close()
+            self._append(name, data)
 
     def events(self, after: int = 0) -> list[Record]:
         """Events whose number is above ``after``."""
@@ -156,17 +162,12 @@ class RunFolder:
         return Page(lines.records, lines.offset)
 
     def log(self, rank: int, after: int = 0) -> Page:
-        """Lines of a rank's log from byte ``after`` on, about a mebibyte of them."""
-        try:
-            with (self.path / _log_name(rank)).open("rb") as file:
-                file.seek(after)
-                data = file.read(PAGE_BYTES)
-        except FileNotFoundError:
-            return Page([], after)
-        complete = data[: data.rfind(b"\n") + 1]
-        if not complete and len(data) == PAGE_BYTES:
-            complete = data
-        return Page(complete.decode("utf-8", "replace").splitlines(), after + len(complete))
+        """Lines of a rank's log from place ``after`` on, about a mebibyte of them."""
+        return Page(*rank_logs.read(self.path, rank, after))
+
+    def log_ends(self) -> dict[int, int]:
+        """The ranks that have a log, and the place behind its last line."""
+        return rank_logs.ends(self.path)
 
     def close(self) -> None:
         """Close the files; a later append opens them again."""
@@ -198,10 +199,6 @@ class RunFolder:
             f"cannot write the run folder {self.path}: {error.strerror or error}; "
             "free space or fix its permissions, then resume the run"
         )
-
-
-def _log_name(rank: int) -> str:
-    return f"{LOGS_FOLDER}/rank-{rank}.log"
 
 
 def _line(record: Record) -> bytes:

@@ -21,7 +21,8 @@ from ringworld_platform.evaluation_records import (
     answers_files,
     is_answers_file,
 )
-from ringworld_platform.run_folder import LOGS_FOLDER, SAMPLES_FILE
+from ringworld_platform.rank_logs import LOGS_FOLDER, is_rank_log
+from ringworld_platform.run_folder import SAMPLES_FILE
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE
 from ringworld_workers.store.base import Store
 
@@ -71,7 +72,7 @@ def is_log(name: str) -> bool:
     """Whether a file of a run's folder only ever grows, by whole lines."""
     folder, _, file = name.rpartition("/")
     if folder == LOGS_FOLDER:
-        return re.fullmatch(r"rank-\d+\.log", file) is not None
+        return is_rank_log(file)
     return name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE) or is_answers_file(name)
 
 
@@ -97,7 +98,7 @@ def whole_files(folder: Path) -> list[str]:
 def lengths(parts: Iterable[Part]) -> dict[str, int]:
     """How many bytes of each log its pieces make."""
     ends: dict[str, int] = {}
-    for part in _standing(parts):
+    for part in standing(parts):
         ends[part.name] = part.offset + part.size
     return ends
 
@@ -135,7 +136,7 @@ def pull(store: Store, run_id: str, folder: Path) -> None:
         StoreError: the store failed.
         OSError: the folder cannot be written.
     """
-    parts = _standing(find_parts(store, run_id))
+    parts = standing(find_parts(store, run_id))
     with ThreadPoolExecutor(_READERS) as pool:
         pieces = list(pool.map(lambda part: store.get(f"{run_id}/{part.key}"), parts))
     logs: dict[str, bytearray] = {}
@@ -163,7 +164,7 @@ def _newest_whole(store: Store, run_id: str) -> dict[str, str]:
     return found
 
 
-def _standing(parts: Iterable[Part]) -> list[Part]:
+def standing(parts: Iterable[Part]) -> list[Part]:
     """The pieces that count, in order, without gaps."""
     kept: dict[str, list[Part]] = {}
     for part in sorted(parts):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ringworld_platform.errors import ClusterError, UnknownRunError
 from ringworld_platform.run_folder import Page, RunFolder
-from ringworld_platform.run_records import Record
+from ringworld_platform.run_records import Record, read_spec
 
 Records = list[Record]  # the views have a method called list
 
@@ -35,6 +35,12 @@ class RunView(Protocol):
 
     def logs(self, name: str, rank: int = 0, after: int = 0) -> Page:
         """Lines of one rank's log from ``after`` on."""
+
+    def log_ends(self, name: str) -> dict[int, int]:
+        """The ranks that have a log, and the place behind its last line."""
+
+    def spec(self, name: str) -> Record:
+        """The resolved spec as plain data; empty where it cannot be read."""
 
 
 class FolderView:
@@ -70,6 +76,14 @@ class FolderView:
         """See ``RunView``."""
         return self._folder(name).log(rank, after)
 
+    def log_ends(self, name: str) -> dict[int, int]:
+        """See ``RunView``."""
+        return self._folder(name).log_ends()
+
+    def spec(self, name: str) -> Record:
+        """See ``RunView``."""
+        return read_spec(self._folder(name).path)
+
     def _folder(self, name: str) -> RunFolder:
         return RunFolder(self._states.root / self._states.find(name).run_id)
 
@@ -82,11 +96,13 @@ class OpenView:
         view: answers.
         live: a controller answers; else the folders do.
         where: the cluster's address or the folder of runs.
+        poll_seconds: how long to wait between two looks.
     """
 
     view: RunView
     live: bool
     where: str
+    poll_seconds: float = 0.5
 
 
 @contextmanager
@@ -137,7 +153,7 @@ def open_view(
 @contextmanager
 def _open_store_view(url: str) -> Iterator[OpenView]:
     from ringworld_jobs.store_url import UnsafeUrl, parse_store
-    from ringworld_platform.store_view import StoreView
+    from ringworld_platform.store_view import REFRESH_SECONDS, StoreView
 
     try:
         parse_store(url)
@@ -145,7 +161,8 @@ def _open_store_view(url: str) -> Iterator[OpenView]:
         shown = "" if isinstance(error, UnsafeUrl) else f"{url}: "
         raise UnknownRunError(f"{shown}{error}") from None
     with tempfile.TemporaryDirectory(prefix="ringworld-") as scratch:
-        yield OpenView(StoreView(url, Path(scratch)), live=True, where=url)
+        view = StoreView(url, Path(scratch))
+        yield OpenView(view, live=True, where=url, poll_seconds=REFRESH_SECONDS)
 
 
 def find_status(view: RunView, name: str | None) -> Record:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 
 from ringworld_platform.errors import UnknownRunError
 from ringworld_platform.run_folder import Page, RunFolder
-from ringworld_platform.run_records import Record
+from ringworld_platform.run_mirror import RunMirror
+from ringworld_platform.run_records import SPEC_FILE, Record, read_spec
 from ringworld_platform.run_state import JobRecord
 from ringworld_platform.stored_run import StoredRun, plain_errors, runs_in
 from ringworld_workers.store.opening import open_store
 from ringworld_workers.store.retry import HASTE
 
+REFRESH_SECONDS = 5.0
+"""For so long, logs that were fetched are new enough."""
 # The view has a method called list.
 Rows = list[Record]
 Records = list[JobRecord]
@@ -45,7 +50,7 @@ class StoreView:
         """
         self._url, self._scratch = url.rstrip("/"), scratch
         self._store = open_store(self._url, HASTE)
-        self._folders: dict[str, RunFolder] = {}
+        self._mirrors: dict[str, tuple[RunMirror, float]] = {}
 
     def status(self, name: str) -> Record:
         """See ``RunView``.
@@ -72,6 +77,19 @@ class StoreView:
         """See ``RunView``."""
         return self._folder(name).log(rank, after)
 
+    def log_ends(self, name: str) -> dict[int, int]:
+        """See ``RunView``."""
+        return self._folder(name).log_ends()
+
+    def spec(self, name: str) -> Record:
+        """See ``RunView``."""
+        folder = self._folder(name).path
+        if not (folder / SPEC_FILE).exists():
+            with plain_errors(self._url):
+                data = self._store.get(f"{folder.name}/{SPEC_FILE}")
+            (folder / SPEC_FILE).write_bytes(data)
+        return read_spec(folder)
+
     def run_url(self, name: str) -> str:
         """Url of a run, by its id or by its job's name (its newest run)."""
         return f"{self._url}/{self._find(name).run_id}"
@@ -94,8 +112,16 @@ class StoreView:
         return sorted(records, key=lambda record: (record.submitted, record.run_id))
 
     def _folder(self, name: str) -> RunFolder:
-        run_id = self._find(name).run_id
-        if run_id not in self._folders:
-            StoredRun(f"{self._url}/{run_id}", self._store).restore(self._scratch / run_id)
-            self._folders[run_id] = RunFolder(self._scratch / run_id)
-        return self._folders[run_id]
+        """The run's logs, as they were a few seconds ago at most."""
+        run_id = name if name in self._mirrors else self._find(name).run_id
+        folder = self._scratch / run_id
+        mirror, fetched = self._mirrors.get(run_id, (None, -math.inf))
+        if mirror is None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Not in haste: the logs of a long run are many objects.
+            mirror = RunMirror(open_store(self._url), run_id, folder)
+        if time.monotonic() - fetched >= REFRESH_SECONDS:
+            with plain_errors(self._url):
+                mirror.refresh()
+            self._mirrors[run_id] = mirror, time.monotonic()
+        return RunFolder(folder)

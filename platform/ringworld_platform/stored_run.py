@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ringworld_platform.errors import PlatformError, RunConflictError, UnknownRunError
+from ringworld_platform.rank_logs import LOGS_FOLDER
 from ringworld_platform.run_claims import CLAIM_FILE
-from ringworld_platform.run_folder import LOGS_FOLDER
 from ringworld_platform.run_parts import pull
 from ringworld_platform.run_records import CHECKPOINTS_FOLDER, SPEC_FILE, STATE_FILE
 from ringworld_platform.run_state import JobRecord, Owner

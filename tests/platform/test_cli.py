@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from typer.testing import CliRunner, Result
 
 from ringworld_platform import head
 from ringworld_platform.cli import app
+from ringworld_workers.log_lines import log_line
 
 COMMANDS = (
     *("validate", "run", "submit", "stop", "resume", "status", "list", "watch", "logs", "report"),
-    *("doctor", "up", "down", "data", "parity", "dev", "plan"),
+    *("events", "doctor", "up", "down", "data", "parity", "dev", "plan"),
 )
 IN_GROUPS = {"data": "build", "dev": "s3"}
 """A command of each group."""
@@ -122,7 +124,7 @@ def test_status_json_holds_what_the_contract_says(in_runs: Path) -> None:
     assert set(status["workers"][0]) == set("rank pid node device phase step slow".split())
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "report", "watch", "resume"])
+@pytest.mark.parametrize("command", ["status", "logs", "events", "report", "watch", "resume"])
 def test_an_unknown_job_names_the_nearest(command: str, in_runs: Path) -> None:
     result = ringworld(command, "quikstart")
     assert result.exit_code == 2
@@ -154,13 +156,47 @@ def test_list_shows_every_run(in_runs: Path) -> None:
     assert "did you mean RUNNING?" in " ".join(unknown.stderr.replace("│", " ").split())
 
 
-def test_logs_of_a_rank(in_runs: Path) -> None:
+def test_logs_of_ranks(in_runs: Path) -> None:
+    assert "quickstart-1 has logged nothing yet" in ringworld("logs", "quickstart").stderr
     (in_runs / "logs").mkdir()
-    (in_runs / "logs" / "rank-1.log").write_text("hello from rank 1\nbye\n")
-    assert ringworld("logs", "quickstart", "--rank", "1").stdout == "hello from rank 1\nbye\n"
-    followed = ringworld("logs", "-f", "quickstart-1", "--rank", "1")  # a run that has ended
-    assert followed.stdout.endswith("bye\n")
-    assert "printed nothing" in ringworld("logs", "quickstart").stderr
+    plain = "hello from rank 1\n2026-11-22 12:39:26,406 WARNING a.loop: bye\nof it\n"
+    (in_runs / "logs" / "rank-1.log").write_text(plain)
+    said = log_line(1.79e9, "INFO", "a.loop", "joined", "Trace\nback", rank=0, stage="4k", step=3)
+    (in_runs / "logs" / "rank-0.log").write_text(f"{said}\n")
+
+    one = ringworld("logs", "quickstart", "--rank", "1").stdout.splitlines()
+    assert one[0] == "hello from rank 1" and one[2] == "of it"
+    assert re.fullmatch(r"11-2\d [\d:]{8}  WARN   r1  -         loop: bye", one[1])
+    both = ringworld("logs", "-f", "quickstart-1").stdout  # a run that has ended
+    assert "  INFO   r0  4k/3      loop: joined\n    Trace\n    back\n" in both
+    assert both.count("bye") == 1 and "\x1b" not in both
+    (found,) = ringworld("logs", "quickstart", "--json", "--grep", "BACK|joi").stdout.splitlines()
+    assert json.loads(found) == json.loads(said)
+    assert ringworld("logs", "quickstart", "--level", "warn").stdout.count("bye\nof it") == 1
+    assert "none of 4 lines" in ringworld("logs", "quickstart", "--stage", "9k").stderr
+    assert "ranks 0 to 1" in ringworld("logs", "quickstart", "--rank", "7").stderr
+    bad = ringworld("logs", "quickstart", "--rank", "x")
+    assert bad.exit_code == 2 and "write 3, or 0,2" in " ".join(bad.stderr.split())
+
+
+def test_events_are_a_table_or_json(in_runs: Path) -> None:
+    table = ringworld("events")
+    assert table.exit_code == 0, table.output
+    lines = table.stdout.splitlines()
+    assert lines[0].split() == ["time", "stage", "step", "kind", "rank", "text"]
+    assert len(lines) == 4 and lines[2].endswith("going back to step 10 of 8k")
+    found = [json.loads(line) for line in ringworld("events", "--json").stdout.splitlines()]
+    assert [event["kind"] for event in found] == ["submitted", "worker_lost", "recovered"]
+    one = ringworld("events", "quickstart", "-f", "--kind", "worker_lost,recovered", "--json")
+    assert len(one.stdout.splitlines()) == 2
+    none = ringworld("events", "--kind", "recoverd")
+    assert none.stdout == "" and "did you mean recovered?" in none.stderr
+    assert "none has a stage" in ringworld("events", "--stage", "4k").stderr
+    assert ringworld("events", "--since", "1h").stdout == "", "they are of 2026"
+    bad = ringworld("events", "--since", "soon")
+    assert bad.exit_code == 2 and "write 10min or 2h" in " ".join(bad.stderr.split())
+    (in_runs / "events.jsonl").write_text('{"seq": 1, "torn\n[]\n')
+    assert "no events yet" in ringworld("events").stderr
 
 
 def test_watch_without_a_terminal_prints_lines(in_runs: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,6 @@ from ringworld_platform.commands.options import (
     Address,
     Json,
     NewestRun,
-    RunName,
     Runs,
     StoreUrl,
 )
@@ -158,44 +156,6 @@ def watch(job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = N
             pass  # leaving is no failure
     if console.is_terminal:
         console.print(f"{progress.name} is {progress.status.get('state')}")
-
-
-def logs(
-    job: RunName,
-    follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Go on until the run ends; Ctrl-C leaves.")
-    ] = False,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose log.")] = 0,
-    runs: Runs = DEFAULT_RUNS,
-    address: Address = None,
-    store: StoreUrl = None,
-) -> None:
-    """Print what a worker of a run has printed; of a failed run, why it failed as the last line."""
-    from ringworld_platform.run_state import TERMINAL
-    from ringworld_platform.run_view import find_status, open_view
-    from ringworld_platform.store_view import split_url
-
-    name, store = split_url(job, store)
-    with open_view(runs, address, store) as opened:
-        run_id = str(find_status(opened.view, name)["run_id"])
-        position = 0
-        while True:
-            ended = opened.view.status(run_id)["state"] in TERMINAL
-            page = opened.view.logs(run_id, rank=rank, after=position)
-            for line in page.items:
-                typer.echo(line)
-            sys.stdout.flush()
-            if page.next != position:
-                position = page.next
-                continue
-            if ended or not follow:
-                break
-            time.sleep(FOLLOW_SECONDS)
-        if position == 0:
-            err().print(f"rank {rank} of {run_id} has printed nothing", style="dim")
-        last = opened.view.status(run_id)
-        if last["state"] == "FAILED":
-            err().print(f"{run_id} failed: {last.get('error')}", style="red", markup=False)
 
 
 def report(

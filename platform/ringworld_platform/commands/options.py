@@ -31,6 +31,9 @@ StoreUrl = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="Print JSON for other programs, one object a line.")
+]
 Cpus = Annotated[
     int | None,
     typer.Option("--cpus", min=1, help="CPU cores that Ray may hand out; all if left out."),
