@@ -89,6 +89,7 @@ class Hearing:
         for change in changes:
             self._live.event("slow", self._told(change), rank=change.rank, ratio=change.ratio)
         if changes or self._slow.ratios:
+        self._live.computed(compute_seconds)
             self._live.slow_ranks(self._slow.ratios)
 
     def _told(self, change: Change) -> str:

@@ -122,9 +122,11 @@ class LiveRun:
             return self.record.to_status()
 
     def event(self, kind: str, text: str, **more: Any) -> None:
-        """Write a line of the event log."""
+        """Write a line of the event log, with where the run is."""
         self.tally.event(kind)
-        self.folder.append_event(kind, text, **more)
+        record = self.record
+        place = {"stage": record.stage, "step": record.step, "attempt": record.attempt}
+        self.folder.append_event(kind, text, **{**(place if record.stage else {}), **more})
 
     def set_state(self, state: RunState, reason: str, **fields: Any) -> None:
         """Move to a state, log it and save it, if it differs from what stands there."""
@@ -291,6 +293,8 @@ class LiveRun:
             if rank < len(self.record.workers):
                 row = self.record.workers[rank]
                 row.phase, row.step = progress.phase, progress.step
+                row.since, row.hop, row.awaits = progress.since, progress.hop, progress.awaits
+                row.memory_bytes = progress.memory_bytes
                 self._changed = True
 
     def slow_ranks(self, ratios: Mapping[int, float]) -> None:
@@ -298,6 +302,12 @@ class LiveRun:
         with self._lock:
             for row in self.record.workers:
                 row.slow = ratios.get(row.rank)
+
+    def computed(self, seconds: Sequence[float]) -> None:
+        """Show how long each rank has computed in its last step."""
+        with self._lock:
+            for row, spent in zip(self.record.workers, seconds, strict=False):
+                row.compute_seconds = spent
 
     def metrics(self, records: Sequence[Record]) -> None:
         """Log rank 0's records, then show them in the state."""

@@ -64,6 +64,16 @@ class WorkerRow(BaseModel):
     slow: float | None = None
     """Its time to compute to that of the others, while that is held to be slow."""
 
+    since: float | None = None
+    """When it began its phase, seconds since the epoch by its own clock."""
+    hop: int = 0
+    """Hops of the ring that are behind it, of the round at hand."""
+    awaits: int | None = None
+    """The rank whose keys and values it waited for when it was last heard of."""
+    memory_bytes: int | None = None
+    """Of its device, or of its process where it computes on the CPU."""
+    compute_seconds: float | None = None
+    """What attention computed in its last step, waiting left out."""
 
 class Owner(BaseModel):
     """The controller that has a run in hand: it is the only one that may run its gangs."""

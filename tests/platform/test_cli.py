@@ -121,7 +121,8 @@ def test_status_json_holds_what_the_contract_says(in_runs: Path) -> None:
     )
     assert set(expected.split()) <= set(status)
     assert status["run_id"] == "quickstart-1"
-    assert set(status["workers"][0]) == set("rank pid node device phase step slow".split())
+    row = "rank pid node device phase step slow since hop awaits memory_bytes compute_seconds"
+    assert set(status["workers"][0]) == set(row.split())
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "events", "report", "watch", "resume"])
