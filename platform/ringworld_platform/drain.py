@@ -132,9 +132,14 @@ class Warnings:
         text = f"{notice.text}; {failure.text}"
         return replace(failure, kind=FailureKind.TAKEN_AWAY, text=text)
 
-    def ended(self, result: Mapping[str, Any]) -> Failure | None:
-        """Why a gang has stopped though nobody asked; None if it was not warned."""
+    def ended(self, result: Mapping[str, Any], told: str) -> Failure | None:
+        """Why a gang has stopped though nobody asked; None if it was not warned.
+
+        Args:
+            result: of the gang.
+            told: what there is to say of it besides its step.
+        """
         if self._notice is None:
             return None
-        saved = result.get("unsaved") or f"saved step {result.get('step')}"
+        saved = told or f"saved step {result.get('step')}"
         return Failure(FailureKind.TAKEN_AWAY, f"{self._notice.text}; {saved}")

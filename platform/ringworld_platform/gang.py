@@ -27,7 +27,7 @@ from ringworld_platform.pace import Pace
 from ringworld_platform.room import Bundle, Places
 from ringworld_platform.worker_actors import RingWorkers, Workers
 from ringworld_workers.actor import Identity
-from ringworld_workers.stage_job import StageJob
+from ringworld_workers.stage_job import GangJob
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class GangSpec:
         name: prefix of the actors' names, such as ``quickstart-1/1k``.
         size: workers.
         bundle: resources of each worker.
-        stage_function: ``module:function`` that trains a stage.
+        stage_function: ``module:function`` that each rank runs: it trains a stage, say.
         prepare_function: ``module:function`` that builds a data recipe.
         workers: makes and ends the workers.
     """
@@ -126,7 +126,7 @@ class Gang:
         if group is not None:
             _quietly(remove_placement_group, group)
 
-    def start(self, job: StageJob, *, num_threads: int, collective_timeout_seconds: float) -> None:
+    def start(self, job: GangJob, *, num_threads: int, collective_timeout_seconds: float) -> None:
         """Start the workers, sort them, let them meet, and lay out the mesh.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ringworld_platform.answer_log import BEGIN, AnswerLog
 from ringworld_platform.drain import Notice, Warnings
 from ringworld_platform.evidence import keep
 from ringworld_platform.live_run import LiveRun
@@ -38,6 +39,7 @@ class Hearing:
         self._tick, self._heed = tick, heed
         self._rhythm = rhythm
         self._slow = SlowRanks()
+        self._answers = AnswerLog(live)
 
     @property
     def rhythm(self) -> Rhythm:
@@ -69,7 +71,10 @@ class Hearing:
                 if kind == "evidence":
                     name = f"attempt-{live.record.attempt}-{data.pop('name', 'rank')}"
                     data = {"evidence": keep(live.folder.path, name, data.pop("data", {}))}
+                if kind == BEGIN:
+                    self._answers.begin(data)
                 live.event(kind, text, **{"rank": rank, **data})
+        self._answers.hear([entry.data for entry in entries if entry.kind == "answer"])
         # The loss and the step are the same on all ranks: one of them writes.
         metrics = [entry.data for entry in entries if entry.kind == "metrics" and rank == 0]
         if metrics:

@@ -1,7 +1,8 @@
-"""One job from its first stage to its last: the state machine, in a thread of the controller.
+"""One job from its first part to its last: the state machine, in a thread of the controller.
 
-Data first, then each stage on a gang of its own; a failed gang is built again from the newest
-committed checkpoint, within the budget. What a gang says is logged as it comes.
+Data first, then each part on a gang of its own: a stage's training, its evaluations. A failed gang
+is built again, within the budget, and goes on from the newest committed checkpoint or the answers
+that there are. What a gang says is logged as it comes.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.spec import JobSpec
+from ringworld_platform.agenda import Agenda
 from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
+from ringworld_platform.evaluation_part import refuse_missed
 from ringworld_platform.evidence import Evidence, save
 from ringworld_platform.gang import Gang, GangSpec
 from ringworld_platform.gang_watch import GangFailed
@@ -25,8 +29,9 @@ from ringworld_platform.hearing import Hearing
 from ringworld_platform.job_ends import JobFailed, JobPreempted, JobReleased, JobStopped
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.live_run import LiveRun, OwnershipLost
-from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
+from ringworld_platform.mesh_choice import MeshChanged
 from ringworld_platform.pace import Pace
+from ringworld_platform.parts import Part, Result
 from ringworld_platform.recovering import Recovering
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.repeats import Repeats
@@ -35,7 +40,7 @@ from ringworld_platform.run_state import RunState, next_attempt
 from ringworld_platform.run_tracking import RunTracking
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.scheduler import Demand
-from ringworld_platform.stage_setup import device_of, heads_apart, stage_job
+from ringworld_platform.stage_setup import device_of, heads_apart
 from ringworld_platform.tracking_service import TrackingService
 from ringworld_platform.turn import Turn
 from ringworld_workers.store.base import StoreError
@@ -64,13 +69,13 @@ class JobRunner:
         self._thread = threading.Thread(target=self._main, name=live.run_id, daemon=True)
         self._tracking = RunTracking(live, tracking)
         self._present: Gang | None = None
-        self._training: Gang | None = None
-        """The present gang, once it trains."""
+        self._part: Part | None = None
+        """What the present gang is at, once it works; None while it starts, or prepares data."""
         self._stop_sent = False
         self._way: Demand | None = None
         """The run that the gang makes way for."""
         self._turn = Turn(live, line, one_shot=config.one_shot)
-        self._meshes = MeshChoice(live.spec, patient=not config.one_shot)
+        self._agenda = Agenda(live, patient=not config.one_shot)
         self._warnings = Warnings(drains)
         self._repeats = Repeats()
         self._recovering = Recovering(live)
@@ -111,10 +116,11 @@ class JobRunner:
             if live.record.stop_requested:
                 self._stop.set()
             self._tracking.start()
+            refuse_missed(live)
             self._prepare()
-            while live.record.stages_done < len(self.spec.stages):
-                self._until_done(self._stage)
-            self._end(RunState.SUCCEEDED, f"all {len(self.spec.stages)} stages are done")
+            while (part := self._agenda.next()) is not None:
+                self._until_done(partial(self._do, part))
+            self._end(RunState.SUCCEEDED, self._agenda.ended)
         except JobStopped as stopped:
             where = f"at step {live.record.step} of stage {live.record.stage or 'data'}"
             saved = f"stopped {where}; resume continues there"
@@ -165,7 +171,7 @@ class JobRunner:
 
     def _prepare_once(self, recipe: str) -> None:
         bundle = Bundle(self.spec.resources.cpus_per_worker)
-        with self._gang("data", 1, bundle) as gang:
+        with self._gang("data", 1, bundle, self._config.stage_function) as gang:
             self._turn.wait(gang, self._pause)
             self.live.set_state(RunState.RUNNING, f"preparing data of {Path(recipe).name}")
             prepared = gang.prepare_data(recipe, self.spec.data.cache, self._pace())
@@ -224,35 +230,22 @@ class JobRunner:
             self._stop.wait(min(TURN_SECONDS, left))
             self.tick()
 
-    def _stage(self) -> None:
-        """Run the current stage on a new gang, and move on to the next."""
+    def _do(self, part: Part) -> None:
+        """Do a part of the job on a new gang."""
         live = self.live
-        index = live.record.stages_done
-        stage = self.spec.stages[index]
         device = device_of(self.spec)
         threads = self.spec.resources.cpus_per_worker
         bundle = Bundle(threads, 1 if device == "cuda" else 0)
-        mesh = self._meshes.begin(index, self._line.room(bundle))
+        mesh = part.begin(self._line.room(bundle))
         world_size = mesh.world_size
-        live.set_fields(
-            stage=stage.name,
-            stage_index=index,
-            num_steps=stage.num_steps,
-            step=0,
-            attempt=max(1, live.record.attempt),
-            context_length=stage.context_length,
-            ring_size=mesh.ring_size,
-            heads_size=mesh.heads_size,
-            data_parallel_size=mesh.data_parallel_size,
-        )
-        job = stage_job(live, index, mesh, device)
+        job = part.job(mesh, device)
         pace = self._pace()
-        with self._gang(stage.name, world_size, bundle) as gang:
-            self._turn.wait(gang, self._pause, self._meshes)
-            if smaller := self._meshes.explain(mesh):
+        with self._gang(part.name, world_size, bundle, part.function(self._config)) as gang:
+            self._turn.wait(gang, self._pause, part)
+            if smaller := part.explain(mesh):
                 live.event("mesh", smaller)
             workers = "1 worker" if world_size == 1 else f"{world_size} workers"
-            running = f"stage {stage.name} on {workers}, attempt {job.attempt}"
+            running = f"{part.title} on {workers}, attempt {job.attempt}"
             live.set_state(RunState.RUNNING, f"{running}: starting")
             timeout = pace.collective_seconds
             gang.start(job, num_threads=threads, collective_timeout_seconds=timeout)
@@ -261,29 +254,35 @@ class JobRunner:
                 live.event("mesh", apart)
             if not self._stop.is_set():
                 live.set_state(RunState.RUNNING, running)
-            self._training = gang
+            self._part = part
             results = gang.run(pace)
         live.gang_ended()
         if results[0].get("status") == "stopped":
-            live.set_fields(checkpoint=results[0].get("checkpoint") or live.record.checkpoint)
-            if self._way is not None and not self._stop.is_set():
-                raise JobPreempted(self._made_way(self._way, results[0]))
-            if (taken := self._warnings.ended(results[0])) and not self._stop.is_set():
-                raise GangFailed(taken)
-            raise JobStopped(results[0].get("unsaved", ""))
-        live.set_fields(stages_done=index + 1, restarts=0, rollbacks=0, error=None)
-        live.event("stage", f"stage {stage.name} is done", stage_index=index)
-        live.save()
+            self._stopped(part, results[0])
+        part.done(results[0])
+
+    def _stopped(self, part: Part, result: Result) -> None:
+        """The gang has stopped as it was asked to: say why.
+
+        Raises:
+            JobPreempted, GangFailed, JobStopped: always one of them.
+        """
+        told = part.stopped(result)
+        if self._way is not None and not self._stop.is_set():
+            raise JobPreempted(self._made_way(self._way, result, told))
+        if (taken := self._warnings.ended(result, told)) and not self._stop.is_set():
+            raise GangFailed(taken)
+        raise JobStopped(told)
 
     # --- gangs ---
 
     @contextmanager
-    def _gang(self, part: str, size: int, bundle: Bundle) -> Iterator[Gang]:
+    def _gang(self, name: str, size: int, bundle: Bundle, function: str) -> Iterator[Gang]:
         spec = GangSpec(
-            name=f"{self.live.run_id}/{part}",
+            name=f"{self.live.run_id}/{name}",
             size=size,
             bundle=bundle,
-            stage_function=self._config.stage_function,
+            stage_function=function,
             prepare_function=self._config.prepare_function,
             workers=self._config.workers,
         )
@@ -295,7 +294,7 @@ class JobRunner:
                 self._present = gang
                 yield gang
         finally:
-            self._training = self._present = None
+            self._part = self._present = None
             # Its room is kept until it asks again, or leaves.
             self._line.pause(self.live.run_id)
 
@@ -320,14 +319,14 @@ class JobRunner:
         if not self._stop.is_set():
             self._make_way()
             return
-        if self._training is None:
+        if self._part is None or self._present is None:
             # No step is under way: there is nothing to save.
             raise JobStopped
         if not self._stop_sent:
             self._stop_sent = True
             self._line.leaving(self.live.run_id)
-            self._training.request_stop()
-            self.live.set_state(RunState.STOPPING, "saves a checkpoint before its next step")
+            self._present.request_stop()
+            self.live.set_state(RunState.STOPPING, self._part.leaving)
 
     def _make_way(self) -> None:
         """Save and let go of the workers, if a run of a higher priority needs them."""
@@ -337,17 +336,17 @@ class JobRunner:
             return
         self._way = way
         self._line.leaving(live.run_id)
-        if self._training is None:
+        if self._part is None or self._present is None:
             # No step is under way: there is nothing to save.
-            raise JobPreempted(self._made_way(way, {}))
-        self._training.request_stop()
-        text = f"saves a checkpoint to make way for {way.run_id} (priority {way.priority})"
+            raise JobPreempted(self._made_way(way, {}, ""))
+        self._present.request_stop()
+        text = f"{self._part.leaving}, to make way for {way.run_id} (priority {way.priority})"
         live.set_state(RunState.STOPPING, text)
 
-    def _made_way(self, way: Demand, result: Mapping[str, Any]) -> str:
+    def _made_way(self, way: Demand, result: Result, told: str) -> str:
         by = f"preempted by {way.run_id} (priority {way.priority})"
-        if unsaved := result.get("unsaved"):
-            return f"{by}; {unsaved}"
+        if told:
+            return f"{by}; {told}"
         if "step" in result:
             return f"{by} at step {result['step']}; goes on from its checkpoint"
         return f"{by} before its first step"
@@ -357,7 +356,7 @@ class JobRunner:
         notice = self._warnings.look(gang.rooms) if gang is not None else None
         if notice is None:
             return
-        if self._training is None:
+        if self._part is None:
             # It builds data, or starts: there is nothing to save.
             raise GangFailed(Failure(FailureKind.TAKEN_AWAY, notice.text))
         self.live.event("drain", notice.text)
@@ -365,9 +364,9 @@ class JobRunner:
 
     def _heed(self, notice: Notice) -> None:
         """Use the time that is left: save, and end the gang."""
-        if self._training is not None and not self._stop.is_set():
-            self._training.request_stop()
-            text = f"{notice.text}: saves a checkpoint before its next step, to go on elsewhere"
+        if self._part is not None and self._present is not None and not self._stop.is_set():
+            self._present.request_stop()
+            text = f"{notice.text}: {self._part.leaving}, to go on elsewhere"
             self.live.set_state(RunState.RUNNING, text)
 
     def _try(self, action: Callable[[], Any]) -> None:

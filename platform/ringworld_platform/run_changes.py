@@ -32,6 +32,8 @@ def fresh_start(older: bool, request: str, record: JobRecord) -> JobRecord:
     record.restarts = record.rollbacks = 0
     record.take_older, record.request, record.moved_to = older, request, None
     record.fetched = False
+    # Whoever resumes has read which limits were missed.
+    record.missed = ""
     # Looked up again: the cache may have been cleared since.
     record.prepared = None
     return record

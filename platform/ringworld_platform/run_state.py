@@ -32,6 +32,7 @@ _HIDDEN = frozenset(
     {
         *("spec_digest", "stop_requested", "stages_done", "restarts", "prepared", "owner"),
         *("uid", "take_older", "rollbacks", "epoch", "fetched", "request", "moved_to"),
+        *("evaluated", "missed"),
     }
 )
 
@@ -148,6 +149,10 @@ class JobRecord(BaseModel):
     """Since when it waits, seconds since the epoch."""
     stages_done: int = 0
     """Stages that are finished; the next one to run has this index."""
+    evaluated: int = 0
+    """Stages whose evaluations are done, those counted that have none."""
+    missed: str = ""
+    """Limits that an evaluation has missed and that end the job; a resume takes them back."""
     stop_requested: bool = False
     restarts: int = 0
     """Restarts since the last newly committed checkpoint."""

@@ -14,6 +14,7 @@ class RunnerConfig:
 
     Attributes:
         stage_function: ``module:function`` that trains a stage on a rank.
+        evaluate_function: ``module:function`` that evaluates a model on a rank.
         prepare_function: ``module:function`` that builds a data recipe.
         one_shot: a job that the cluster can never hold fails, instead of waiting for nodes.
         workers: what gangs are made of.
@@ -22,6 +23,7 @@ class RunnerConfig:
     """
 
     stage_function: str = "ringworld_workers.train_loop:run_stage"
+    evaluate_function: str = "ringworld_workers.evaluate.run:run_evaluation"
     prepare_function: str = "ringworld_workers.data.prepare:build"
     one_shot: bool = False
     workers: Workers = field(default_factory=RingWorkers)

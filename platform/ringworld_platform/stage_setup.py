@@ -35,7 +35,7 @@ def device_of(spec: JobSpec) -> Literal["cpu", "cuda"]:
 
 
 def stage_job(
-    live: LiveRun, index: int, mesh: MeshSize, device: Literal["cpu", "cuda"]
+    live: LiveRun, spec: JobSpec, index: int, mesh: MeshSize, device: Literal["cpu", "cuda"]
 ) -> StageJob:
     """The job of a stage's ranks, for the attempt that the run is at.
 
@@ -43,7 +43,7 @@ def stage_job(
         PlatformError: the model's shape does not go with the prepared data, or a source is of a
             dataset that the recipe no longer has.
     """
-    spec, record = live.spec, live.record
+    record = live.record
     prepared = record.prepared or {}
     return StageJob(
         run_id=record.run_id,

@@ -10,7 +10,7 @@ from ringworld_platform.gang import Gang
 from ringworld_platform.job_ends import JobFailed
 from ringworld_platform.job_queue import Answer, JobQueue
 from ringworld_platform.live_run import LiveRun
-from ringworld_platform.mesh_choice import MeshChoice
+from ringworld_platform.parts import Part
 from ringworld_platform.run_state import RunState
 from ringworld_platform.scheduler import Demand, Wait
 
@@ -38,13 +38,13 @@ class Turn:
         """The run has made way; the next wait says why it stands in line again."""
         self._preempted = f"{reason}; "
 
-    def wait(self, gang: Gang, pause: Callable[[], None], meshes: MeshChoice | None = None) -> None:
+    def wait(self, gang: Gang, pause: Callable[[], None], part: Part | None = None) -> None:
         """Wait until it is the run's turn and there is room for the whole gang, and take it.
 
         Args:
             gang: that wants workers.
             pause: called between two looks; may raise to give up.
-            meshes: of a stage, which may do with fewer workers.
+            part: that the gang is for, which may do with fewer workers.
 
         Raises:
             MeshChanged: the stage has waited long enough for the mesh that it wants.
@@ -70,19 +70,19 @@ class Turn:
                     self._asked = None
                 elif self._asked is None:
                     self._asked = time.monotonic()
-                self._tell(answer, time.monotonic() - began, meshes)
+                self._tell(answer, time.monotonic() - began, part)
             pause()
         self._preempted = ""
         live.set_fields(place=None, start_seconds=None, waiting_since=None)
 
-    def _tell(self, answer: Answer, waited_seconds: float, meshes: MeshChoice | None) -> None:
+    def _tell(self, answer: Answer, waited_seconds: float, part: Part | None) -> None:
         """Say why the gang does not start, or give up where nothing can change."""
         wait, live = answer.wait, self._live
         if wait is None:
             return
         reason = wait.reason
-        if meshes is not None:
-            reason = meshes.waiting(answer.room, reason)
+        if part is not None:
+            reason = part.waiting(answer.room, reason)
         if not wait.possible and self._one_shot:
             raise JobFailed(reason)
         if waited_seconds < TELL_SECONDS:
