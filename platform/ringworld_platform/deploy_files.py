@@ -256,7 +256,7 @@ def _marks(values: Values) -> dict[str, str]:
         "folder": values.folder,
         "dashboard": values.dashboard.rstrip("/"),
         "authorization": (
-            f'\n        authorization: {{credentials_file: "{values.token_file}"}}'
+            f'\n        authorization: {{type: Bearer, credentials_file: "{values.token_file}"}}'
             if values.token_file
             else ""
         ),

@@ -226,7 +226,8 @@ def test_what_watches_a_cluster_points_to_it_and_to_one_another(
     scraped = yaml.safe_load((to / "prometheus.yml").read_text())
     (found,) = scraped["scrape_configs"][0]["http_sd_configs"]
     assert found["url"] == "http://10.0.0.5:8265/api/prometheus/sd"
-    assert found["authorization"] == {"credentials_file": "/keys/token"}
+    # Prometheus takes no type for Bearer only where it scrapes, not where it asks whom to.
+    assert found["authorization"] == {"type": "Bearer", "credentials_file": "/keys/token"}
     ini = configparser.ConfigParser()
     ini.read(to / "grafana/grafana.ini")
     assert ini["server"]["http_addr"] == "127.0.0.1"
