@@ -12,7 +12,7 @@ from ringworld_model.packing import Example, pack_row
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.shard_cache import ShardCache
 from ringworld_workers.data.shards import Dataset
-from ringworld_workers.evaluate.scoring import score_row
+from ringworld_workers.evaluate.row_loss import score_row
 from ringworld_workers.evaluate.task import EvaluationRing, Item, Record, Subject
 
 

@@ -12,7 +12,7 @@ from ringworld_jobs.spec import LearningRateSpec, StageSpec
 from ringworld_model.loss import bucket_edges
 from ringworld_workers.data.loader import KINDS, SourceKind, StageLoader
 from ringworld_workers.evaluate.held_out import SCORES_BY_KIND
-from ringworld_workers.evaluate.scoring import score_row
+from ringworld_workers.evaluate.row_loss import score_row
 from ringworld_workers.evaluate.task import EvaluationRing, Item, Record, Subject
 
 
