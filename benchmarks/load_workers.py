@@ -159,6 +159,11 @@ class LoadHost:
         reply = getattr(self._ranks.setdefault(key, LoadRank()), method)(*args)
         return await reply if asyncio.iscoroutine(reply) else reply
 
+    @ray.method(enable_task_events=False)
+    async def drain(self, key: str, after_seq: int) -> Drained:
+        """Answer for a rank: a method of its own, since a real worker's has one argument too."""
+        return self._ranks[key].drain(after_seq)
+
     async def fail(self, runs: list[str]) -> None:
         """Let the first rank of these runs raise, where it is here."""
         for rank in self._ranks.values():
@@ -183,6 +188,8 @@ class _Call:
         self._handle, self._method = handle, method
 
     def remote(self, *args: Any) -> Any:
+        if self._method == "drain":
+            return self._handle.host.drain.remote(self._handle.key, *args)
         return self._handle.host.call.remote(self._handle.key, self._method, *args)
 
 

@@ -130,8 +130,8 @@ class GangWatch:
                 look = now + self._listener.rhythm.look
                 if pace is not None:
                     self._refuse_stall(pace, waiting.values(), may_be_busy)
-            pause = min(self._outboxes.ask(), look - now)
-            for call, reply in self._mailbox.take(pause):
+            self._outboxes.ask()
+            for call, reply in self._mailbox.take(look - now):
                 rank = waiting.pop(call, None)
                 if rank is None:
                     self._outboxes.take(call, reply)

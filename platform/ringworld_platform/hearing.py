@@ -44,7 +44,8 @@ class Hearing:
     @property
     def rhythm(self) -> Rhythm:
         """See ``Hearer``."""
-        return self._rhythm()
+        rhythm = self._rhythm()
+        return rhythm.watched() if self._live.watched else rhythm
 
     @property
     def expected_step_seconds(self) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
@@ -79,20 +78,14 @@ class Outboxes:
         """The last that was heard of each rank."""
         return list(self._progress)
 
-    def ask(self) -> float:
-        """Ask the ranks that are due; returns the seconds until the next one is."""
+    def ask(self) -> None:
+        """Ask the ranks that are due."""
         now, rhythm = time.monotonic(), self._hearer.rhythm
         asked = set(self._questions.values())
-        wait = math.inf
         for rank, due in enumerate(self._due):
-            if rank in asked:
-                continue
-            if now >= due:
+            if now >= due and rank not in asked:
                 self._ask(rank)
                 self._due[rank] = now + rhythm.rank(rank)
-            else:
-                wait = min(wait, due - now)
-        return wait
 
     def take(self, question: Any, reply: Reply) -> None:
         """Take an answer; a reply to anything else is left alone."""

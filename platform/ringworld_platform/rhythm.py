@@ -7,17 +7,19 @@ has died, raised or finished is never asked for: Ray tells it at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-FIRST_RANKS_A_SECOND = 50
+FIRST_RANKS_A_SECOND = 33
 """Questions to first ranks, whose records the logs and the state show."""
 OTHER_RANKS_A_SECOND = 40
 SAVES_A_SECOND = 10
-LOOKS_A_SECOND = 200
+LOOKS_A_SECOND = 100
 """Looks of all runs at what is asked of them: to stop, to make way."""
 MOST_SECONDS = 20.0
 MOST_SAVE_SECONDS = 14.0
 """Below half of an owner's lease: it says in time that it lives."""
+WATCHED_SECONDS = 1.0
+"""Questions to the first rank of a run whose metrics somebody follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,14 @@ class Rhythm:
             other_rank=_share(quick.other_rank, (workers - runs) / OTHER_RANKS_A_SECOND),
             save=_share(quick.save, runs / SAVES_A_SECOND, MOST_SAVE_SECONDS),
             look=_share(quick.look, runs / LOOKS_A_SECOND),
+        )
+
+    def watched(self) -> Rhythm:
+        """The rhythm of one run among them that somebody watches."""
+        return replace(
+            self,
+            first_rank=min(self.first_rank, WATCHED_SECONDS),
+            look=min(self.look, WATCHED_SECONDS / 2),
         )
 
     def rank(self, rank: int) -> float:

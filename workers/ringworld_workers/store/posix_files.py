@@ -133,6 +133,8 @@ def _create(path: Path) -> int:
 
 def _make_folder(folder: Path) -> None:
     """Make a folder and those above it; each survives a power cut as the files in it do."""
+    if folder.exists():
+        return
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     for place in reversed(missing):
         place.mkdir(_FOLDER_MODE, exist_ok=True)
