@@ -22,14 +22,13 @@ class QuestionsTask(TaskSpec):
     """Glob patterns of .jsonl files, relative to the job, or package:NAME/pattern."""
     form: Literal["auto", "plain", "loft", "video_mme"] = "auto"
     """plain: `question`, `answers` (a list, or one text), and `context` (text) or `video` (a path)
-    where there is one; loft: `qid`, `query_text`, `answers`, with the corpus in `corpus`;
-    video_mme: `videoID`, `question`, `options`, `answer` (a letter). auto looks at each record."""
+    where there is one; loft: `qid`, `query_text` and `answers`, texts or, where passages are to be
+    found, [id, 1]; video_mme: `videoID`, `question`, `options` and `answer`, a letter. auto looks
+    at each record."""
     corpus: str | None = None
-    """LOFT's corpus of all questions: a jsonl of `pid`, `title_text`, `passage_text`. As much of it
-    as fits the context is given before each question, what answers it included."""
-    task: Literal["answer", "retrieve"] = "answer"
-    """With a corpus: whether the answer itself or the ids of the passages that hold it are asked
-    for."""
+    """LOFT's corpus of all questions: a jsonl of `pid`, `title_text`, `passage_text`. It is given
+    before each question, whole, or as much of it as fits the context, with all passages that a
+    question names (in its answers, or in metadata.qrels)."""
     media_root: str = ""
     """Folder of the videos that records name, relative to the job; empty: the job's."""
     fps: Positive | None = None
@@ -47,7 +46,7 @@ class QuestionsTask(TaskSpec):
     batch_tokens: Tokens | None = None
     """Tokens of prompts that are asked at one time, at most; empty: twice the context length."""
     min_exact: Share | None = None
-    """Least share of answers that are exactly right that passes."""
+    """Least share of exactly right answers that passes."""
     min_f1: Share | None = None
     """Least mean F1 of words that passes."""
     min_accuracy: Share | None = None
