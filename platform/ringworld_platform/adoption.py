@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ringworld_jobs.load import load_job
 from ringworld_jobs.problem import JobSpecError
@@ -52,7 +53,7 @@ class Adoption:
         self._id, self._make_runner = controller_id, make_runner
         self._store_lease = store_lease_seconds
         self.lock = threading.RLock()
-        self.runners: dict[Path, JobRunner] = {}
+        self.runners: dict[tuple[Path, str], JobRunner] = {}
         self._troubles: dict[str, str] = {}
         # To connect to a store takes longer than to ask it.
         self._stores: dict[str, Store] = {}
@@ -65,13 +66,23 @@ class Adoption:
         """Whether the record names this controller, in this or an earlier life."""
         return record.owner is not None and record.owner.controller == self._id
 
-    def runner_of(self, states: RunStates, record: JobRecord) -> JobRunner | None:
+    def runner_of(self, states: RunStates, run_id: str) -> JobRunner | None:
         """What runs it, or has run it, in this process."""
-        return self.runners.get(states.root / record.run_id)
+        return self.runners.get((states.root, run_id))
+
+    def status(self, states: RunStates, run_id: str) -> dict[str, Any] | None:
+        """What ``status --json`` prints of a run that is, or was, at work in this process."""
+        runner = self.runner_of(states, run_id)
+        return None if runner is None else runner.live.status()
+
+    def at_work(self, states: RunStates, run_id: str) -> bool:
+        """Whether a run is at work in this process."""
+        runner = self.runner_of(states, run_id)
+        return runner is not None and runner.active
 
     def over(self, states: RunStates, record: JobRecord) -> bool:
         """Whether a run is over, or about to be, although its stored state does not say so."""
-        runner = self.runner_of(states, record)
+        runner = self.runner_of(states, record.run_id)
         if runner is not None and not runner.active and runner.live.record.terminal:
             # The disk was too full to hear of its end, and may not be now.
             runner.live.save()
@@ -101,7 +112,7 @@ class Adoption:
         """
         may = not record.terminal and (self.is_mine(record) or record.abandoned())
         # A run that has ended here may be unable to say so: a full disk. It is left to the user.
-        if may and states.root / record.run_id not in self.runners:
+        if may and self.runner_of(states, record.run_id) is None:
             self.go_on(states, record.run_id, "continues where its last controller left", known)
 
     def refreshed(self, states: RunStates, record: JobRecord) -> JobRecord:
@@ -110,7 +121,7 @@ class Adoption:
         Raises:
             PlatformError: the store does not answer, or the folder cannot be written.
         """
-        runner = self.runner_of(states, record)
+        runner = self.runner_of(states, record.run_id)
         if record.store is None or (runner is not None and runner.active):
             return record
         newest = self._stored(record.store).refreshed(record)
@@ -163,7 +174,7 @@ class Adoption:
             copy = RunCopy(run, taken, etag, folder.path)
             copy.start()
         runner = self._make_runner(LiveRun(record, spec, states, folder, copy))
-        self.runners[states.root / record.run_id] = runner
+        self.runners[states.root, record.run_id] = runner
         runner.start()
 
     def go_on(self, states: RunStates, run_id: str, why: str, known: JobSpec | None = None) -> None:

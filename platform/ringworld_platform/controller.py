@@ -25,6 +25,7 @@ from ringworld_platform.capacity import cluster
 from ringworld_platform.drain import DrainWatch
 from ringworld_platform.errors import RunConflictError, UnknownRunError
 from ringworld_platform.fit import refuse_unfit
+from ringworld_platform.heap import give_back
 from ringworld_platform.intake import Intake, Submission
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.job_runner import JobRunner
@@ -129,14 +130,15 @@ class Controller:
     def status(self, name: str) -> dict[str, Any]:
         """State of a run, by run id or by job name (its newest run)."""
         record, states = self._find(name)
-        return self._status(states, record)
+        runner = self._adoption.runner_of(states, record.run_id)
+        return runner.live.status() if runner is not None else record.to_status()
 
     def runs(self) -> list[dict[str, Any]]:
         """State of every run, oldest first."""
         found = [
-            self._status(states, record)
+            status
             for states in map(self._states, self._known_roots())
-            for record in states.all()
+            for status in states.statuses(partial(self._adoption.status, states))
         ]
         return sorted(found, key=lambda status: float(status["submitted"]))
 
@@ -148,7 +150,7 @@ class Controller:
                 raise RunConflictError(f"{record.run_id} is {record.state} already")
             if record.moved_to:
                 raise RunConflictError(f"{record.run_id} goes on elsewhere: {record.moved_to}")
-            runner = self._adoption.runner_of(states, record)
+            runner = self._adoption.runner_of(states, record.run_id)
             if runner is not None and runner.active:
                 # First, because the disk may be full, and that is a good reason to stop a run.
                 runner.request_stop()
@@ -179,7 +181,7 @@ class Controller:
                 if record.store is not None:
                     settle_stored(record)
                 raise RunConflictError(f"{record.run_id} has succeeded; nothing is left to do")
-            runner = self._adoption.runner_of(states, record)
+            runner = self._adoption.runner_of(states, record.run_id)
             mine = self._adoption.is_mine(record)
             ended_here = runner is not None and not runner.active and mine
             if not (record.terminal or ended_here or record.abandoned() or record.moved_to):
@@ -198,7 +200,11 @@ class Controller:
 
     def metrics(self, name: str, after: int = 0) -> Page:
         """Metric records of a run from byte ``after`` on."""
-        return self._folder(name).metrics(after)
+        record, states = self._find(name)
+        runner = self._adoption.runner_of(states, record.run_id)
+        if runner is not None:
+            runner.live.watch()
+        return RunFolder(Path(record.run_folder)).metrics(after)
 
     def logs(self, name: str, rank: int = 0, after: int = 0) -> Page:
         """Lines of a rank's log from byte ``after`` on."""
@@ -234,14 +240,10 @@ class Controller:
     def _runner(self, live: LiveRun) -> JobRunner:
         return JobRunner(live, self._line, self._drains, self._config.runner, self._tracking)
 
-    def _status(self, states: RunStates, record: JobRecord) -> dict[str, Any]:
-        runner = self._adoption.runner_of(states, record)
-        return runner.live.status() if runner is not None else record.to_status()
-
     def _take_up(self) -> None:
         """Adopt what is ours; and, unless this is a one-shot cluster, what is nobody's."""
         for states in map(self._states, self._known_roots()):
-            for record in states.all():
+            for record in states.all(partial(self._adoption.at_work, states)):
                 if self._adoption.is_mine(record) or not self._config.runner.one_shot:
                     self._adoption.take_up(states, record)
 
@@ -251,6 +253,7 @@ class Controller:
                 self._take_up()
             except Exception:
                 log.exception("cannot look for unfinished runs")
+            give_back()
 
     def _find(self, name: str) -> tuple[JobRecord, RunStates]:
         problem: UnknownRunError | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -32,6 +33,8 @@ from ringworld_workers.recorder import Progress
 
 SAVE_SECONDS = 1.0
 BEAT_SECONDS = 5.0
+# So long after its metrics were asked for, a run is taken for one that is watched.
+WATCH_SECONDS = 10.0
 # A store that answers at all does so within this, also where it has to be asked again.
 CONFIRM_SECONDS = 12.0
 # Shorter than any lease: nobody takes a run over while its end is sent.
@@ -101,6 +104,7 @@ class LiveRun:
         self._copy = copy
         self._lock = threading.RLock()
         self._saved_at = 0.0
+        self._watched = -math.inf
         self._changed = False
         self._predictions = Predictions(spec)
         self.tally = Tally(spec)
@@ -120,6 +124,15 @@ class LiveRun:
         """What ``status --json`` prints, as of now."""
         with self._lock:
             return self.record.to_status()
+
+    def watch(self) -> None:
+        """Somebody has asked for the newest metrics, and is likely to do so again."""
+        self._watched = time.monotonic()
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody follows the metrics."""
+        return time.monotonic() - self._watched < WATCH_SECONDS
 
     def event(self, kind: str, text: str, **more: Any) -> None:
         """Write a line of the event log, with where the run is."""

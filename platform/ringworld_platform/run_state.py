@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import cache, partial
 from pathlib import Path
@@ -207,6 +207,22 @@ class JobRecord(BaseModel):
         return status
 
 
+class _Seen:
+    """A run as its folder said; nobody changes the record."""
+
+    def __init__(self, record: JobRecord) -> None:
+        self.record = record
+        self._status: dict[str, Any] | None = None
+
+    def status(self) -> dict[str, Any]:
+        """As ``JobRecord.to_status``, made once for a run that has ended: most have."""
+        if not self.record.terminal:
+            return self.record.to_status()
+        if self._status is None:
+            self._status = self.record.to_status()
+        return dict(self._status)
+
+
 class RunStates:
     """The runs of one folder. It remembers what ``all`` has read: keep it, to ask often."""
 
@@ -218,7 +234,7 @@ class RunStates:
         """
         self.root = root
         self._store = open_store(f"file://{root}")
-        self._seen = SeenFiles[JobRecord]()
+        self._seen = SeenFiles[_Seen]()
 
     def create(
         self,
@@ -301,9 +317,34 @@ class RunStates:
         with _plain_errors():
             self._store.delete_prefix(run_id)
 
-    def all(self) -> list[JobRecord]:
-        """Every run, oldest first; folders without a readable state are passed over."""
-        return sorted(self._scan(), key=lambda record: (record.submitted, record.run_id))
+    def all(self, without: Callable[[str], bool] = lambda run_id: False) -> list[JobRecord]:
+        """Every run, oldest first; folders without a readable state are passed over.
+
+        Args:
+            without: whether a run of this id is left out, its folder unread.
+        """
+        # Copies, because the next one to ask is given the same.
+        found = [seen.record.model_copy() for seen in self._scan(without)]
+        return sorted(found, key=lambda record: (record.submitted, record.run_id))
+
+    def statuses(
+        self, known: Callable[[str], dict[str, Any] | None] = lambda run_id: None
+    ) -> list[dict[str, Any]]:
+        """What ``status --json`` prints of every run, oldest first.
+
+        Args:
+            known: gives it for the id of a run that the caller knows better than its folder does.
+        """
+        better: list[dict[str, Any]] = []
+
+        def is_known(run_id: str) -> bool:
+            status = known(run_id)
+            if status is not None:
+                better.append(status)
+            return status is not None
+
+        found = better + [seen.status() for seen in self._scan(is_known)]
+        return sorted(found, key=lambda status: (status["submitted"], status["run_id"]))
 
     def find(self, name: str) -> JobRecord:
         """The run of that id, else the newest run of the job of that name.
@@ -321,15 +362,19 @@ class RunStates:
             raise UnknownRunError(f"no run or job {name!r} in {self.root}; the latest are: {known}")
         return runs[-1]
 
-    def _scan(self) -> Iterator[JobRecord]:
+    def _scan(self, without: Callable[[str], bool]) -> list[_Seen]:
         # The folder, not the store's list: a run's folder holds thousands of objects.
-        for folder in self.root.iterdir() if self.root.is_dir() else ():
-            read = partial(self.get, folder.name)
-            try:
-                # A copy, because the next one to ask is given the same.
-                yield self._seen.get(folder / STATE_FILE, read).model_copy()
-            except (PlatformError, OSError):
+        found = []
+        for run_id in os.listdir(self.root) if self.root.is_dir() else ():
+            if without(run_id):
                 continue
+            path, read = f"{self.root}/{run_id}/{STATE_FILE}", partial(self._see, run_id)
+            with suppress(PlatformError, OSError):
+                found.append(self._seen.get(path, read))
+        return found
+
+    def _see(self, run_id: str) -> _Seen:
+        return _Seen(self.get(run_id))
 
     def _read(self, run_id: str) -> tuple[JobRecord, str]:
         if not (self.root / run_id / STATE_FILE).is_file():

@@ -62,7 +62,7 @@ class FolderView:
 
     def list(self) -> Records:
         """See ``RunView``."""
-        return [record.to_status() for record in self._states.all()]
+        return self._states.statuses()
 
     def events(self, name: str, after: int = 0) -> Records:
         """See ``RunView``."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Generic, TypeVar
 
 RACY_SECONDS = 0.5
@@ -19,9 +19,9 @@ class SeenFiles(Generic[T]):
 
     def __init__(self) -> None:
         """Nothing was read yet."""
-        self._seen: dict[Path, tuple[_Stamp, T]] = {}
+        self._seen: dict[str, tuple[_Stamp, T]] = {}
 
-    def get(self, path: Path, read: Callable[[], T]) -> T:
+    def get(self, path: str, read: Callable[[], T]) -> T:
         """What a file says: as it was read before, or as ``read`` gives it.
 
         Args:
@@ -34,7 +34,7 @@ class SeenFiles(Generic[T]):
         Raises:
             FileNotFoundError: there is none.
         """
-        about = path.stat()
+        about = os.stat(path)
         stamp = about.st_ino, about.st_mtime_ns, about.st_size
         seen = self._seen.get(path)
         if seen is not None and seen[0] == stamp:

@@ -94,6 +94,26 @@ def test_states_that_stand_are_not_read_again_and_those_that_change_are(tmp_path
     assert states.all() == []
 
 
+def test_a_list_of_runs_asks_who_knows_them_better_and_shares_nothing(tmp_path: Path) -> None:
+    states = RunStates(tmp_path)
+    ended, waits, works = (states.create("job", record).run_id for _ in range(3))
+    failed = {"state": RunState.FAILED, "reason": "no room"}
+    states.update(ended, lambda found: found.model_copy(update=failed))
+    long_ago = time.time() - 60
+    os.utime(tmp_path / ended / STATE_FILE, (long_ago, long_ago))
+    known = {works: {**states.get(works).to_status(), "step": 7}}
+
+    for _ in range(2):
+        found = states.statuses(known.get)
+        assert [status["run_id"] for status in found] == [ended, waits, works]
+        assert found[0]["reason"] == "no room", "as it stands, whatever was done to an answer"
+        assert found[2]["step"] == 7
+        found[0]["reason"] = "spoilt"
+
+    states.update(ended, lambda found: found.model_copy(update={"state": RunState.STOPPED}))
+    assert states.statuses(known.get)[0]["state"] == "STOPPED"
+
+
 def test_of_two_controllers_one_claims_a_run(tmp_path: Path) -> None:
     states = RunStates(tmp_path)
     run_id = states.create("job", record).run_id
