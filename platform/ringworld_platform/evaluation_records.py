@@ -76,10 +76,10 @@ def told(record: Record) -> str:
     return f"{record['task']} of {record['stage']}: {figure} ({record['items']} items)"
 
 
-def lines_of(records: Iterable[Record]) -> list[str]:
-    """The newest figures of each task of each stage in words, from records or events."""
+def evaluation_lines(events: Iterable[Record]) -> list[str]:
+    """The newest main figure of each task of each stage in words, from a run's events."""
     newest: dict[tuple[Any, Any], str] = {}
-    for record in records:
-        if record.get("kind") == EVALUATION and "task" in record and "figure" in record:
-            newest[(record.get("stage"), record["task"])] = str(record.get("text"))
+    for event in events:
+        if event.get("kind") == EVALUATION:
+            newest[(event.get("stage"), event.get("task"))] = str(event.get("text"))
     return list(newest.values())

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringworld_jobs.units import format_tokens, parse_count
+from ringworld_platform.evaluation_records import evaluation_lines
 from ringworld_platform.formatting import duration, loss, mesh_heading, mesh_text, quantity
 from ringworld_platform.predictions import comparison_lines
 from ringworld_platform.proofs import read_proofs
+from ringworld_platform.report_evaluations import shown_tasks
 from ringworld_platform.run_records import (
     REPORT_FILE,
     SPEC_FILE,
@@ -227,6 +229,7 @@ def render_terminal(report: Report) -> RenderableType:
             table.add_row(*row)
     saved = [stage.checkpoint for stage in report.stages if stage.checkpoint]
     lines = verdicts(report)
+    lines += (f"Evaluated: {line}." for line in evaluation_lines(report.run.events))
     lines += (f"Measured, {line}." for line in comparison_lines(report.run.events))
     if saved:
         lines.append(f"Checkpoints: {', '.join(saved)}.")
@@ -334,6 +337,7 @@ def render_html(report: Report, plots: Sequence[Plot]) -> str:
         "verdicts": verdicts(report),
         "proofs": read_proofs(report.run.folder),
         "comparisons": comparison_lines(report.run.events),
+        "evaluations": shown_tasks(report.run.folder),
         "events": report.run.events,
         "error": report.run.state.get("error"),
         "spec_text": spec_path.read_text(encoding="utf-8") if spec_path.is_file() else "",

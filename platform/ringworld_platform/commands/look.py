@@ -57,6 +57,7 @@ def status(
             stages_table,
             workers_table,
         )
+        from ringworld_platform.evaluation_records import evaluation_lines
         from ringworld_platform.formatting import duration
         from ringworld_platform.predictions import comparison_lines
         from ringworld_platform.progress import RunProgress
@@ -65,6 +66,7 @@ def status(
         progress.poll()
         lines = [f"parity      {line}" for line in parity_lines(progress)]
         lines += [f"measured    {line}" for line in comparison_lines(progress.events)]
+        lines += [f"evaluated   {line}" for line in evaluation_lines(progress.events)]
         lines += [f"checkpoint  {found.get('checkpoint') or 'none yet'}"]
         if found.get("eta_seconds") and not progress.ended:
             lines.append(f"time left   {duration(found['eta_seconds'])}")
