@@ -74,7 +74,11 @@ def _clip(medium: Medium, coder: Coder) -> tuple[DraftPart, ...]:
 
 
 class Conversation:
-    """Turns of one row of a ring."""
+    """Turns of one row of a ring.
+
+    Attributes:
+        row: of the ring's sessions.
+    """
 
     def __init__(
         self, ring: LocalRing, settings: SamplingSettings, max_frames: int | None = None
@@ -93,7 +97,7 @@ class Conversation:
         # A model whose codebook is not at hand draws nothing.
         most = grammar.max_frames if grammar.max_frames is not None else max_frames
         self._grammar = replace(grammar, max_frames=most)
-        self._row: int = ring.call("open")
+        self.row: int = ring.call("open")
         self._now = _Place(ring.call("mark"), 0)
         self._turns: list[_Place] = []
         self._about: Prompt | None = None
@@ -115,7 +119,7 @@ class Conversation:
             opening: of ``opening_prompt``.
             on_chunk: told the tokens read, and in all.
         """
-        self._ring.call("read", self._row, opening, on_chunk=on_chunk)
+        self._ring.call("read", self.row, opening, on_chunk=on_chunk)
         self._about = opening
         self._now = _Place(self._ring.call("mark"), len(opening))
 
@@ -146,7 +150,7 @@ class Conversation:
             )
         before = self._now
         ask = Ask(prompt=prompt, settings=self._settings, grammar=self._grammar)
-        answer = self._ring.call("answer", [ask], self._row, cancelled=cancelled, on_chunk=on_chunk)
+        answer = self._ring.call("answer", [ask], self.row, cancelled=cancelled, on_chunk=on_chunk)
         length, last, in_clip = before.length + len(prompt), None, False
         for event in answer:
             # The token that ends an answer is not put into the row.

@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,14 +19,11 @@ import torch
 import torch.distributed as dist
 
 from ringworld_model.decode import DEFAULT_CHUNK
-from ringworld_workers.generation.asker import Asker
+from ringworld_workers.generation.asker import Asker, make_asker
 from ringworld_workers.generation.coder import Coder
-from ringworld_workers.generation.loading import choose_device, choose_dtype, load_model
+from ringworld_workers.generation.loading import choose_device
 from ringworld_workers.generation.source import ModelSource, RequestError
 
-_TIMEOUT = timedelta(hours=1)
-"""Of one collective: a pass over a million tokens takes minutes on a CPU. A rank that dies is
-noticed at once, for its connections end with it."""
 _GRACE_SECONDS = 5.0
 _READY = "ready"
 
@@ -95,14 +92,14 @@ class LocalRing:
             self._start()
             if self._size > 1:
                 _limit_threads(self._size)
-            self.asker = _asker(
+            self.asker = make_asker(
                 self._source,
                 0,
                 self._size,
-                self._device,
+                _place(self._device, 0),
                 self._dtype,
                 self._chunk,
-                self._scratch.name,
+                partial(_meeting, self._scratch.name, self._size),
                 coder=self._coder,
                 on_tensor=self._on_tensor,
                 together=self._wait_for_all,
@@ -199,7 +196,7 @@ class LocalRing:
         """Why a rank is gone; None: all are there."""
         for rank, (process, pipe) in enumerate(zip(self._processes, self._pipes, strict=True), 1):
             # One that fails says why, and ends.
-            process.join(1.0)
+            process.join(_GRACE_SECONDS)
             if process.exitcode is None:
                 continue
             said = ""
@@ -228,37 +225,12 @@ def _limit_threads(size: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
 
 
-def _asker(
-    source: ModelSource,
-    rank: int,
-    size: int,
-    device: str,
-    dtype: str,
-    chunk: int,
-    scratch: str,
-    *,
-    coder: Coder | None = None,
-    on_tensor: Callable[[int, int], None] = lambda *_: None,
-    together: Callable[[], None] = lambda: None,
-) -> Asker:
-    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    loaded = load_model(
-        source, device=place, dtype=choose_dtype(dtype, place), coder=coder, on_tensor=on_tensor
-    )
-    group = None
-    if size > 1:
-        together()
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            store=dist.FileStore(str(Path(scratch, "store")), size),
-            rank=rank,
-            world_size=size,
-            timeout=_TIMEOUT,
-        )
-        group = dist.group.WORLD
-    return Asker(loaded, group, chunk)
+def _place(device: str, rank: int) -> torch.device:
+    return torch.device(device, rank) if device == "cuda" else torch.device(device)
+
+
+def _meeting(scratch: str, size: int) -> dist.Store:
+    return dist.FileStore(str(Path(scratch, "store")), size)
 
 
 def _serve(
@@ -274,8 +246,9 @@ def _serve(
     """Another rank: do what the first one says, until it is gone."""
     _limit_threads(size)
     try:
-        asker = _asker(
-            *(source, rank, size, device, dtype, chunk, scratch),
+        asker = make_asker(
+            *(source, rank, size, _place(device, rank), dtype, chunk),
+            partial(_meeting, scratch, size),
             together=lambda: pipe.send(_READY),
         )
         while True:
