@@ -90,12 +90,12 @@ class Hearing:
         compute_seconds = record.pop("ring_compute_by_rank", None)
         if compute_seconds is None:
             return
+        self._live.computed(compute_seconds)
         working = record["step_seconds"] - record.get("checkpoint_stall_seconds", 0.0)
         changes = self._slow.step(compute_seconds, working, record.get("plan_imbalance", 1.0))
         for change in changes:
             self._live.event("slow", self._told(change), rank=change.rank, ratio=change.ratio)
         if changes or self._slow.ratios:
-        self._live.computed(compute_seconds)
             self._live.slow_ranks(self._slow.ratios)
 
     def _told(self, change: Change) -> str:
