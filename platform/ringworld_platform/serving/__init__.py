@@ -1,0 +1,1 @@
+"""`ringworld serve`: an OpenAI-compatible endpoint over a ring, on Ray Serve."""

@@ -1,0 +1,179 @@
+"""Requests as OpenAI's clients send them. What is not served is refused, not passed over."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ringworld_jobs.problem import nearest
+from ringworld_platform.serving.api_errors import ApiError
+
+_MOST_STOPS = 16
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Strict):
+    """A text within a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Strict):
+    """Where an image is."""
+
+    url: str
+    detail: str | None = None
+
+
+class ImagePart(_Strict):
+    """An image within a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class VideoUrl(_Strict):
+    """Where a video is, and which frames of it are taken."""
+
+    url: str
+    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    num_frames: int | None = Field(default=None, ge=1)
+
+
+class VideoUrlPart(_Strict):
+    """A video within a message."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+class InputVideoPart(_Strict):
+    """The same under another name."""
+
+    type: Literal["input_video"]
+    input_video: VideoUrl
+
+
+Part = Annotated[TextPart | ImagePart | VideoUrlPart | InputVideoPart, Field(discriminator="type")]
+
+
+class Message(_Strict):
+    """One message of a conversation; ``developer`` is another name of ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+
+class StreamOptions(_Strict):
+    """What a stream holds beside its text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """Only text is written."""
+
+    type: Literal["text"]
+
+
+class _Sampled(_Strict):
+    """What both kinds of request have."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    stop: _Stop | list[_Stop] | None = None
+    seed: int | None = None
+    n: Literal[1] | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    # Taken and not used: they say who asks, or how it is billed.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts.
+
+        Raises:
+            ApiError: there are too many.
+        """
+        found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(found) > _MOST_STOPS:
+            raise ApiError(
+                400, f"stop holds {len(found)} texts; {_MOST_STOPS} at most", param="stop"
+            )
+        return found
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of the answer at most; None: the request does not say."""
+        return self.max_tokens
+
+
+class ChatRequest(_Sampled):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = Field(default=None, max_length=0)
+    modalities: list[Literal["text"]] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of the two names the new one counts."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(_Sampled):
+    """``POST /v1/completions``: one bare prompt."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: Literal[0] | None = None
+    suffix: Literal[""] | None = None
+
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
+    """Read a request.
+
+    Raises:
+        ApiError: it is no JSON, or has a field that is unknown, missing or wrong; names the first.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        raise ApiError(400, f"the body is no JSON: {first['msg']}")
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        hint = nearest(place, list(kind.model_fields))
+        meant = f"; did you mean {hint!r}?" if hint else "; leave it out"
+        raise ApiError(400, f"{place} is not served here{meant}", param=place)
+    raise ApiError(400, f"{place}: {first['msg']}", param=place)
