@@ -154,8 +154,8 @@ class EvaluationRun:
                 progress.item()
                 record = next(answers, None)
                 if record is not None and leads:
-                    record = {"task": task.name, **record}
-                    _check_size(record)
+                    record = {**record, "task": task.name}
+                    _check(record, self.job.record("answer"))
                     self.reporter.answer(self.job.record("answer", **record))
                     new.append(record)
                 given, stop = self._agree(record is not None and leads)
@@ -198,7 +198,18 @@ def _answers(task: Task, items: Sequence[Item], ring: EvaluationRing) -> Iterato
                 yield {**facts[record["id"]], **record}
 
 
-def _check_size(record: Record) -> None:
+def _check(record: Record, line: Record) -> None:
+    """Refuse what cannot be kept.
+
+    Args:
+        record: a task's.
+        line: what its line in the log says besides.
+    """
+    if taken := sorted(record.keys() & line.keys()):
+        raise ValueError(
+            f"evaluate.{record['task']}: the record of {record['id']!r} has {taken[0]!r}, which "
+            "its line in the log says already; let the task call it by another name"
+        )
     size = len(json.dumps(record))
     if size > RECORD_LIMIT_BYTES:
         raise ValueError(

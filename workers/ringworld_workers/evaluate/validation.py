@@ -46,13 +46,14 @@ class ValidationRows:
         found = []
         for kind in KINDS:
             rows = len(self._loader.held_out_rows(kind, self._settings.rows))
-            found += [Item(f"{kind}/{row}", {"kind": kind, "row": row}) for row in range(rows)]
+            facts = [{"source_kind": kind, "row": row} for row in range(rows)]
+            found += [Item(f"{kind}/{each['row']}", each) for each in facts]
         return found
 
     def run(self, items: Sequence[Item], ring: EvaluationRing) -> Iterator[Record]:
         """Score the rows; see ``Task.run``."""
         for item in items:
-            kind: SourceKind = item.facts["kind"]
+            kind: SourceKind = item.facts["source_kind"]
             row = self._loader.held_out_rows(kind, self._settings.rows)[item.facts["row"]]
             yield {"id": item.id, **score_row(ring, row).record()}
 
@@ -62,7 +63,7 @@ class ValidationRows:
         document to twice as far."""
         figures: dict[str, float] = {}
         for kind, names in SCORES_BY_KIND.items():
-            mine = [record for record in records if record["kind"] == kind]
+            mine = [record for record in records if record["source_kind"] == kind]
             if not mine:
                 continue
             nll, weight, correct, by_position = (
