@@ -15,13 +15,23 @@ Values = np.ndarray[tuple[int], np.dtype[Number]]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stage's stretch of the token axis."""
+    """One stage's stretch of the token axis.
+
+    Attributes:
+        name: of the stage.
+        label: with its context length, where that is known.
+        first: tokens consumed before it.
+        last: tokens consumed at its end.
+        stage_index: its place among the job's stages.
+        rope_theta: where the spec is known.
+    """
 
     name: str
     label: str
     first: float
     last: float
     stage_index: int
+    rope_theta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,10 @@ def curves_of(run: RunRecords) -> Curves:
         if index in contexts:
             label = f"{name}: {format_tokens(contexts[index])}"
         last = float(tokens[inside[-1]])
-        spans.append(Span(name, label, previous, last, index))
+        spec = run.stages[index] if index < len(run.stages) else {}
+        theta = spec.get("rope_theta")
+        base = float(theta) if theta is not None else None
+        spans.append(Span(name, label, previous, last, index, base))
         previous = last
     validations = {
         int(record.get("stage_index", 0)): record for record in run.of_kind("validation")

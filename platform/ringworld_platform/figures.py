@@ -18,6 +18,7 @@ from ringworld_platform.plot_style import (
     INK,
     ORANGE,
     PURPLE,
+    SERIES,
     SKY,
     VERMILION,
 )
@@ -106,6 +107,28 @@ def _draw_loss(axes: Axes, curves: Curves) -> None:
                     label=label,
                 )
                 label = "_nolegend_"
+    axes.set_ylabel("loss, nats a token", fontsize=9, color=INK)
+    axes.margins(y=0.1)
+
+
+def _draw_curriculum(axes: Axes, curves: Curves) -> None:
+    """The loss that is trained on, a colour a stage; its context and RoPE base in the legend."""
+    loss = curves.values("loss")
+    for order, span in enumerate(curves.spans):
+        part, color = curves.part(span), SERIES[order % len(SERIES)]
+        window = max(3, round((part.stop - part.start) * SMOOTHING_SHARE) | 1)
+        theta = f", θ {span.rope_theta:g}" if span.rope_theta is not None else ""
+        tokens = curves.tokens[part]
+        axes.plot(tokens, loss[part], ".", color=color, alpha=0.35, markersize=5, mew=0)
+        axes.plot(
+            tokens,
+            running_mean(loss[part], window),
+            color=color,
+            linewidth=1.8,
+            label=f"{span.label}{theta}",
+        )
+        if order:
+            axes.axvline(span.first, color="#C5CAD1", linewidth=1.0, linestyle=(0, (3, 2)))
     axes.set_ylabel("loss, nats a token", fontsize=9, color=INK)
     axes.margins(y=0.1)
 
@@ -227,6 +250,15 @@ FIGURES = (
         "A step up at a band's edge is the price of a longer context, and should heal.",
         _draw_loss,
         ("loss_text", "loss_vision"),
+        wide=True,
+    ),
+    FigureKind(
+        "curriculum",
+        "Loss over the curriculum",
+        "The loss that is trained on, over all tokens of the run, a colour a stage. Beside each "
+        "stage stand its context length and its RoPE base.",
+        _draw_curriculum,
+        ("loss",),
         wide=True,
     ),
     FigureKind(

@@ -29,6 +29,11 @@ _MEANINGS = (
     ("timeout exception", "it does not answer (timed out)"),
     ("Failed to resolve", "there is no host of that name"),
     ("Name or service not known", "there is no host of that name"),
+    ("too many 429 error responses", "it has too much to do (429)"),
+    ("too many 500 error responses", "it failed (500); its log says why"),
+    ("too many 502 error responses", "its proxy does not reach it (502)"),
+    ("too many 503 error responses", "it is not available (503)"),
+    ("too many 504 error responses", "its proxy does not reach it (504)"),
     ("Connection reset", "it ended the connection"),
     ("RemoteDisconnected", "it ended the connection"),
 )

@@ -38,6 +38,7 @@ _CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -259,15 +260,12 @@ class MlflowServer:
         return [one for one in found if one.tags.get("checkpoint") == version.url]
 
     def _create_version(self, run: str, version: ModelVersion) -> RegisteredVersion:
-        try:
+        if self._file is not None or not version.url.startswith("file://"):
             return self._create_from(run, version, version.url)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            # A server takes no path of its own machine; it takes what is in the run's artifacts.
-            with self._storing(run, "checkpoint.json"):
-                self._client.log_dict(run, dict(version.tags), "checkpoint/checkpoint.json")
-            return self._create_from(run, version, f"runs:/{run}/checkpoint")
+        # A server takes no path of this machine; it takes what is in the run's artifacts.
+        with self._storing(run, "checkpoint.json"):
+            self._client.log_dict(run, dict(version.tags), "checkpoint/checkpoint.json")
+        return self._create_from(run, version, f"runs:/{run}/checkpoint")
 
     def _create_from(self, run: str, version: ModelVersion, source: str) -> RegisteredVersion:
         return self._client.create_model_version(

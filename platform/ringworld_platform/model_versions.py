@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,12 @@ class ModelVersion:
     tags: Mapping[str, str]
 
 
+def _absolute(url: str) -> str:
+    """A ``file://`` URL may be of a relative path, which means nothing on a server."""
+    scheme, _, path = url.partition("://")
+    return f"file://{os.path.abspath(path)}" if scheme == "file" else url
+
+
 def model_version(spec: JobSpec, run_id: str, record: Record, tokens: int) -> ModelVersion | None:
     """The version that a ``stage_end`` record makes; None where the job wants none.
 
@@ -45,7 +52,7 @@ def model_version(spec: JobSpec, run_id: str, record: Record, tokens: int) -> Mo
     if asked == "off" or not key or index >= len(spec.stages):
         return None
     stage = spec.stages[index]
-    url = f"{checkpoints_url(spec, run_id)}/{key}"
+    url = _absolute(f"{checkpoints_url(spec, run_id)}/{key}")
     context = format_tokens(stage.context_length)
     step = int(record.get("step", 0))
     return ModelVersion(

@@ -13,14 +13,17 @@ from ringworld_platform.curves import Curves, Span
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, GREY, INK = "#56B4E9", "#CC79A7", "#8A8F98", "#24292F"
+SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 DOTS_PER_INCH = 150
 
 
-def stage_bands(axes: Axes, spans: Sequence[Span]) -> None:
+def stage_bands(axes: Axes, spans: Sequence[Span], *, named: bool = True) -> None:
     """Shade every other stage's stretch of the token axis, and name them all."""
     for position, span in enumerate(spans):
         if position % 2 == 0:
             axes.axvspan(span.first, span.last, color="#F1F3F5", zorder=0, linewidth=0)
+        if not named:
+            continue
         axes.annotate(
             span.label,
             ((span.first + span.last) / 2, 1.0),

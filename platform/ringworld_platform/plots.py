@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ringworld_platform.plot_style import DOTS_PER_INCH, finish, over_tokens, st
 from ringworld_platform.run_records import PLOTS_FOLDER, RunRecords
 
 VECTOR_LIMIT_STEPS = 3000
+LEARNING = ("loss", "curriculum", "position")
+"""Figures that are drawn anew at each stage's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +50,62 @@ def write_plots(run: RunRecords) -> list[Plot]:
     Returns:
         The figures, most telling first; empty for a run without steps.
     """
+    return [
+        Plot(
+            name=kind.name,
+            title=kind.title,
+            explanation=kind.explanation,
+            over=kind.over,
+            path=_save(kind, figure, run.folder),
+            data_uri=_embed(figure, curves),
+            wide=kind.wide,
+        )
+        for kind, figure, curves in _drawn(run, FIGURES)
+    ]
+
+
+def write_learning_curves(run: RunRecords) -> list[Path]:
+    """Draw only what tells how learning goes: losses over tokens, and by position.
+
+    Returns:
+        The PNG files; none for a run without steps.
+    """
+    kinds = [kind for kind in FIGURES if kind.name in LEARNING]
+    return [_save(kind, figure, run.folder) for kind, figure, _ in _drawn(run, kinds)]
+
+
+def _drawn(
+    run: RunRecords, kinds: Sequence[FigureKind]
+) -> Iterator[tuple[FigureKind, Figure, Curves]]:
     curves = curves_of(run)
-    if not curves.steps:
-        return []
-    folder = run.folder / PLOTS_FOLDER
-    folder.mkdir(exist_ok=True)
-    return [_write(figure, curves, folder) for figure in FIGURES if figure.has_data(curves)]
+    for kind in kinds if curves.steps else ():
+        if kind.has_data(curves):
+            yield kind, _draw(kind, curves), curves
 
 
-def _write(kind: FigureKind, curves: Curves, folder: Path) -> Plot:
+def _draw(kind: FigureKind, curves: Curves) -> Figure:
     figure = Figure(figsize=(9.6, 4.4) if kind.wide else (6.4, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if kind.over == "tokens":
-        stage_bands(axes, curves.spans)
+        # Where colours tell the stages apart, their names stand in the legend.
+        stage_bands(axes, curves.spans, named=kind.name != "curriculum")
         kind.draw(axes, curves)
         over_tokens(axes, curves)
     else:
         kind.draw(axes, curves)
     finish(axes, kind.wide)
-    path = folder / f"{kind.name}.png"
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-    return Plot(
-        name=kind.name,
-        title=kind.title,
-        explanation=kind.explanation,
-        over=kind.over,
-        path=path,
-        data_uri=_embed(figure, curves),
-        wide=kind.wide,
-    )
+    return figure
+
+
+def _save(kind: FigureKind, figure: Figure, folder: Path) -> Path:
+    path = folder / PLOTS_FOLDER / f"{kind.name}.png"
+    path.parent.mkdir(exist_ok=True)
+    # Whole or not at all: somebody may be sending it.
+    scratch = path.with_suffix(".png.tmp")
+    figure.savefig(scratch, format="png", dpi=DOTS_PER_INCH)
+    scratch.replace(path)
+    return path
 
 
 def _embed(figure: Figure, curves: Curves) -> str:

@@ -36,6 +36,8 @@ class TrackedRun:
         params_logged: the spec is on the server.
         tokens: that the run had consumed in the last step that was sent.
         time: of the last record that was sent, seconds since the epoch.
+        unregistered: ``stage_end`` records whose checkpoints are no model versions yet, each with
+            the tokens consumed by then.
     """
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -49,6 +51,7 @@ class TrackedRun:
     params_logged: bool = False
     tokens: int = 0
     time: float = 0.0
+    unregistered: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path, uri: str) -> TrackedRun:

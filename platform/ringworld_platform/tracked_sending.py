@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_platform.mlflow_errors import Refused
+from ringworld_platform.mlflow_errors import Refused, TrackingError
 from ringworld_platform.model_versions import model_version
 from ringworld_platform.run_records import (
     METRICS_FILE,
@@ -55,7 +55,6 @@ class Sending:
     keep: Callable[[], None]
     dropped: int = 0
     refusal: str | None = None
-    _begun: float | None = field(default=None)
 
     def open(self) -> None:
         """Find or make the job's run, and show it as running."""
@@ -65,11 +64,11 @@ class Sending:
             saved.offset, saved.mark = 0, ""
         self.keep()
         first = read_lines(log, 0, 1).records
-        self._begun = time_of(first[0]) if first else None
+        begun = time_of(first[0]) if first else None
         if not saved.experiment_id:
             saved.experiment_id = self.server.experiment(self.spec.tracking.experiment)
         if not saved.parent:
-            saved.parent = self._run("job", self.run_id, self._begun)
+            saved.parent = self._run("job", self.run_id, begun)
         self.server.reopen(saved.parent)
         if not saved.params_logged:
             self.server.params(saved.parent, flatten(self.spec.model_dump(mode="json")))
@@ -96,6 +95,7 @@ class Sending:
         self.dropped += dropped
         saved.offset, saved.mark = lines.offset, mark_of(log, lines.offset)
         self.keep()
+        self._register()
         return True
 
     def end(self, status: str) -> None:
@@ -105,9 +105,12 @@ class Sending:
             status: SUCCEEDED, FAILED or STOPPED.
         """
         saved, ended = self.saved, _ENDED.get(status, "FAILED")
+        self._register()
         self._write_report(status)
         names = [name for name in (SPEC_FILE, REPORT_FILE) if (self.folder / name).is_file()]
-        self._files(saved.parent, [*((self.folder / name, "") for name in names), *self._plots()])
+        plots = sorted((self.folder / PLOTS_FOLDER).glob("*.png"))
+        files = [(self.folder / name, "") for name in names]
+        self._files(saved.parent, [*files, *((path, PLOTS_FOLDER) for path in plots)])
         when = saved.time or None
         for run in saved.stages.values():
             if self.server.is_running(run):
@@ -137,33 +140,43 @@ class Sending:
         self._files(run, files_of(record, self.folder))
         if kind == "stage_end":
             self.server.end(run, "FINISHED", time_of(record) or None)
-            self._register(run, record)
-            self._draw(run)
+            self._draw(run, int(record["stage_index"]))
+            ended = {**record, "tokens": saved.tokens}
+            if ended not in saved.unregistered:
+                saved.unregistered.append(ended)
 
-    def _register(self, run: str, record: Record) -> None:
-        version = model_version(self.spec, self.run_id, record, self.saved.tokens)
-        if version is None:
-            return
+    def _register(self) -> None:
+        """Make model versions of the checkpoints that are none yet.
+
+        A registry that is out of order does not hold up the log: it is tried again later.
+        """
+        saved = self.saved
+        for record in list(saved.unregistered):
+            version = model_version(self.spec, self.run_id, record, int(record["tokens"]))
+            try:
+                if version is not None:
+                    self.server.register(self._stage_run(record), version)
+            except TrackingError as error:
+                self.server.is_running(saved.parent)  # raises where it is the server
+                self._refused(f"no model version of {record.get('checkpoint')}: {error}")
+                if not isinstance(error, Refused):
+                    continue
+            saved.unregistered.remove(record)
+            self.keep()
+
+    def _draw(self, run: str, index: int) -> None:
+        """Draw the curves up to a stage's end: on its run as they were, on the job's the newest."""
+        from ringworld_platform.plots import write_learning_curves
+
         try:
-            self.server.register(run, version)
-        except Refused as error:
-            self._refused(f"no model version of {version.url}: {error}")
-
-    def _draw(self, run: str) -> None:
-        """Draw the curves up to here: on the job's run the newest, on the stage's as they were."""
-        from ringworld_platform.plots import write_plots
-
-        try:
-            write_plots(read_run(self.folder))
+            records = read_run(self.folder)
+            known = [r for r in records.records if int(r.get("stage_index", 0)) <= index]
+            paths = write_learning_curves(replace(records, records=known))
         except Exception as error:
             logger.warning("no plots of %s: %s", self.run_id, error)
             return
-        self._files(run, self._plots())
-        self._files(self.saved.parent, self._plots())
-
-    def _plots(self) -> list[tuple[Path, str]]:
-        plots = sorted((self.folder / PLOTS_FOLDER).glob("*.png"))
-        return [(path, PLOTS_FOLDER) for path in plots]
+        for where in (run, self.saved.parent):
+            self._files(where, [(path, PLOTS_FOLDER) for path in paths])
 
     def _files(self, run: str, paths: Iterable[tuple[Path, str]]) -> None:
         try:
