@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from ringworld_jobs.problem import KeyPath
 from ringworld_jobs.spec_base import Spec
 from ringworld_jobs.units import format_tokens
 
@@ -56,6 +57,10 @@ class TaskSpec(Spec):
         Yields:
             The field, and the message with limit and remedy.
         """
+        yield from ()
+
+    def patterns(self) -> Iterator[tuple[KeyPath, str]]:
+        """The files that are needed: where in the settings they are named, and the pattern."""
         yield from ()
 
     def absolute(self, base: Path) -> Self:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ringworld_jobs.evaluate_base import TaskSpec, absolute_pattern, too_long
 from ringworld_jobs.needle_format import HaystackSpec, NeedleFormat
+from ringworld_jobs.problem import KeyPath
 from ringworld_jobs.spec_base import Auto, Share, Size
 from ringworld_jobs.units import ContextLength, Tokens, format_tokens
 
@@ -48,6 +49,11 @@ class HaystackTask(TaskSpec):
         if self.depths == 1:
             return [50.0]
         return [round(100 * at / (self.depths - 1), 2) for at in range(self.depths)]
+
+    def patterns(self) -> Iterator[tuple[KeyPath, str]]:
+        """See ``TaskSpec.patterns``."""
+        for index, pattern in enumerate(self.haystack.files):
+            yield ("haystack", "files", index), pattern
 
     def absolute(self, base: Path) -> Self:
         """See ``TaskSpec.absolute``."""
@@ -189,6 +195,11 @@ class VideoNeedleTask(TaskSpec):
         if self.depths == 1:
             return [50.0]
         return [round(100 * at / (self.depths - 1), 2) for at in range(self.depths)]
+
+    def patterns(self) -> Iterator[tuple[KeyPath, str]]:
+        """See ``TaskSpec.patterns``."""
+        if self.background is not None:
+            yield ("background",), self.background
 
     def absolute(self, base: Path) -> Self:
         """See ``TaskSpec.absolute``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from ringworld_jobs.evaluate_base import TaskSpec, absolute_pattern
+from ringworld_jobs.problem import KeyPath
 from ringworld_jobs.spec_base import Positive, Share, Size
 from ringworld_jobs.units import Tokens
 
@@ -54,6 +56,14 @@ class QuestionsTask(TaskSpec):
     min_recall: Share | None = None
     """Least mean recall in retrieval that passes."""
 
+    def patterns(self) -> Iterator[tuple[KeyPath, str]]:
+        """See ``TaskSpec.patterns``."""
+        for index, pattern in enumerate(self.files):
+            yield ("files", index), pattern
+        for name in ("corpus", "media_root"):
+            if getattr(self, name):
+                yield (name,), getattr(self, name)
+
     def absolute(self, base: Path) -> Self:
         """See ``TaskSpec.absolute``."""
         changes: dict[str, object] = {
@@ -76,6 +86,11 @@ class ReconstructionTask(TaskSpec):
     """Frames of a video at most, spread evenly."""
     min_psnr: Positive | None = None
     """Least mean PSNR, in dB, that passes."""
+
+    def patterns(self) -> Iterator[tuple[KeyPath, str]]:
+        """See ``TaskSpec.patterns``."""
+        for index, pattern in enumerate(self.files):
+            yield ("files", index), pattern
 
     def absolute(self, base: Path) -> Self:
         """See ``TaskSpec.absolute``."""

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.document import Document
-from ringworld_jobs.problem import KeyPath, nearest
+from ringworld_jobs.evaluate_spec import Evaluations, asked_for
+from ringworld_jobs.problem import NO_VALUE, KeyPath, nearest
 from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec
 from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.store_url import UnsafeUrl, parse_store
 from ringworld_jobs.units import format_seconds, format_tokens
-from ringworld_jobs.validate import Checked
+from ringworld_jobs.validate import Checked, T
 
 PACKAGE_PREFIX = "package:"
 LEAST_HOST_BYTES = 16 * 2**20
@@ -208,6 +209,29 @@ def check_recipe_files(checked: Checked[RecipeSpec], base: Path) -> None:
         root = getattr(dataset, "media_root", "")
         if root:
             _check_file(document, ("datasets", name, "media_root"), root, base)
+
+
+def check_evaluation_files(
+    checked: Checked[T], evaluations: Evaluations | None, base: Path, here: KeyPath
+) -> None:
+    """Report files that evaluations need and that are not there.
+
+    Args:
+        checked: the validated file; problems go into its document.
+        evaluations: what is asked for.
+        base: folder of the file, from which relative paths start.
+        here: path of what is asked for.
+    """
+    if not checked.sound(here):
+        return
+    document = checked.document
+    for name, settings in asked_for(evaluations).tasks():
+        for where, pattern in settings.patterns():
+            path: KeyPath = (*here, name, *where)
+            # What the file leaves out is a default: its task, or `evaluate`, is where to look.
+            while document.value(path) is NO_VALUE:
+                path = path[:-1]
+            _check_file(document, path, pattern, base)
 
 
 def check_codebook_files(checked: Checked[CodebookJob], base: Path) -> None:

@@ -13,6 +13,7 @@ from ringworld_jobs.document import Document, read_document
 from ringworld_jobs.evaluate_spec import EvaluateSpec
 from ringworld_jobs.files import (
     check_codebook_files,
+    check_evaluation_files,
     check_recipe_files,
     check_sources,
     check_store,
@@ -81,6 +82,9 @@ def load_job(
     check_tracking(checked)
     if check_files:
         check_sources(checked, path.parent)
+        for index, stage in enumerate(checked.spec.stages if checked.spec else ()):
+            here: KeyPath = ("stages", index, "evaluate")
+            check_evaluation_files(checked, stage.evaluate, path.parent, here)
     problems = document.problems + problems
     if problems or checked.spec is None:
         raise JobSpecError(problems)

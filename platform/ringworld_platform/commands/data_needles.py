@@ -31,7 +31,7 @@ def needles(
             "--tokenizer",
             metavar="PLACE",
             help="What tokens are counted with: tokenizer.json, a SentencePiece .model, a folder "
-            "that holds one, or bytes.",
+            "that holds one, or bytes, which no tokenizer exceeds.",
         ),
     ] = "bytes",
     haystack: Annotated[

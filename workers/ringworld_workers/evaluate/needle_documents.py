@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,10 @@ class NeedleDocument:
 
 
 def make_documents(
-    spec: NeedleDocumentsSpec, base: Path, tokenizer: TextTokenizer
+    spec: NeedleDocumentsSpec,
+    base: Path,
+    tokenizer: TextTokenizer,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[NeedleDocument]:
     """The documents; each depends on the spec and its own number alone.
 
@@ -76,6 +79,7 @@ def make_documents(
         spec: how many, of which length, in which words.
         base: folder that the haystack's patterns are relative to.
         tokenizer: that the model is trained with; lengths are counted in its tokens.
+        numbers: which of them, from 0; None: all.
 
     Raises:
         DataError: no file matches, or they hold too little text.
@@ -83,7 +87,7 @@ def make_documents(
     """
     haystacks = Haystacks(spec.haystack, base, tokenizer)
     wording = Wording(spec.format, tokenizer)
-    for number in range(spec.documents):
+    for number in range(spec.documents) if numbers is None else numbers:
         yield _document(spec, f"{spec.seed} document {number}", haystacks, wording)
 
 
@@ -113,8 +117,7 @@ def find_tokenizer(place: str) -> TextTokenizer:
     """A tokenizer by its file or folder, or the one of bytes.
 
     Args:
-        place: what ``load_tokenizer`` takes, or ``bytes``: that of a recipe that trains one of 258
-            pieces.
+        place: what ``load_tokenizer`` takes, or ``bytes``: no tokenizer makes more tokens.
 
     Raises:
         DataError: there is none.
