@@ -64,7 +64,6 @@ class WorkerRow(BaseModel):
     step: int = 0
     slow: float | None = None
     """Its time to compute to that of the others, while that is held to be slow."""
-
     since: float | None = None
     """When it began its phase, seconds since the epoch by its own clock."""
     hop: int = 0
@@ -75,6 +74,7 @@ class WorkerRow(BaseModel):
     """Of its device, or of its process where it computes on the CPU."""
     compute_seconds: float | None = None
     """What attention computed in its last step, waiting left out."""
+
 
 class Owner(BaseModel):
     """The controller that has a run in hand: it is the only one that may run its gangs."""
