@@ -24,6 +24,7 @@ from ringworld_platform.run_state import (
     Owner,
     RunState,
     RunStates,
+    Stored,
     WorkerRow,
     this_machine,
 )
@@ -103,6 +104,7 @@ class LiveRun:
         self.record, self.spec, self.states, self.folder = record, spec, states, folder
         self._copy = copy
         self._lock = threading.RLock()
+        self._stored: Stored | None = None
         self._saved_at = 0.0
         self._watched = -math.inf
         self._changed = False
@@ -198,7 +200,8 @@ class LiveRun:
                 self._changed = False
                 return self._copied().model_copy(update=end)
 
-        saved = self.states.update(self.run_id, put)
+        self._stored = self.states.renew(self.run_id, put, self._stored)
+        saved = self._stored.record
         self.record.updated = saved.updated
         self._saved_at = time.monotonic()
         if self._copy is not None:

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, partial
 from pathlib import Path
@@ -94,7 +95,7 @@ class Owner(BaseModel):
         if now - self.beat > self.lease_seconds:
             return False
         here = self.host == socket.gethostname() and self.machine in ("", this_machine())
-        return not here or _process_exists(self.pid)
+        return not here or self.pid == os.getpid() or _process_exists(self.pid)
 
     def __str__(self) -> str:
         """In words."""
@@ -207,6 +208,14 @@ class JobRecord(BaseModel):
         return status
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A record as it stands in its folder, and the etag of that."""
+
+    record: JobRecord
+    etag: str
+
+
 class _Seen:
     """A run as its folder said; nobody changes the record."""
 
@@ -278,7 +287,8 @@ class RunStates:
         Raises:
             UnknownRunError: there is none.
         """
-        return self._read(run_id)[0]
+        self._check_is_here(run_id)
+        return self._read(run_id).record
 
     def update(self, run_id: str, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
         """Change a run's state; ``change`` runs again if somebody else was faster.
@@ -290,16 +300,32 @@ class RunStates:
         Returns:
             The record as stored.
         """
+        return self.renew(run_id, change, None).record
+
+    def renew(
+        self, run_id: str, change: Callable[[JobRecord], JobRecord], last: Stored | None
+    ) -> Stored:
+        """As ``update``, for who writes often: what it has put there last is not read again.
+
+        Args:
+            run_id: which run.
+            change: as of ``update``; must leave the record as it is that it is given.
+            last: what this gave the last time; another's change since is noticed all the same.
+        """
         for _ in range(_MAX_RACES):
-            record, etag = self._read(run_id)
-            changed = change(record)
+            self._check_is_here(run_id)
+            stored = last or self._read(run_id)
+            last = None
+            changed = change(stored.record)
             changed.updated = time.time()
             try:
                 with _plain_errors():
-                    self._store.put_if_match(f"{run_id}/{STATE_FILE}", _encode(changed), etag)
+                    etag = self._store.put_if_match(
+                        f"{run_id}/{STATE_FILE}", _encode(changed), stored.etag
+                    )
             except Conflict:
                 continue
-            return changed
+            return Stored(changed, etag)
         raise RunConflictError(f"{run_id}: lost {_MAX_RACES} races to write its state; try again")
 
     def keep(self, record: JobRecord) -> JobRecord:
@@ -376,13 +402,16 @@ class RunStates:
     def _see(self, run_id: str) -> _Seen:
         return _Seen(self.get(run_id))
 
-    def _read(self, run_id: str) -> tuple[JobRecord, str]:
-        if not (self.root / run_id / STATE_FILE).is_file():
+    def _check_is_here(self, run_id: str) -> None:
+        # Also before a write, which would make its folder anew.
+        if not os.path.isfile(f"{self.root}/{run_id}/{STATE_FILE}"):
             raise UnknownRunError(f"no run {run_id!r} in {self.root}")
+
+    def _read(self, run_id: str) -> Stored:
         with _plain_errors():
             data, etag = self._store.get_with_etag(f"{run_id}/{STATE_FILE}")
         try:
-            return JobRecord.model_validate_json(data), etag
+            return Stored(JobRecord.model_validate_json(data), etag)
         except ValidationError as error:
             raise PlatformError(
                 f"{self.root / run_id / STATE_FILE} is not a run's state: {error}"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mini_jobs import mini_job, wait_until
 
 from ringworld_platform.capacity import Cluster
 from ringworld_platform.drain import DrainWatch
+from ringworld_platform.errors import UnknownRunError
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.job_runner import JobRunner
-from ringworld_platform.live_run import LiveRun, claim
+from ringworld_platform.live_run import LiveRun, OwnershipLost, claim, this_owner
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, RunState, RunStates, Stored
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.tracking_service import TrackingService
 
@@ -26,10 +29,12 @@ class Watched(RunStates):
     look: Callable[[], str] | None = None
     seen: list[str]
 
-    def update(self, run_id: str, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
+    def renew(
+        self, run_id: str, change: Callable[[JobRecord], JobRecord], last: Stored | None
+    ) -> Stored:
         if self.look is not None:
             self.seen.append(self.look())
-        return super().update(run_id, change)
+        return super().renew(run_id, change, last)
 
 
 @pytest.fixture
@@ -86,6 +91,31 @@ class Slow(RunFolder):
 
 
 @pytest.mark.timeout(60)
+def test_a_save_that_reads_nothing_notices_what_others_have_written(
+    states: Watched, live: LiveRun
+) -> None:
+    live.set_fields(stop_requested=False)
+    live.save()
+    live.save()
+
+    def change(**fields: Any) -> None:
+        states.update(live.run_id, lambda found: found.model_copy(update=fields))
+
+    change(stop_requested=True)
+    live.save()
+    assert live.record.stop_requested
+
+    change(owner=this_owner("another"))
+    with pytest.raises(OwnershipLost):
+        live.save()
+    assert states.get(live.run_id).owner.controller == "another"  # type: ignore[union-attr]
+
+    shutil.rmtree(states.root / live.run_id)
+    with pytest.raises(UnknownRunError):
+        live.save()
+    assert not (states.root / live.run_id).exists(), "not made anew by a save"
+
+
 def test_a_run_whose_end_was_told_is_not_at_work(live: LiveRun) -> None:
     folder = live.folder = Slow(live.folder.path)
     line, tracking = JobQueue(lambda: Cluster({}, {})), TrackingService()
