@@ -175,8 +175,8 @@ def _draw(axes: Axes, grid: Grid) -> None:
         )
 
 
-def _ticks(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def _ticks(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Places and names, few enough to be read."""
     step = max(1, round(len(names) / 24))
-    places = np.arange(0, len(names), step)
-    return places, [names[place] for place in places]
+    places = range(0, len(names), step)
+    return list(places), [names[place] for place in places]

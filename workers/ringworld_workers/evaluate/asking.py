@@ -22,6 +22,8 @@ from ringworld_workers.evaluate.task import EvaluationRing
 
 LEAST_SHARED = 64
 """Fewer tokens are read again rather than forked: a fork is a kernel call in each later step."""
+MOST_PROMPTS = 32
+"""Prompts of a batch: a step makes a kernel call for each row, so more gain little."""
 
 T = TypeVar("T")
 Key = npt.NDArray[np.int64]
@@ -36,7 +38,8 @@ class Asker:
         ring: that answers.
         max_length: tokens of a prompt and its answer at most.
         answer_tokens: of an answer at most.
-        batch_tokens: of the prompts and answers of a batch at most; one prompt is always taken.
+        batch_tokens: of the prompts and answers of a batch at most; one prompt is always taken,
+            and never more than ``MOST_PROMPTS``.
         stop: texts that end an answer.
         read: tokens that were read, of prompts that had ``asked`` in all.
         asked: tokens of all prompts so far.
@@ -66,7 +69,8 @@ class Asker:
         held = 0
         for name, prompt in asked:
             needed = len(prompt) + self.answer_tokens
-            if batch and held + needed > self.batch_tokens:
+            full = held + needed > self.batch_tokens or len(batch) == MOST_PROMPTS
+            if batch and full:
                 yield from self._named(batch)
                 batch, held = [], 0
             batch.append((name, prompt))

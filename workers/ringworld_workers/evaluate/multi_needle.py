@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ringworld_jobs.evaluate_needles import MultiNeedleTask
 from ringworld_model.sampling.prompt import Prompt
@@ -43,8 +44,9 @@ class MultiNeedle:
                     numbers = draw_numbers(draw, hidden, digits, evaluated=True)
                     depths = draw.sample(settings.depth_list(), hidden)
                     chosen = draw.sample(range(hidden), hidden)[:asked]
-                    facts = {"length": length, "hidden": hidden, "asked": asked, "round": round_}
-                    facts |= {"cities": cities, "numbers": numbers, "depths": depths}
+                    facts: dict[str, Any] = {"length": length, "hidden": hidden, "asked": asked}
+                    facts |= {"round": round_, "cities": cities, "numbers": numbers}
+                    facts |= {"depths": depths}
                     facts |= {"expected": {cities[at]: numbers[at] for at in chosen}}
                     made.append(Item(f"{document}-{asked}", facts))
         return made

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ class VideoNeedle:
             asked = round(depth / 100 * (frames - 1))
             others = [place for place in range(frames) if place != asked]
             places = [asked, *draw.sample(others, settings.marked - 1)]
-            facts = {"frames": frames, "depth": depth, "ask": ask, "round": round_}
+            facts: dict[str, Any] = {"frames": frames, "depth": depth, "ask": ask, "round": round_}
             # Counted from 1, as people count.
             facts |= {
                 "marked": {colour: at + 1 for colour, at in zip(colours, places, strict=True)}
