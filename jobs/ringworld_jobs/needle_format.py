@@ -38,8 +38,8 @@ class NeedleFormat(Spec):
     instruction: str | None = None
     """What follows the question. Empty text leaves it out."""
     answer: str = "{number}"
-    """An answer in training documents, one for each number asked for, joined by a comma. Scoring
-    looks for the number alone."""
+    """An answer in training documents; {city} stands for whose number it is. Scoring looks for the
+    number alone."""
     digits: Annotated[int, Field(ge=3, le=18)] = 7
     """Digits of a number, of which the first is not 0."""
     system: str | None = None
@@ -91,9 +91,9 @@ class NeedleFormat(Spec):
         instruction = usual if self.instruction is None else self.instruction
         return f"{text} {instruction}" if instruction else text
 
-    def answer_of(self, numbers: list[str]) -> str:
+    def answer_of(self, city: str, number: str) -> str:
         """The answer that a training document gives."""
-        return ", ".join(self.answer.replace("{number}", number) for number in numbers)
+        return self.answer.replace("{city}", city).replace("{number}", number)
 
 
 class HaystackSpec(Spec):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ringworld_jobs.recipe_dataset import DatasetBase
+from ringworld_jobs.recipe_needles import NeedlesDataset
 from ringworld_jobs.recipe_text import (
     ChatDataset,
     GeneratorSpec,
@@ -39,6 +40,7 @@ __all__ = [
     "LwmCodesSpec",
     "LwmDataset",
     "MediaTextDataset",
+    "NeedlesDataset",
     "RecipeSpec",
     "SpanSpec",
     "TextDataset",
@@ -57,6 +59,9 @@ class TokenizerTraining(Spec):
     max_bytes: Size | None = None
     """Most bytes of documents to train on, and as many of captions: an equal share from the start
     of each, or of fewer, evenly chosen, where that were less than 1 KiB; empty: all of them."""
+    split_digits: bool = False
+    """Make each digit a piece of its own, as Llama's tokenizer does: numbers are copied digit by
+    digit then, however they are cut elsewhere."""
 
 
 class TokenizerSpec(Spec):
@@ -76,7 +81,13 @@ class TokenizerSpec(Spec):
 
 
 Dataset = Annotated[
-    TextDataset | VideoTextDataset | MediaTextDataset | LwmDataset | ChatDataset | LongQaDataset,
+    TextDataset
+    | VideoTextDataset
+    | MediaTextDataset
+    | LwmDataset
+    | ChatDataset
+    | LongQaDataset
+    | NeedlesDataset,
     Field(discriminator="kind"),
 ]
 

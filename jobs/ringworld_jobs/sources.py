@@ -10,6 +10,7 @@ from ringworld_jobs.recipe import (
     Dataset,
     LongQaDataset,
     MediaTextDataset,
+    NeedlesDataset,
     RecipeSpec,
     VideoTextDataset,
 )
@@ -62,6 +63,8 @@ def _source(dataset: Dataset, recipe: RecipeSpec | None, band: DocumentsSpec) ->
         longest = min(dataset.target_tokens, (band.max_tokens or dataset.target_tokens + 1) - 1)
         why = "up to its target_tokens, and the dataset says longer: refuse"
         found = replace(found, example_tokens=longest, why=why)
+    if isinstance(dataset, NeedlesDataset):
+        found = replace(found, example_tokens=dataset.make.tokens, why="its make.tokens")
     least = max(band.min_tokens or 0, dataset.documents.min_tokens or 0)
     if least > found.example_tokens:
         why = f"documents.min_tokens, and the dataset says longer: {dataset.longer}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ringworld_jobs.recipe import Dataset, RecipeSpec
+from ringworld_jobs.recipe_needles import NeedlesDataset
 from ringworld_jobs.recipe_text import ChatDataset, LongQaDataset
 from ringworld_jobs.recipe_vision import MediaTextDataset
 from ringworld_workers.data.assemble import assemble
@@ -135,7 +136,9 @@ class Build:
             raise DataError(
                 f"tokenizer.train: no dataset gives it a text; {self._why_no_text(tasks, readers)}"
             )
-        return train_tokenizer(stored_texts(taken), training.vocabulary_size)
+        return train_tokenizer(
+            stored_texts(taken), training.vocabulary_size, split_digits=training.split_digits
+        )
 
     def _take_texts(
         self, tasks: Sequence[Task], readers: dict[str, DatasetReader], max_bytes: int | None
@@ -244,6 +247,12 @@ class Build:
 
 def chat_words(dataset: Dataset) -> dict[str, str] | None:
     """How a dataset spells conversations, as ``ChatTemplate`` takes it; None: it has none."""
+    if isinstance(dataset, NeedlesDataset):
+        said = dataset.make.format
+        given = {
+            name: getattr(said, name) for name in ("system", "user_prefix", "assistant_prefix")
+        }
+        return asdict(ChatTemplate()) | {k: v for k, v in given.items() if v is not None}
     if isinstance(dataset, ChatDataset | LongQaDataset):
         fields = ("system", "user_prefix", "assistant_prefix")
         return {name: getattr(dataset, name) for name in fields}

@@ -15,6 +15,7 @@ from ringworld_jobs.recipe import (
     Dataset,
     LwmDataset,
     MediaTextDataset,
+    NeedlesDataset,
     RecipeSpec,
     TextDataset,
     VideoTextDataset,
@@ -78,6 +79,10 @@ def _reader(name: str, dataset: Dataset, recipe: RecipeSpec, means: Means) -> Da
         from ringworld_workers.data.chat_reader import ChatReader
 
         return ChatReader(name, dataset, means.base, means.media, recipe.seed)
+    if isinstance(dataset, NeedlesDataset):
+        from ringworld_workers.data.needle_reader import NeedleReader
+
+        return NeedleReader(name, dataset, means.base, means.tokenizer_file)
     from ringworld_workers.data.long_qa_reader import LongQaReader
 
     return LongQaReader(name, dataset, means.base, means.answers, means.tokenizer_file, recipe.seed)

@@ -155,7 +155,9 @@ def _marks_words(pieces: Iterable[str | None]) -> bool:
     return (next(iter(pieces), None) or "").startswith(WORD_MARKS)
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> JsonTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, *, split_digits: bool = False
+) -> JsonTokenizer:
     """Train a byte-level BPE: every byte is a piece, so that no text is out of vocabulary.
 
     The result depends on the texts and the size alone.
@@ -163,12 +165,18 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> JsonTokenizer
     Args:
         texts: what to learn from.
         vocabulary_size: pieces, <bos>, <eos> and the 256 bytes included.
+        split_digits: each digit is a piece of its own.
 
     Raises:
         DataError: the texts hold fewer distinct pieces than asked for.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes])
+        if split_digits
+        else by_bytes
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,

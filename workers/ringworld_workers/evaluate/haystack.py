@@ -22,8 +22,10 @@ from ringworld_workers.data.text_sources import Document, documents, format_of, 
 from ringworld_workers.data.tokenizer import TextTokenizer
 
 _ANCHOR = "."
-_BATCH = 512
-"""Sentences that are tokenized at once."""
+_FIRST_BATCH, _BATCH = 8, 512
+"""Sentences that are tokenized at once: few at first, since a short haystack needs no more."""
+_KEPT_BYTES = 64 << 20
+"""Of texts that are kept for the next haystack."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +70,25 @@ class Haystack:
         return int(self.ends[np.searchsorted(self.ends, wanted, side="right") - 1])
 
 
+def haystack_files(spec: HaystackSpec, base: Path) -> list[InputFile]:
+    """The files by label, each once.
+
+    Args:
+        spec: which files.
+        base: folder that patterns are relative to.
+
+    Raises:
+        DataError: a pattern matches no file.
+    """
+    found: dict[str, InputFile] = {}
+    for pattern in spec.files:
+        try:
+            found.update((file.label, file) for file in resolve(pattern, base))
+        except DataError as error:
+            raise DataError(f"haystack.files: {error}") from error
+    return [found[label] for label in sorted(found)]
+
+
 class Haystacks:
     """Draws haystacks from text files. The same seed gives the same one."""
 
@@ -82,13 +103,13 @@ class Haystacks:
         Raises:
             DataError: a pattern matches no file.
         """
-        found: dict[str, InputFile] = {}
-        for pattern in spec.files:
-            try:
-                found.update((file.label, file) for file in resolve(pattern, base))
-            except DataError as error:
-                raise DataError(f"haystack.files: {error}") from error
-        self._files = [found[label] for label in sorted(found)]
+        self._items = [
+            WorkItem("haystack", number, file, part.start, part.stop, part.first)
+            for number, file in enumerate(haystack_files(spec, base))
+            for part in parts(file, format_of(file))
+        ]
+        self._kept: dict[int, list[list[str]]] = {}
+        self._room = _KEPT_BYTES
         self._spec, self._tokenizer = spec, tokenizer
 
     def draw(self, tokens: int, seed: str) -> Haystack:
@@ -123,32 +144,45 @@ class Haystacks:
 
     def _batches(self, random_: random.Random) -> Iterator[list[str]]:
         """Sentences in order, each with its space; endless where text is repeated."""
-        first, something = True, True
+        first, something, size = True, True, _FIRST_BATCH
         while something:
             something = False
-            for document in self._documents(random_):
-                spans = list(sentences(document.text))
-                start = random_.randrange(len(spans) // 2 + 1) if first else 0
+            for found in self._documents(random_):
+                begin = random_.randrange(len(found) // 2 + 1) if first else 0
                 first = False
-                for begin in range(start, len(spans), _BATCH):
-                    batch = [document.text[a:b].split() for a, b in spans[begin : begin + _BATCH]]
+                while begin < len(found):
                     something = True
-                    yield [" " + " ".join(words) for words in batch if words]
+                    yield found[begin : begin + size]
+                    begin, size = begin + size, min(2 * size, _BATCH)
             something = something and self._spec.repeat
 
-    def _documents(self, random_: random.Random) -> Iterator[Document]:
-        """All documents; parts of files in an order drawn at random."""
-        items = [
-            WorkItem("haystack", number, file, part.start, part.stop, part.first)
-            for number, file in enumerate(self._files)
-            for part in parts(file, format_of(file))
-        ]
-        random_.shuffle(items)
-        for item in items:
+    def _documents(self, random_: random.Random) -> Iterator[list[str]]:
+        """Each document's sentences; parts of files in an order drawn at random."""
+        order = list(range(len(self._items)))
+        random_.shuffle(order)
+        for number in order:
+            kept = self._kept.get(number)
+            if kept is not None:
+                yield from kept
+                continue
+            item, read, size = self._items[number], [], 0
             for found in documents(item, format_of(item.file), self._spec.text_field):
                 # What cannot be read is no haystack; if nothing can, `draw` finds no text.
                 if isinstance(found, Document) and found.text.strip():
-                    yield found
+                    held = _sentences(found.text)
+                    size += len(found.text)
+                    if size <= self._room:
+                        read.append(held)
+                    yield held
+            if size <= self._room:
+                self._kept[number] = read
+                self._room -= size
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text, each with a space before it."""
+    found = (text[begin:end].split() for begin, end in sentences(text))
+    return [" " + " ".join(words) for words in found if words]
 
 
 def encode_within(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:

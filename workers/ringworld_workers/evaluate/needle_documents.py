@@ -139,7 +139,7 @@ def _document(
     for turn, needle in enumerate(random_.sample(needles, spec.questions)):
         many = turn % 2 == 1 if spec.asked_as == "both" else spec.asked_as == "many"
         question = spec.format.question_of([needle.city], many)
-        answer = spec.format.answer_of([needle.number])
+        answer = spec.format.answer_of(needle.city, needle.number)
         used += len(wording.tail(question)) + len(wording.within(f" {answer}")) + _END
         if turn and spec.format.template == "chat":
             used += len(wording.within(f" {wording.template.user_prefix}"))

@@ -1,0 +1,103 @@
+"""Needles in haystacks as training examples, in the words of the needle evaluation.
+
+{system} USER: {haystack with needles} {question} ASSISTANT: {answer}<eos>USER: {question} ...
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ringworld_jobs.recipe_needles import NeedlesDataset
+from ringworld_workers.data.chat_template import Turn
+from ringworld_workers.data.draft import Draft, Refused, WorkItem
+from ringworld_workers.data.text_sources import Document, documents, format_of, parts
+from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
+from ringworld_workers.evaluate.cities import draw_cities, draw_numbers
+from ringworld_workers.evaluate.haystack import haystack_files
+from ringworld_workers.evaluate.needle_documents import make_documents
+from ringworld_workers.evaluate.needle_prompt import Wording
+
+_ITEM_DOCUMENTS = 64
+"""Documents of an item at most: a lost task makes so many anew."""
+_WORDING_TEXTS = 64
+"""Needles and questions that a tokenizer learns from."""
+
+
+class NeedleReader:
+    """The documents of one needles dataset, each an example."""
+
+    def __init__(
+        self, name: str, dataset: NeedlesDataset, base: Path, tokenizer_file: Path
+    ) -> None:
+        """Remember what to make; nothing is read yet.
+
+        Args:
+            name: of the dataset.
+            dataset: what to make.
+            base: folder of the recipe.
+            tokenizer_file: what ``load_tokenizer`` takes: lengths are counted in its tokens.
+        """
+        self._name, self._spec, self._base = name, dataset.make, base
+        self._tokenizer_file = tokenizer_file
+
+    def items(self) -> Sequence[WorkItem]:
+        """Numbers of documents, dealt out over the haystack's files: each file is in an item.
+
+        Raises:
+            DataError: a pattern of the haystack matches no file.
+        """
+        files = haystack_files(self._spec.haystack, self._base)
+        count = self._spec.documents
+        shares = max(len(files), -(-count // _ITEM_DOCUMENTS))
+        edges = [count * share // shares for share in range(shares + 1)]
+        return [
+            WorkItem(self._name, at, files[at % len(files)], edges[at], edges[at + 1], at + 1)
+            for at in range(shares)
+        ]
+
+    def training_texts(self, item: WorkItem) -> Iterator[str]:
+        """The item's file, and at the first how needles and questions are worded."""
+        random_ = random.Random(f"{self._spec.seed} words")
+        if item.number == 0:
+            cities = draw_cities(random_, _WORDING_TEXTS, self._spec.made_up)
+            numbers = draw_numbers(
+                random_, _WORDING_TEXTS, self._spec.format.digits, evaluated=False
+            )
+            words = self._spec.format
+            yield " ".join(
+                f"{words.needle_of(city, number)} {words.question_of([city], of_many=False)}"
+                for city, number in zip(cities, numbers, strict=True)
+            )
+        for part in parts(item.file, format_of(item.file)):
+            whole = WorkItem(item.dataset, 0, item.file, part.start, part.stop, part.first)
+            for found in documents(whole, format_of(item.file), self._spec.haystack.text_field):
+                if isinstance(found, Document):
+                    yield found.text
+
+    def drafts(self, item: WorkItem) -> Iterator[Draft | Refused]:
+        """The examples of the item's numbers.
+
+        Raises:
+            DataError: the haystack's files hold too little text.
+            ValueError: the needles and questions leave a document no room.
+        """
+        tokenizer = _tokenizer(self._tokenizer_file)
+        template = Wording(self._spec.format, tokenizer).template
+        numbers = range(item.start, self._spec.documents if item.stop is None else item.stop)
+        for number, made in zip(
+            numbers, make_documents(self._spec, self._base, tokenizer, numbers), strict=True
+        ):
+            turns: list[Turn] = []
+            for at, (question, answer) in enumerate(made.turns):
+                asked = question if at else f"{made.context} {question}"
+                turns += [Turn("user", (asked,)), Turn("assistant", (answer,))]
+            name = f"{self._name} {number + 1}"
+            yield Draft(name, name, template.parts(turns))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: Path) -> TextTokenizer:
+    return load_tokenizer(path)
