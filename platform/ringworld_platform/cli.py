@@ -22,6 +22,7 @@ from ringworld_platform.commands import (
     parity,
     plan,
     records,
+    serve,
     track,
     train,
     train_codebook,
@@ -168,6 +169,14 @@ _add(
     "ringworld chat quickstart",
     "ringworld chat RUN --document book.txt --ring 2",
     "ringworld chat weights --video clip.mp4 --fps 2 < questions.txt",
+)
+_add(
+    app,
+    ASK,
+    serve.serve,
+    "ringworld serve quickstart                     # its last checkpoint, on 127.0.0.1:8000",
+    "ringworld serve weights --ring 4 --max-concurrent 16",
+    "ringworld serve weights --host 0.0.0.0 --api-key-file key",
 )
 _add(
     app,

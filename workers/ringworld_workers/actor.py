@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -162,24 +161,11 @@ class RingWorker:
         Returns:
             Host and port.
         """
-        from torch.distributed import TCPStore
+        from ringworld_workers.rendezvous import open_rendezvous
 
         host = ray.util.get_node_ip_address()
-        # Our own listening socket: TCPStore's would listen on every interface of the machine.
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind((host, 0))
-        listener.listen()
-        port = int(listener.getsockname()[1])
-        self._rendezvous = TCPStore(
-            host,
-            port,
-            world_size,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_seconds),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        timeout = timedelta(seconds=timeout_seconds)
+        self._rendezvous, port = open_rendezvous(host, world_size, timeout)
         return host, port
 
     @ray.method(concurrency_group="train")

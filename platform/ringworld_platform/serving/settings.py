@@ -27,7 +27,7 @@ class ServeSettings:
 
     name: str
     max_concurrent: int = 8
-    max_queue: int = 64
+    max_queue: int = 128
     max_body_bytes: int = 32 << 20
     max_prompt_tokens: int | None = None
     max_answer_tokens: int = 4096

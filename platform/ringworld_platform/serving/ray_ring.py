@@ -1,0 +1,212 @@
+"""A ring of Ray actors: this process is its first rank, the actors do as it says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+
+if TYPE_CHECKING:
+    from ringworld_workers.generation.asker import Asker
+    from ringworld_workers.generation.source import ModelSource
+
+log = logging.getLogger(__name__)
+
+_MEETING = timedelta(minutes=5)
+
+
+class RingLost(RuntimeError):
+    """A rank is gone; the message says which, and why as far as it is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingShape:
+    """How a model is spread.
+
+    Attributes:
+        size: ranks.
+        device: of each; on cuda each has a GPU of its own.
+        dtype: auto, or a key of ``loading.DTYPES``.
+        chunk: tokens of a pass over prompts.
+        threads: of each rank on the CPU.
+    """
+
+    size: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: str = "auto"
+    chunk: int = 2048
+    threads: int = 1
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of one rank, as Ray counts them."""
+        return {"CPU": 1.0} | ({"GPU": 1.0} if self.device == "cuda" else {})
+
+
+class Rank:
+    """Any rank but the first."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._asker: Any = None
+        self._ended = threading.Event()
+        self._why = ""
+
+    @ray.method(concurrency_group="work")
+    def load(self, source: ModelSource, shape: RingShape, rank: int, host: str, port: int) -> None:
+        """Load the model and join the ring."""
+        from torch.distributed import TCPStore
+
+        self._asker = _asker(
+            source,
+            shape,
+            rank,
+            lambda: TCPStore(host, port, shape.size, is_master=False, timeout=_MEETING),
+        )
+
+    @ray.method(concurrency_group="work")
+    def call(self, method: str, args: tuple[Any, ...]) -> None:
+        """Do what the first rank does at the same time."""
+        try:
+            found = getattr(self._asker, method)(*args)
+            if isinstance(found, Iterator):
+                for _ in found:
+                    pass
+        except ValueError:
+            pass  # the first rank has raised the same, and tells who asked
+        except Exception:
+            self._why = traceback.format_exc()
+            self._ended.set()
+            raise
+
+    @ray.method(concurrency_group="watch")
+    def stay(self) -> str:
+        """Return when this rank cannot go on; says why."""
+        self._ended.wait()
+        return self._why
+
+    @ray.method(concurrency_group="watch")
+    def pid(self) -> int:
+        """Of its process."""
+        return os.getpid()
+
+
+# Ray's own annotations leave out concurrency groups.
+_RankActor = ray.remote(  # type: ignore[call-overload]
+    max_restarts=0, concurrency_groups={"work": 1, "watch": 2}
+)(Rank)
+
+
+class RayRing:
+    """Actors that hold a model each and share the cache with this process.
+
+    They are placed in the placement group of the actor that makes them, and end with it.
+
+    Attributes:
+        asker: this process's part.
+        pids: of the other ranks' processes.
+    """
+
+    asker: Asker
+
+    def __init__(
+        self, source: ModelSource, shape: RingShape, on_lost: Callable[[Exception], None]
+    ) -> None:
+        """Start the actors, load the weights on all ranks, and let them meet.
+
+        Args:
+            source: of the model.
+            shape: how it is spread.
+            on_lost: told once when a rank is lost, from a thread of its own.
+
+        Raises:
+            RingLost: a rank ended while it was being started.
+            RequestError, DataError, CheckpointError, StoreError, WeightsError: the model cannot be
+                loaded.
+        """
+        from ringworld_workers.rendezvous import open_rendezvous
+
+        resources = shape.resources
+        self._closed = False
+        self._on_lost = on_lost
+        self._actors = [
+            _RankActor.options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0)).remote()
+            for _ in range(1, shape.size)
+        ]
+        stays = [actor.stay.remote() for actor in self._actors]
+        host = ray.util.get_node_ip_address()
+        self._store, port = open_rendezvous(host, shape.size, _MEETING)
+        loads = [
+            actor.load.remote(source, shape, rank, host, port)
+            for rank, actor in enumerate(self._actors, 1)
+        ]
+        try:
+            self.asker = _asker(source, shape, 0, lambda: self._store)
+            ray.get(loads)
+            self.pids: list[int] = ray.get([actor.pid.remote() for actor in self._actors])
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ray.exceptions.RayError):
+                raise RingLost(f"the ring could not be started: {_first_line(error)}") from error
+            raise
+        if stays:
+            threading.Thread(target=self._watch, args=(stays,), name="ranks", daemon=True).start()
+
+    def call(self, method: str, *args: Any, **own: Any) -> Any:
+        """Call a method of ``Asker`` on every rank.
+
+        Args:
+            method: its name.
+            *args: for all ranks; plain data.
+            **own: for this one alone.
+
+        Returns:
+            What it returns here. An iterator must be iterated to its end, or the ring be closed.
+
+        Raises:
+            ValueError: what is asked is wrong; the ring goes on.
+            Exception: whatever a collective says when a rank is lost.
+        """
+        for actor in self._actors:
+            actor.call.remote(method, args)
+        return getattr(self.asker, method)(*args, **own)
+
+    def close(self) -> None:
+        """End the other ranks, whatever they are doing. May be called twice."""
+        self._closed = True
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _watch(self, stays: list[Any]) -> None:
+        ready, _ = ray.wait(stays, num_returns=1)
+        if self._closed:
+            return
+        rank = stays.index(ready[0]) + 1
+        try:
+            why = ray.get(ready[0]).strip().splitlines()[-1]
+        except ray.exceptions.RayError as error:
+            why = _first_line(error)
+        self._on_lost(RingLost(f"rank {rank} of the ring is lost ({why})"))
+
+
+def _asker(source: ModelSource, shape: RingShape, rank: int, meeting: Callable[[], Any]) -> Asker:
+    import torch
+
+    from ringworld_workers.generation.asker import make_asker
+
+    torch.set_num_threads(shape.threads)
+    # Ray shows each actor its own GPU only.
+    device = torch.device("cuda", 0) if shape.device == "cuda" else torch.device("cpu")
+    return make_asker(source, rank, shape.size, device, shape.dtype, shape.chunk, meeting)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
