@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ringworld_jobs.spec_base import Size, Spec
+from ringworld_jobs.units import Tokens
 
 NEEDLE = "\nThe special magic {city} number is: {number}\n"
 QUESTION = "What is the special magic {city} number?"
@@ -114,7 +115,7 @@ class NeedleDocumentsSpec(Spec):
 
     documents: Size = 1_000
     """How many."""
-    tokens: Size
+    tokens: Annotated[Tokens, Field(ge=1)]
     """Tokens of a document at most, questions and answers included; it ends within a sentence of
     them."""
     needles: Size = 4
