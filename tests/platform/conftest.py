@@ -255,3 +255,13 @@ def recording() -> dict[str, Callable[..., Any]]:
         "status": recorded_status,
         "append": append_lines,
     }
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A sqlite store with MLflow's schema; making one takes seconds, so it is made once."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()

@@ -18,21 +18,11 @@ Recording = dict[str, Callable[..., Any]]
 DEADLINE_SECONDS = 60.0
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A sqlite store with MLflow's schema; making one takes seconds, so it is made once."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
-
-
 @pytest.fixture
-def run_folder(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run_folder(tmp_path: Path, empty_mlflow: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "quickstart-1"
     folder.mkdir()
-    (folder / "mlflow.db").write_bytes(empty_store)
+    (folder / "mlflow.db").write_bytes(empty_mlflow)
     working = tmp_path / "cwd"
     working.mkdir()
     monkeypatch.chdir(working)
@@ -195,8 +185,8 @@ def test_flatten_names_every_leaf_and_cuts_long_ones() -> None:
     assert len(flat["e"]) <= 500
 
 
-def test_the_store_is_sqlite(empty_store: bytes, tmp_path: Path) -> None:
+def test_the_store_is_sqlite(empty_mlflow: bytes, tmp_path: Path) -> None:
     path = tmp_path / "copy.db"
-    path.write_bytes(empty_store)
+    path.write_bytes(empty_mlflow)
     with sqlite3.connect(path) as database:
         assert database.execute("select count(*) from experiments").fetchone()[0] >= 0
