@@ -38,6 +38,7 @@ class TrackedRun:
         time: of the last record that was sent, seconds since the epoch.
         unregistered: ``stage_end`` records whose checkpoints are no model versions yet, each with
             the tokens consumed by then.
+        ended: how the run has ended there; empty while it has not.
     """
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -52,6 +53,7 @@ class TrackedRun:
     tokens: int = 0
     time: float = 0.0
     unregistered: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = ""
 
     @classmethod
     def load(cls, folder: Path, uri: str) -> TrackedRun:

@@ -69,11 +69,21 @@ class Sending:
             saved.experiment_id = self.server.experiment(self.spec.tracking.experiment)
         if not saved.parent:
             saved.parent = self._run("job", self.run_id, begun)
+        if self._has_all():
+            self.server.is_running(saved.parent)  # raises where it began anew
+            return
         self.server.reopen(saved.parent)
+        saved.ended = ""
         if not saved.params_logged:
             self.server.params(saved.parent, flatten(self.spec.model_dump(mode="json")))
             saved.params_logged = True
         self.keep()
+
+    def _has_all(self) -> bool:
+        """Whether the server has had the end of the run, and nothing came after that."""
+        saved, log = self.saved, self.folder / METRICS_FILE
+        more = log.is_file() and log.stat().st_size > saved.offset
+        return bool(saved.ended) and not (more or saved.unregistered)
 
     def send(self) -> bool:
         """Send one bounded piece of the log; returns whether there may be more."""
@@ -105,6 +115,8 @@ class Sending:
             status: SUCCEEDED, FAILED or STOPPED.
         """
         saved, ended = self.saved, _ENDED.get(status, "FAILED")
+        if saved.ended == status and self._has_all():
+            return
         self._register()
         self._write_report(status)
         names = [name for name in (SPEC_FILE, REPORT_FILE) if (self.folder / name).is_file()]
@@ -119,6 +131,8 @@ class Sending:
         self.server.remove_strangers(
             saved.experiment_id, saved.key, [saved.parent, *saved.stages.values()]
         )
+        saved.ended = status
+        self.keep()
 
     # --- one record ---
 

@@ -122,6 +122,11 @@ class Tracker:
         self._abandoned.set()
         self._finishing.set()
 
+    def join(self, timeout_seconds: float) -> None:
+        """Wait for the thread."""
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+
     # --- the thread ---
 
     def _main(self) -> None:
@@ -172,7 +177,7 @@ class Tracker:
 
         self._saved = TrackedRun.load(self._folder, self._uri)
         if self._anew:
-            self._saved.offset, self._anew = 0, False
+            self._saved.offset, self._saved.ended, self._anew = 0, "", False
         sending = Sending(
             MlflowServer(self._uri), self._spec, self._run_id, self._folder, self._saved, self._save
         )

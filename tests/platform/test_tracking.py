@@ -16,6 +16,8 @@ from ringworld_platform.tracking import Tracker
 
 Recording = dict[str, Callable[..., Any]]
 DEADLINE_SECONDS = 60.0
+FIRST_STAGE = 24
+"""Records of the first stage but its end, at which curves are drawn."""
 
 
 @pytest.fixture
@@ -34,6 +36,16 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
         threading.Event().wait(0.02)
+
+
+def send_all(folder: Path, recording: Recording) -> Tracker:
+    """Send what there is, and no end: the report of a run takes seconds."""
+    tracker = Tracker(folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
+    tracker.start()
+    wait_for(lambda: tracker.state == "up to date")
+    tracker.abandon()
+    tracker.join(DEADLINE_SECONDS)
+    return tracker
 
 
 def client_of(folder: Path) -> Any:
@@ -91,6 +103,14 @@ def test_every_point_arrives_once_and_files_are_kept(
     artifacts = {item.path for item in client_of(run_folder).list_artifacts(saved.parent)}
     assert artifacts == {"spec.yaml", "report.html", "plots"}
     assert (run_folder / "mlflow-artifacts").is_dir()
+    versions = client_of(run_folder).search_model_versions("name = 'quickstart'")
+    sources = sorted(version.source for version in versions)
+    assert [source.rpartition("/checkpoints/")[2] for source in sources] == [
+        "00-4k/step-00000020",
+        "01-8k/step-00000020",
+        "02-16k/step-00000020",
+    ]
+    assert all(source.startswith("file:///") for source in sources)
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
@@ -98,33 +118,44 @@ def test_every_point_arrives_once_and_files_are_kept(
 def test_a_restart_goes_on_with_the_same_runs(
     run_folder: Path, recording: Recording, acknowledged: bool
 ) -> None:
-    records = recording["metrics"]()
+    records = recording["metrics"]()[:FIRST_STAGE]
     log = run_folder / "metrics.jsonl"
-    recording["append"](log, records[:30])
-    first = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
-    first.start()
-    assert first.finish("STOPPED", timeout_seconds=DEADLINE_SECONDS), first.problem
+    recording["append"](log, records[:10])
+    send_all(run_folder, recording)
     uri = f"sqlite:///{run_folder / 'mlflow.db'}"
     before = TrackedRun.load(run_folder, uri)
-    assert client_of(run_folder).get_run(before.parent).info.status == "KILLED"
     if not acknowledged:  # died after the server had the points, before it saved the position
         forgotten = TrackedRun(key=before.key, uri=uri)
         forgotten.save(run_folder)
 
-    recording["append"](log, records[30:])
-    second = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
-    second.start()
-    assert second.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), second.problem
+    recording["append"](log, records[10:])
+    send_all(run_folder, recording)
     after = TrackedRun.load(run_folder, uri)
     assert after.parent == before.parent
     assert after.stages["0"] == before.stages["0"]
     assert sorted(series(run_folder, after.parent, "loss")) == expected(records, "loss", None)
     runs = client_of(run_folder).search_runs([after.experiment_id])
-    assert len(runs) == 4
+    assert len(runs) == 2
+
+
+def test_a_log_that_is_another_one_is_sent_whole(run_folder: Path, recording: Recording) -> None:
+    """A run that was taken over from a lost machine may lack that machine's last lines."""
+    records = recording["metrics"]()[:FIRST_STAGE]
+    log = run_folder / "metrics.jsonl"
+    recording["append"](log, records[:12])
+    send_all(run_folder, recording)
+    log.unlink()
+    others = [{**record, "loss": 1.0} for record in records[9:]]
+    recording["append"](log, records[:9] + others)
+    send_all(run_folder, recording)
+    saved = TrackedRun.load(run_folder, f"sqlite:///{run_folder / 'mlflow.db'}")
+    lost = [record for record in records[9:12] if record["kind"] == "step"]
+    found = expected(records[:9] + others + lost, "loss", None)
+    assert sorted(series(run_folder, saved.parent, "loss")) == found
 
 
 def test_an_outage_is_a_gap_that_is_filled(run_folder: Path, recording: Recording) -> None:
-    records = recording["metrics"]()
+    records = recording["metrics"]()[:FIRST_STAGE]
     database = run_folder / "mlflow.db"
     usable = database.read_bytes()
     database.write_bytes(b"this is no database" * 100)
@@ -137,9 +168,34 @@ def test_an_outage_is_a_gap_that_is_filled(run_folder: Path, recording: Recordin
     recording["append"](log, records[10:])
     database.write_bytes(usable)
     wait_for(lambda: tracker.state == "up to date")
-    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    tracker.abandon()
     saved = TrackedRun.load(run_folder, f"sqlite:///{database}")
     assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
+
+
+def test_an_evaluation_is_sent_with_its_pictures_and_what_is_refused_is_left_out(
+    run_folder: Path, recording: Recording
+) -> None:
+    records = recording["metrics"]()[:5]
+    picture = run_folder / "evaluations" / "00-4k" / "needle.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"png")
+    found = {"accuracy": 0.5, "by_length": {"4Ki": 1.0}, "above/../all": 3.0, "50 % deep": 0.25}
+    names = ["evaluations/00-4k/needle.png", "../secret", "lost.png"]
+    about = {"kind": "evaluation", "task": "needle", "files": names}
+    recording["append"](run_folder / "metrics.jsonl", [*records, {**records[-1], **about, **found}])
+    tracker = send_all(run_folder, recording)
+    assert tracker.dropped == 2  # of the stage's run, and of the job's
+    saved = TrackedRun.load(run_folder, f"sqlite:///{run_folder / 'mlflow.db'}")
+    child = saved.stages["0"]
+    assert series(run_folder, child, "evaluation/needle/accuracy") == [(4, 0.5)]
+    assert series(run_folder, child, "evaluation/needle/by_length/4Ki") == [(4, 1.0)]
+    assert series(run_folder, child, "evaluation/needle/50 _ deep") == [(4, 0.25)]
+    assert series(run_folder, child, "loss") == expected(records, "loss", 0)
+    client = client_of(run_folder)
+    kept = [item.path for item in client.list_artifacts(child, "evaluations/00-4k")]
+    assert kept == ["evaluations/00-4k/needle.png"]
+    assert [item.path for item in client.list_artifacts(child)] == ["evaluations"]
 
 
 def test_off_starts_no_thread(tmp_path: Path, recording: Recording) -> None:
@@ -157,9 +213,7 @@ def test_a_broken_line_costs_itself_only(run_folder: Path, recording: Recording)
     with log.open("a") as file:
         file.write('{"kind": "step", "loss"\n')
     recording["append"](log, records[2:])
-    tracker = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
-    tracker.start()
-    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    tracker = send_all(run_folder, recording)
     assert tracker.dropped == 1
     saved = TrackedRun.load(run_folder, f"sqlite:///{run_folder / 'mlflow.db'}")
     assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
@@ -169,9 +223,7 @@ def test_settings_of_the_user_win(
     run_folder: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    tracker = Tracker(run_folder, recording["spec"](), "quickstart-1", pace_seconds=0.05)
-    tracker.start()
-    assert tracker.finish("SUCCEEDED", timeout_seconds=DEADLINE_SECONDS), tracker.problem
+    send_all(run_folder, recording)
     import os
 
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
