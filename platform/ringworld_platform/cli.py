@@ -26,6 +26,7 @@ from ringworld_platform.commands import (
     track,
     train,
     train_codebook,
+    watch,
 )
 from ringworld_platform.console import Guarded, examples
 
@@ -194,7 +195,15 @@ _add(
     "ringworld list --json",
     name="list",
 )
-_add(app, LOOK, look.watch, "ringworld watch", "ringworld watch quickstart")
+_add(
+    app,
+    LOOK,
+    watch.watch,
+    "ringworld watch                         # the newest run",
+    "ringworld watch quickstart --view ring",
+    "ringworld watch s3://bucket/runs/quickstart-3",
+    "ringworld watch quickstart --svg watch.svg --size 120x40",
+)
 _add(
     app,
     LOOK,

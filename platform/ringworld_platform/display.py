@@ -8,16 +8,17 @@ from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from ringworld_jobs.units import format_tokens
-from ringworld_platform.charts import curve, sparkline
-from ringworld_platform.formatting import duration, loss, mesh_heading, mesh_text, quantity
+from ringworld_platform.charts import sparkline
+from ringworld_platform.event_lines import CARE, TROUBLE, kind_style
+from ringworld_platform.formatting import duration, loss, quantity
 from ringworld_platform.keys import Keys
+from ringworld_platform.loss_chart import COLOURS
 from ringworld_platform.progress import RunProgress
 from ringworld_platform.run_records import Record
 
@@ -29,12 +30,7 @@ STATE_STYLES = {
     "WAITING": "yellow",
     "STOPPING": "yellow",
 }
-EVENT_STYLES = {
-    **dict.fromkeys(("error", "failure"), "red"),
-    **dict.fromkeys(("restart", "slow", "warning"), "yellow"),
-}
 LINES_PER_STAGE = 10
-CHART_HEIGHT = 5
 _COUNT = re.compile(r" \d+/\d+$|; waiting \d+ min$|; \d+ of \d+ (is|are) free.*$")
 
 
@@ -99,8 +95,10 @@ class LiveDisplay:
     def update(self, progress: RunProgress) -> None:
         """See ``Display``."""
         for event in progress.new_events:
-            style = EVENT_STYLES.get(str(event.get("kind")), "dim")
-            self._console.print(Text(event_line(event), style=style))
+            style = kind_style(event)
+            # What is no trouble is not to distract from the panel.
+            plain = style if style in (TROUBLE, CARE) else "dim"
+            self._console.print(Text(event_line(event), style=plain))
         for record in progress.new_records:
             if record.get("kind") == "validation":
                 self._console.print(Text(validation_line(record), style="green"))
@@ -164,37 +162,6 @@ def compact_view(progress: RunProgress) -> RenderableType:
     return Panel(Group(*lines), border_style="dim", padding=(0, 1))
 
 
-def full_view(progress: RunProgress) -> RenderableType:
-    """The view of ``watch``: stages, loss curves, workers, last events."""
-    status = progress.status
-    parts: list[RenderableType] = [headline(status)]
-    if status.get("num_steps"):
-        parts.append(_bar(status))
-    parts.append(Panel(stages_table(progress), title="stages", title_align="left", style="none"))
-    proofs = [Text(line) for line in parity_lines(progress)]
-    if proofs:
-        parts.append(Panel(Group(*proofs), title="parity", title_align="left", style="none"))
-    charts = Table.grid(expand=True, padding=(0, 1))
-    panels = []
-    for modality, colour in (("text", "blue"), ("vision", "red")):
-        values = progress.series(f"loss_{modality}")
-        if values:
-            charts.add_column(ratio=1)
-            panels.append(_chart(f"{modality} loss", values, colour))
-    if panels:
-        charts.add_row(*panels)
-        parts.append(charts)
-        parts.append(_pace(progress))
-    if status.get("workers"):
-        parts.append(Panel(workers_table(status), title="workers", title_align="left"))
-    recent = [Text(event_line(event), style="dim") for event in list(progress.events)[-6:]]
-    if recent:
-        parts.append(Panel(Group(*recent), title="events", title_align="left"))
-    leave = "the run has ended; q leaves" if progress.ended else "q leaves; the job goes on"
-    parts.append(Text(leave, style="dim"))
-    return Group(*parts)
-
-
 def headline(status: Record) -> Text:
     """Run, state, stage and why."""
     state = str(status.get("state", "?"))
@@ -222,38 +189,6 @@ def stage_number(status: Record) -> str:
     return f"{min(int(status.get('stage_index') or 0) + 1, total)}/{total}"
 
 
-def stages_table(progress: RunProgress) -> Table:
-    """One row a stage that has begun."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    mesh = mesh_heading(
-        records.get("stage_start", {}).get("heads_size") for records in progress.stages.values()
-    )
-    for heading in ("stage", "context", mesh, "steps", "text", "vision", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
-    current = progress.status.get("stage_index")
-    for index, records in sorted(progress.stages.items()):
-        start, step = records.get("stage_start", {}), records.get("step", {})
-        context = start.get("context_length")
-        table.add_row(
-            str(start.get("stage") or step.get("stage")),
-            format_tokens(int(context)) if context else "-",
-            mesh_text(
-                start.get("ring_size", "-"),
-                start.get("heads_size"),
-                start.get("data_parallel_size", "-"),
-            ),
-            f"{step.get('step', start.get('step', 0))}/{start.get('num_steps', '?')}",
-            loss(step.get("loss_text")),
-            loss(step.get("loss_vision")),
-            quantity(step.get("tokens_per_second")),
-            style="bold" if index == current else "",
-        )
-    total = int(progress.status.get("num_stages") or 0)
-    if total > len(progress.stages):
-        table.add_row(f"[dim]{total - len(progress.stages)} more[/dim]", *[""] * 6)
-    return table
-
-
 def parity_lines(progress: RunProgress) -> list[str]:
     """A line a stage that has proved its ring, or has failed to."""
     lines = []
@@ -275,22 +210,6 @@ def _scientific(value: float | None) -> str:
     return "?" if value is None else f"{value:.1e}"
 
 
-def workers_table(status: Record) -> Table:
-    """One row a worker: where it is and what it is doing."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("rank", "step", "phase", "device", "node", "pid"):
-        table.add_column(heading, no_wrap=True)
-    for worker in status.get("workers") or []:
-        slow = f", slow {worker['slow']:.1f} x" if worker.get("slow") else ""
-        table.add_row(
-            *(escape(str(worker.get(key, "-"))) for key in ("rank", "step")),
-            escape(str(worker.get("phase", "-"))) + slow,
-            *(escape(str(worker.get(key, "-"))) for key in ("device", "node", "pid")),
-            style="yellow" if slow else "",
-        )
-    return table
-
-
 def _bar(status: Record) -> Table:
     done, total = int(status.get("step") or 0), int(status.get("num_steps") or 1)
     row = Table.grid(padding=(0, 1))
@@ -305,7 +224,7 @@ def _bar(status: Record) -> Table:
 def _losses(progress: RunProgress) -> Table:
     row = Table.grid(padding=(0, 1))
     row.add_row("loss", Text(loss(progress.last("loss")), style="bold"), "")
-    for modality, colour in (("text", "blue"), ("vision", "red")):
+    for modality, colour in COLOURS.items():
         values = progress.series(f"loss_{modality}")
         if values:
             line = Text(sparkline(values, 36), style=colour)
@@ -332,15 +251,6 @@ def _workers_line(status: Record) -> Text:
     workers = status.get("workers") or []
     shown = "  ".join(f"rank {w['rank']} {w['phase']} {w['step']}" for w in workers[:6])
     return Text(shown + (f"  and {len(workers) - 6} more" if len(workers) > 6 else ""), style="dim")
-
-
-def _chart(title: str, values: list[float], colour: str) -> Panel:
-    rows = curve(values, 34, CHART_HEIGHT)
-    body = Table.grid(padding=(0, 1))
-    labels = [loss(max(values)), *[""] * (CHART_HEIGHT - 2), loss(min(values))]
-    for label, row in zip(labels, rows, strict=True):
-        body.add_row(Text(label, style="dim"), Text(row, style=colour))
-    return Panel(body, title=f"{title} {loss(values[-1])}", title_align="left")
 
 
 def _modalities(record: Record) -> list[str]:

@@ -129,7 +129,9 @@ class EventTable:
         """The columns' names, as wide as the first events need."""
         for event in events:
             self._grow(_cells(event))
-        return Text("  ".join([*self._padded(_COLUMNS), "text"]), style="dim")
+        head = Text("  ".join([*self._padded(_COLUMNS), "text"]), style="dim")
+        head.truncate(self._width or len(head))
+        return head
 
     def row(self, event: Record) -> Text:
         """One event."""
@@ -140,14 +142,13 @@ class EventTable:
         start = sum(map(len, padded[:3])) + 6
         line.stylize("dim", 0, len(padded[0]))
         line.stylize(kind_style(event), start, start + len(padded[3]))
-        line.append("  ")
         text = str(event.get("text") or "")
         if self._width is None:
-            return line + Text(" ".join(text.split()))
-        room = self._width - len(line)
+            return line.append("  " + " ".join(text.split()))
+        room = self._width - len(line) - 2
         if room >= TEXT_WIDTH:
-            return line + Text(_wrapped(text, len(line), room))
-        return line + Text("\n    " + _wrapped(text, 4, max(TEXT_WIDTH, self._width - 4)))
+            return line.append("  " + _wrapped(text, len(line) + 2, room))
+        return line.append("\n    " + _wrapped(text, 4, max(TEXT_WIDTH, self._width - 4)))
 
     def _grow(self, cells: Sequence[str]) -> None:
         pairs = zip(self._sizes, cells, strict=True)

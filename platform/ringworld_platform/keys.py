@@ -9,6 +9,45 @@ import threading
 from types import TracebackType
 from typing import Any
 
+# What terminals send for keys that are no character; in two dialects.
+_NAMED = {
+    **{f"\x1b{lead}A": "up" for lead in "[O"},
+    **{f"\x1b{lead}B": "down" for lead in "[O"},
+    **{f"\x1b{lead}C": "right" for lead in "[O"},
+    **{f"\x1b{lead}D": "left" for lead in "[O"},
+    **{f"\x1b{lead}H": "home" for lead in "[O"},
+    **{f"\x1b{lead}F": "end" for lead in "[O"},
+    "\x1b[5~": "pageup",
+    "\x1b[6~": "pagedown",
+    "\x1b[1~": "home",
+    "\x1b[4~": "end",
+    "\x1b[Z": "left",
+    "\x1b": "escape",
+}
+_MOST_BYTES = 64
+
+
+def decode_keys(data: str) -> list[str]:
+    """The keys that a terminal has sent: characters, and names such as ``up`` and ``pagedown``.
+
+    A sequence that is not known is no key.
+    """
+    keys = []
+    while data:
+        if data[0] != "\x1b" or data == "\x1b":
+            keys.append(_NAMED.get(data[0], data[0]))
+            data = data[1:]
+            continue
+        end = 2
+        if data[1] in "[O":
+            while end < len(data) and not "@" <= data[end] <= "~":
+                end += 1
+            end += 1
+        if (name := _NAMED.get(data[:end])) is not None:
+            keys.append(name)
+        data = data[end:]
+    return keys
+
 
 class Keys:
     """Reads keys without waiting for Enter; on anything but a terminal it only waits."""
@@ -39,13 +78,17 @@ class Keys:
 
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
 
-    def pressed(self, timeout_seconds: float) -> str | None:
-        """The next key, or None when none comes in time."""
+    def pressed(self, timeout_seconds: float) -> list[str]:
+        """The keys that were pressed, as ``decode_keys`` names them; none if none come in time."""
         if self._before is None:
             threading.Event().wait(timeout_seconds)
-            return None
+            return []
         ready, _, _ = select.select([sys.stdin], [], [], timeout_seconds)
-        return sys.stdin.read(1) if ready else None
+        if not ready:
+            return []
+        # Past Python's buffer: what would wait in there, select does not see.
+        data = os.read(sys.stdin.fileno(), _MOST_BYTES)
+        return decode_keys(data.decode("utf-8", "ignore")) if data else ["q"]
 
 
 def _in_foreground() -> bool:

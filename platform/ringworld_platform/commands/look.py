@@ -1,11 +1,10 @@
-"""status, list, watch, logs, report: look at runs, and change nothing."""
+"""status, list, report: look at runs, and change nothing."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,7 +26,10 @@ if TYPE_CHECKING:
 
     from ringworld_platform.run_view import OpenView
 
-FOLLOW_SECONDS = 0.5
+MOST_WIDTH = 120
+"""Of the tables of `status`: also on a terminal that is wider, a row is to be read as one."""
+MOST_RANKS = 40
+"""Lines of `status` on the ranks; of more ranks, the odd ones are shown."""
 
 
 def status(
@@ -51,16 +53,13 @@ def status(
         from rich.console import Group
         from rich.text import Text
 
-        from ringworld_platform.display import (
-            headline,
-            parity_lines,
-            stages_table,
-            workers_table,
-        )
+        from ringworld_platform.display import headline, parity_lines
         from ringworld_platform.evaluation_records import evaluation_lines
         from ringworld_platform.formatting import duration
         from ringworld_platform.predictions import comparison_lines
         from ringworld_platform.progress import RunProgress
+        from ringworld_platform.ring_lines import ring_lines
+        from ringworld_platform.stage_lines import stage_lines
 
         progress = RunProgress(opened.view, str(found["run_id"]))
         progress.poll()
@@ -78,10 +77,12 @@ def status(
             name = "error" if found.get("state") == "FAILED" else "last error"
             lines.append(f"{name:<10}  {found['error']}")
         lines.append(f"folder      {found.get('run_folder')}")
-        parts: list[RenderableType] = [headline(found), Text(), stages_table(progress), Text()]
+        console = out()
+        width = min(console.width, MOST_WIDTH)
+        parts: list[RenderableType] = [headline(found), Text(), *stage_lines(progress, width)]
         if found.get("workers") and not progress.ended:
-            parts += [workers_table(found), Text()]
-        out().print(Group(*parts, Text("\n".join(lines))))
+            parts += [Text(), *ring_lines(found, width, MOST_RANKS)]
+        console.print(Group(*parts, Text(), Text("\n".join(lines))))
 
 
 def list_runs(
@@ -126,38 +127,6 @@ def list_runs(
     # What another program reads has a line a run.
     width = console.width if console.is_terminal or "COLUMNS" in os.environ else None
     console.print(runs_table(shown, width), soft_wrap=True)
-
-
-def watch(job: NewestRun = None, runs: Runs = DEFAULT_RUNS, address: Address = None) -> None:
-    """Watch a run: stages, loss curves, workers, events. q or Ctrl-C leaves; the job goes on."""
-    from ringworld_platform.display import PlainDisplay, full_view
-    from ringworld_platform.keys import Keys
-    from ringworld_platform.progress import RunProgress
-    from ringworld_platform.run_view import find_status, open_view
-
-    with open_view(runs, address) as opened:
-        progress = RunProgress(opened.view, str(find_status(opened.view, job)["run_id"]))
-        console = out()
-        try:
-            if not console.is_terminal:
-                plain = PlainDisplay(console)
-                while not progress.ended:
-                    progress.poll()
-                    plain.update(progress)
-                    time.sleep(0 if progress.ended else FOLLOW_SECONDS)
-                return
-            from rich.live import Live
-
-            with Keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
-                while True:
-                    progress.poll()
-                    live.update(full_view(progress), refresh=True)
-                    if keys.pressed(FOLLOW_SECONDS) in ("q", "Q", "\x03"):
-                        break
-        except KeyboardInterrupt:
-            pass  # leaving is no failure
-    if console.is_terminal:
-        console.print(f"{progress.name} is {progress.status.get('state')}")
 
 
 def report(
