@@ -118,13 +118,11 @@ class EvaluationRun:
         }
         left = [item for item in items if item.id not in answers]
         if self.mesh.rank == 0:
-            start = self.job.record(
-                "evaluation_start",
-                task=task.name,
-                items=len(items),
-                answered=len(items) - len(left),
-            )
-            self.reporter.metrics(start)
+            there = len(items) - len(left)
+            text = f"asks {task.name} of {self.job.model.label}: {len(items)} items"
+            text += f", {there} of them answered already" if there else ""
+            about = {"task": task.name, "items": len(items), "answered": there}
+            self.reporter.event({"kind": "evaluation_start", "text": text, **about})
         mine = left[self.mesh.data_parallel_rank :: self.mesh.data_parallel_size]
         progress = _Progress(self.reporter, task.name, len(items), len(items) - len(left))
         new = self._ask(task, mine, progress)

@@ -155,9 +155,9 @@ class Task(Protocol):
         """Ask some of the items, on one ring. A collective: all its ranks iterate alike.
 
         Yields:
-            A JSON record for each item, in any order, as soon as it is there: ``id``, the item's
-            facts, a summary of what was asked, the answer and its score. No clock in it, and
-            nothing else that would differ if the item were asked again.
+            A JSON record for each item, in any order, as soon as it is there: ``id``, a summary of
+            what was asked, the answer and its score; the item's facts are added. No clock in it,
+            and nothing else that would differ if the item were asked again.
         """
 
     def summarize(self, records: Sequence[Record]) -> dict[str, float]:
