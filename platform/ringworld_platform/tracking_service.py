@@ -51,11 +51,17 @@ class TrackedJob:
 class TrackingService:
     """Tracks runs. Its process lives as long as there are any, and is started again if it dies."""
 
-    def __init__(self) -> None:
-        """Start nothing yet."""
+    def __init__(self, *, restart_seconds: float = RESTART_SECONDS) -> None:
+        """Start nothing yet.
+
+        Args:
+            restart_seconds: pause before a process that has died is started again.
+        """
+        self._restart_seconds = restart_seconds
         self._lock = threading.Lock()
         self._jobs: dict[str, TrackedJob] = {}
-        self._process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
+        """The one at work; None while no run is tracked."""
         self._messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
     def track(self, folder: Path, spec: JobSpec, run_id: str) -> TrackedJob:
@@ -72,7 +78,7 @@ class TrackingService:
         job = TrackedJob(folder, start)
         with self._lock:
             self._jobs[path] = job
-            if self._process is None:
+            if self.process is None:
                 self._launch()
             else:
                 self._messages.put(start)
@@ -109,7 +115,7 @@ class TrackingService:
             self._dismiss()
 
     def _dismiss(self) -> None:
-        self._process = None
+        self.process = None
         # Behind all that is still to be said to it.
         self._messages.put(None)
 
@@ -124,7 +130,7 @@ class TrackingService:
             bufsize=1,
             env={**os.environ, "PYTHONPATH": path},
         )
-        self._process, self._messages = process, SimpleQueue()
+        self.process, self._messages = process, SimpleQueue()
         for job in self._jobs.values():
             self._messages.put(job.start)
             if job.status is not None:
@@ -154,18 +160,18 @@ class TrackingService:
         messages.put(None)
         code = process.wait()
         with self._lock:
-            died = process is self._process
+            died = process is self.process
         if not died:
             return
         log.warning("the tracking process has ended with code %d; it is started again", code)
-        threading.Event().wait(RESTART_SECONDS)
+        threading.Event().wait(self._restart_seconds)
         with self._lock:
-            if process is self._process:
+            if process is self.process:
                 self._launch()
 
     def _heard(self, process: subprocess.Popen[str], said: dict[str, Any]) -> None:
         with self._lock:
-            job = self._jobs.get(str(said["folder"])) if process is self._process else None
+            job = self._jobs.get(str(said["folder"])) if process is self.process else None
             if job is None:
                 return
             job.state, job.problem, job.dropped = said["state"], said["problem"], said["dropped"]

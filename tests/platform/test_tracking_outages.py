@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from ringworld_platform.tracked_run import TrackedRun
 from ringworld_platform.tracking import Tracker
+from ringworld_platform.tracking_service import TrackingService
 
 Recording = dict[str, Callable[..., Any]]
 pytestmark = pytest.mark.timeout(600)
@@ -167,3 +168,37 @@ def test_a_server_that_wants_credentials_is_told_in_a_line(
         locked.server_close()
     assert "it wants credentials; set MLFLOW_TRACKING_TOKEN" in (tracker.problem or "")
     assert "\n" not in (tracker.problem or "") and "hunter2" not in caplog.text
+
+
+def test_the_process_that_tracks_is_started_again_and_ends_with_its_controller(
+    tmp_path: Path, recording: Recording, empty_mlflow: bytes
+) -> None:
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "quickstart-1"
+    spec, records = made_run(folder, recording, "auto"), recording["metrics"]()[:20]
+    (folder / "mlflow.db").write_bytes(empty_mlflow)
+    uri, log = f"sqlite:///{folder / 'mlflow.db'}", folder / "metrics.jsonl"
+
+    def all_sent() -> bool:
+        return TrackedRun.load(folder, uri).offset == log.stat().st_size
+
+    service = TrackingService(restart_seconds=0.1)
+    try:
+        recording["append"](log, records[:10])
+        job = service.track(folder, spec, "quickstart-1")
+        wait_until(all_sent, "it has sent what there was", 120)
+        first = service.process
+        assert first is not None
+        first.kill()
+        recording["append"](log, records[10:])
+        wait_until(all_sent, "another one has sent the rest", 120)
+        wait_until(lambda: job.state == "up to date", "it says so")
+        second = service.process
+        assert second is not None and second is not first
+    finally:
+        service.close()
+    second.wait(60)
+    client, saved = MlflowClient(uri), TrackedRun.load(folder, uri)
+    there = points_of_run(client, saved.stages["0"])
+    assert there == points_of_log(records, 0)
