@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ringworld_jobs.eval_spec import NEED_DATA, EvalSpec
 from ringworld_jobs.evaluate_spec import EvaluateSpec, Evaluations, asked_for
 from ringworld_jobs.problem import KeyPath
 from ringworld_jobs.validate import Checked, T
@@ -25,3 +26,29 @@ def check_evaluations(
             continue
         for field, message in settings.problems(context_length):
             checked.document.report((*place, field) if place != here else here, message)
+
+
+def check_eval_job(checked: Checked[EvalSpec]) -> None:
+    """Report what no field of a job of evaluations can know alone."""
+    spec, report = checked.spec, checked.document.report
+    if spec is None:
+        return
+    if isinstance(spec.evaluate, EvaluateSpec) and not any(spec.evaluate.tasks()):
+        report(("evaluate",), "nothing is asked; name a task, such as needle: {}")
+    if spec.context_length is not None and checked.sound(("context_length",), ("evaluate",)):
+        check_evaluations(checked, spec.evaluate, spec.context_length, ("evaluate",))
+    if checked.sound(("evaluate",), ("data",)) and not (spec.data.sources or spec.data.recipe):
+        for name in (name for name, _ in spec.evaluations.tasks() if name in NEED_DATA):
+            report(
+                ("evaluate",),
+                f"{name} scores held-out data, and the job names none; give data.sources or "
+                "data.recipe, such as those of the job that trained the model",
+            )
+    if checked.sound(("mesh",), ("resources",)):
+        mesh, most = spec.mesh_for(spec.context_length or 1), spec.resources.workers.max
+        if mesh.world_size > most:
+            report(
+                ("mesh",),
+                f"{mesh} = {mesh.world_size} workers, and resources.workers.max is {most}; raise "
+                f"it to {mesh.world_size} or make the mesh smaller",
+            )

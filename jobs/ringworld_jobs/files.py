@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.document import Document
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.evaluate_spec import Evaluations, asked_for
 from ringworld_jobs.problem import NO_VALUE, KeyPath, nearest
 from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec
@@ -55,7 +56,7 @@ def package_file(reference: str) -> Path | None:
     return Path(next(iter(found.submodule_search_locations))) / inner
 
 
-def check_store(checked: Checked[JobSpec], *, check_files: bool) -> None:
+def check_store(checked: Checked[JobSpec] | Checked[EvalSpec], *, check_files: bool) -> None:
     """Report a checkpoint store that cannot be one, or a folder that cannot be written.
 
     A store on S3 is not asked: what may write there is known where the job is to run.
@@ -80,7 +81,7 @@ def check_store(checked: Checked[JobSpec], *, check_files: bool) -> None:
         checked.document.report(path, f"cannot write in {existing} ({why}); choose another folder")
 
 
-def _check_limits(checked: Checked[JobSpec]) -> None:
+def _check_limits(checked: Checked[JobSpec] | Checked[EvalSpec]) -> None:
     """Report limits of saving that would keep every save from working."""
     if checked.spec is None:
         return
@@ -117,7 +118,7 @@ def _unwritable(folder: Path) -> str:
         return (error.strerror or str(error)).lower()
 
 
-def check_tracking(checked: Checked[JobSpec]) -> None:
+def check_tracking(checked: Checked[JobSpec] | Checked[EvalSpec]) -> None:
     """Report a tracking URI that MLflow would refuse only once the run has started."""
     path: KeyPath = ("tracking", "mlflow")
     if checked.spec is None or not checked.sound(path):
@@ -140,7 +141,7 @@ def check_tracking(checked: Checked[JobSpec]) -> None:
         )
 
 
-def check_sources(checked: Checked[JobSpec], base: Path) -> None:
+def check_sources(checked: Checked[JobSpec] | Checked[EvalSpec], base: Path) -> None:
     """Report prepared datasets that are not there.
 
     Args:

@@ -6,10 +6,12 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from ringworld_jobs.check_evaluate import check_eval_job
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.credentials import refuse_secrets
 from ringworld_jobs.curriculum import check_curriculum, merge_defaults
 from ringworld_jobs.document import Document, read_document
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.evaluate_spec import EvaluateSpec
 from ringworld_jobs.files import (
     check_codebook_files,
@@ -28,18 +30,21 @@ from ringworld_jobs.recipe import (
 )
 from ringworld_jobs.run_place import FindRun
 from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.spec_data import DataSpec
 from ringworld_jobs.validate import Checked, T, validate
 from ringworld_jobs.weights import with_weights
 
-__all__ = ["JobSpecError", "Problem", "load_codebook", "load_job", "load_recipe"]
+__all__ = ["JobSpecError", "Problem", "load_codebook", "load_eval", "load_job", "load_recipe"]
 
 _KINDS = {
     "train": "a job spec (kind: train)",
+    "eval": "a job of evaluations (kind: eval)",
     "data": "a data recipe (kind: data)",
     "codebook": "a codebook job (kind: codebook)",
 }
 _COMMANDS = {
     "train": "ringworld run",
+    "eval": "ringworld run",
     "data": "ringworld data build",
     "codebook": "ringworld data train-codebook",
 }
@@ -89,6 +94,34 @@ def load_job(
     if problems or checked.spec is None:
         raise JobSpecError(problems)
     return _absolute(checked.spec, path.parent)
+
+
+def load_eval(path: Path | str, *, check_files: bool = True) -> EvalSpec:
+    """Load and check a job of evaluations; relative paths come back absolute as in ``load_job``.
+
+    Args:
+        path: the YAML file.
+        check_files: also check what the spec points to. The model is looked for when the job is
+            handed in.
+
+    Raises:
+        JobSpecError: everything that is wrong, with lines, limits and remedies.
+    """
+    path = Path(path)
+    checked = _checked(path, "eval", EvalSpec)
+    problems: list[Problem] = []
+    _recipe_of(checked, path.parent, check_files, problems)
+    check_eval_job(checked)
+    check_store(checked, check_files=check_files)
+    check_tracking(checked)
+    if check_files:
+        check_sources(checked, path.parent)
+        if checked.spec is not None:
+            check_evaluation_files(checked, checked.spec.evaluate, path.parent, ("evaluate",))
+    problems = checked.document.problems + problems
+    if problems or checked.spec is None:
+        raise JobSpecError(problems)
+    return _absolute_eval(checked.spec, path.parent)
 
 
 def load_recipe(path: Path | str, *, check_files: bool = True) -> RecipeSpec:
@@ -227,7 +260,10 @@ def _check_references(checked: Checked[RecipeSpec]) -> None:
 
 
 def _recipe_of(
-    checked: Checked[JobSpec], base: Path, check_files: bool, problems: list[Problem]
+    checked: Checked[JobSpec] | Checked[EvalSpec],
+    base: Path,
+    check_files: bool,
+    problems: list[Problem],
 ) -> Checked[RecipeSpec] | None:
     """The job's recipe, with its own problems added to ``problems``."""
     place: KeyPath = ("data", "recipe")
@@ -253,21 +289,37 @@ def _near_files(path: Path) -> str:
 
 
 def _absolute(spec: JobSpec, base: Path) -> JobSpec:
-    data: dict[str, Any] = {}
-    if spec.data.recipe is not None:
-        data["recipe"] = str((base / spec.data.recipe).resolve())
-    if spec.data.sources:
-        data["sources"] = {
-            name: source
-            if source.shards is None or "://" in source.shards
-            else source.model_copy(update={"shards": str((base / source.shards).resolve())})
-            for name, source in spec.data.sources.items()
-        }
     stages = [
         stage.model_copy(update={"evaluate": stage.evaluate.absolute(base)})
         if isinstance(stage.evaluate, EvaluateSpec)
         else stage
         for stage in spec.stages
     ]
-    data_spec = spec.data.model_copy(update=data)
-    return spec.model_copy(update={"data": data_spec, "stages": stages})
+    return spec.model_copy(update={"data": _absolute_data(spec.data, base), "stages": stages})
+
+
+def _absolute_eval(spec: EvalSpec, base: Path) -> EvalSpec:
+    changed: dict[str, Any] = {"data": _absolute_data(spec.data, base)}
+    if isinstance(spec.evaluate, EvaluateSpec):
+        changed["evaluate"] = spec.evaluate.absolute(base)
+    for name in ("tokenizer", "codebook"):
+        if value := getattr(spec, name):
+            changed[name] = str((base / value).resolve())
+    # A name may be a run's: only what says that it is a path, or is one, is taken for one.
+    if spec.model.startswith(".") or (base / spec.model / "config.json").is_file():
+        changed["model"] = str((base / spec.model).resolve())
+    return spec.model_copy(update=changed)
+
+
+def _absolute_data(spec: DataSpec, base: Path) -> DataSpec:
+    data: dict[str, Any] = {}
+    if spec.recipe is not None:
+        data["recipe"] = str((base / spec.recipe).resolve())
+    if spec.sources:
+        data["sources"] = {
+            name: source
+            if source.shards is None or "://" in source.shards
+            else source.model_copy(update={"shards": str((base / source.shards).resolve())})
+            for name, source in spec.sources.items()
+        }
+    return spec.model_copy(update=data)

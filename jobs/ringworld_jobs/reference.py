@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import alternatives, annotation_of, describe, spelled_default
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.problem import format_value
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.spec import JobSpec
@@ -63,6 +64,17 @@ images: ["photos/*.jpg"]
 held_out: [garden]                          # a whole video; or a pattern of images: "2024-*.jpg"
 shape: {frame_size: 64, codebook_size: 512} # 256 codes a frame
 training: {steps: 1500, time_limit: 10min}
+"""
+
+EVAL_EXAMPLE = """\
+kind: eval
+name: long-books
+model: books-1/64k                          # RUN, RUN/STAGE[/STEP], or a folder of weights
+evaluate:
+  needle: {lengths: [16Ki, 64Ki], depths: 10}
+  perplexity: {}
+data: {sources: {novels: {shards: data/novels}}}
+resources: {workers: {max: 8}}
 """
 
 _GENERATED = """\
@@ -157,6 +169,25 @@ package. Units, scalars, unknown keys, editors: as in
 """
 
 
+_EVAL_INTRODUCTION = f"""\
+# The evaluation job
+
+{_GENERATED}
+An evaluation job asks things of a model that is there already. `ringworld validate FILE` checks it,
+`ringworld run FILE` and `ringworld submit FILE` run it, with the same queue, recovery and tracking
+as training. What the tasks measure, and what is kept of them: [evaluation](evaluation.md).
+
+```yaml
+{EVAL_EXAMPLE}```
+
+Paths are relative to the file, but for `data.cache` and `checkpoint.store`, which are relative to
+the working directory. Units, scalars, unknown keys, editors: as in
+[the job spec](job_spec.md#how-a-file-is-read), with `docs/schema/eval.schema.json`.
+
+## Fields
+"""
+
+
 def job_page() -> str:
     """The page of the job spec, in Markdown."""
     return _page(_INTRODUCTION + "\n## Fields\n", JobSpec)
@@ -170,6 +201,11 @@ def recipe_page() -> str:
 def codebook_page() -> str:
     """The page of the codebook job, in Markdown."""
     return _page(_CODEBOOK_INTRODUCTION, CodebookJob)
+
+
+def eval_page() -> str:
+    """The page of the evaluation job, in Markdown."""
+    return _page(_EVAL_INTRODUCTION, EvalSpec)
 
 
 def _page(introduction: str, root: type[BaseModel]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ringworld_jobs.document import RESOLVERS
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.spec import JobSpec
 
 
@@ -22,17 +23,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def resolved(spec: JobSpec) -> dict[str, Any]:
+def resolved(spec: JobSpec | EvalSpec) -> dict[str, Any]:
     """The spec as plain data with every default filled in; fields without a value are left out."""
     return spec.model_dump(mode="json", exclude_none=True)
 
 
-def resolved_yaml(spec: JobSpec) -> str:
-    """The resolved spec as YAML; ``load_job`` reads an equal JobSpec from it."""
+def resolved_yaml(spec: JobSpec | EvalSpec) -> str:
+    """The resolved spec as YAML; ``load_any_job`` reads an equal spec from it."""
     return yaml.dump(resolved(spec), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def spec_digest(spec: JobSpec) -> str:
+def spec_digest(spec: JobSpec | EvalSpec) -> str:
     """SHA-256 (hex) of the resolved spec: two specs that mean the same have the same one.
 
     Comments, key order and units do not matter, nor does the folder that data stands in: of
@@ -40,7 +41,7 @@ def spec_digest(spec: JobSpec) -> str:
     name counts. A URL counts whole, and so does a run's checkpoint.
     """
     data = resolved(spec)
-    if "init_from" in data["model"]:
+    if isinstance(spec, JobSpec) and "init_from" in data["model"]:
         kind, _, path = data["model"]["init_from"].partition(":")
         if kind != "run":
             data["model"]["init_from"] = f"{kind}:{PurePath(path).name}"

@@ -1,8 +1,8 @@
 """JSON schemas for editors and the reference page, generated from the models.
 
 ``python -m ringworld_jobs.schema`` rewrites docs/schema/*.schema.json, docs/job_spec.md,
-docs/data_recipe.md and docs/codebook_job.md; with ``--check`` it only says whether they are
-current.
+docs/eval_job.md, docs/data_recipe.md and docs/codebook_job.md; with ``--check`` it only says
+whether they are current.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import spelled_default
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.planner.output import PlanOutput
 from ringworld_jobs.recipe import RecipeSpec
-from ringworld_jobs.reference import codebook_page, job_page, recipe_page
+from ringworld_jobs.reference import codebook_page, eval_page, job_page, recipe_page
 from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec, Spec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -48,13 +49,13 @@ def job_schema() -> dict[str, Any]:
         "title": "StageDefaults",
         "type": "object",
     }
-    for model in (CheckpointSpec, RecoverySpec):
-        for name, info in model.model_fields.items():
-            if not isinstance(info.default, Spec):
-                field = schema["$defs"][model.__name__]["properties"][name]
-                field["default"] = spelled_default(info)
     schema["properties"]["defaults"] = {"$ref": "#/$defs/StageDefaults"}
-    return _finish(schema, "Ringworld job spec")
+    return _finish(_spelled(schema), "Ringworld job spec")
+
+
+def eval_schema() -> dict[str, Any]:
+    """The JSON schema of an evaluation job."""
+    return _finish(_spelled(EvalSpec.model_json_schema()), "Ringworld evaluation job")
 
 
 def data_schema() -> dict[str, Any]:
@@ -72,6 +73,16 @@ def plan_schema() -> dict[str, Any]:
     return _finish(PlanOutput.model_json_schema(mode="serialization"), "Ringworld plan")
 
 
+def _spelled(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with defaults as a file would write them."""
+    for model in (CheckpointSpec, RecoverySpec):
+        for name, info in model.model_fields.items():
+            if not isinstance(info.default, Spec):
+                field = schema["$defs"][model.__name__]["properties"][name]
+                field["default"] = spelled_default(info)
+    return schema
+
+
 def _finish(schema: dict[str, Any], title: str) -> dict[str, Any]:
     return {"$schema": DIALECT, **schema, "title": title}
 
@@ -80,10 +91,12 @@ def generated_files() -> dict[str, str]:
     """Every generated file: its path below the repository and its text."""
     return {
         "docs/schema/job.schema.json": _json(job_schema()),
+        "docs/schema/eval.schema.json": _json(eval_schema()),
         "docs/schema/data.schema.json": _json(data_schema()),
         "docs/schema/codebook.schema.json": _json(codebook_schema()),
         "docs/schema/plan.schema.json": _json(plan_schema()),
         "docs/job_spec.md": job_page(),
+        "docs/eval_job.md": eval_page(),
         "docs/data_recipe.md": recipe_page(),
         "docs/codebook_job.md": codebook_page(),
     }

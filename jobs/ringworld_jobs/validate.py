@@ -27,6 +27,8 @@ MAX_ROUNDS = 8
 STAND_INS: dict[str, Any] = {
     "name": "x",
     "data": {},
+    "model": "x",
+    "evaluate": ["validation"],
     "stages": [{}],
     "context_length": 1024,
     "rope_theta": 1e4,
