@@ -135,6 +135,8 @@ class Controller:
 
     def runs(self) -> list[dict[str, Any]]:
         """State of every run, oldest first."""
+        # What the last list has left, which another thread made: one a thread would add up.
+        give_back()
         found = [
             status
             for states in map(self._states, self._known_roots())

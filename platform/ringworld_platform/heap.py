@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 
 
+_LIBRARY = ctypes.CDLL(None)
+
+
 def give_back() -> None:
     """Hand freed memory back to the system, where the C library can (glibc): milliseconds."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_LIBRARY, "malloc_trim", None)
     if trim is not None:
         trim(0)
