@@ -103,7 +103,9 @@ def find_run_model(
     data = prepared_folder(place)
     metas = list(_metas(spec, stage.mixture, data))
     about = next((meta["codebook"] for meta in metas if meta.get("codebook")), None)
-    vocabulary = next((meta["tokenizer"] for meta in metas if meta.get("tokenizer")), {})
+    vocabulary: Mapping[str, Any] = next(
+        (meta["tokenizer"] for meta in metas if meta.get("tokenizer")), {}
+    )
     homes = [data] if data is not None else _homes(spec)
     return ModelSource(
         label=f"{place.run_id}/{ref.stage}/{ref.step}",

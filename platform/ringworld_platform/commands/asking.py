@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,18 +72,20 @@ def open_ring(
     """The model on a ring of this machine's processes; all of them are gone at the end."""
     from ringworld_workers.generation.local_ring import LocalRing
 
-    with err().status(f"loading {coder.label}") as line:
-        made = LocalRing(
-            coder.source,
-            size=ring,
-            device=device,
-            dtype=dtype,
-            coder=coder,
-            chunk=chunk,
-            on_tensor=lambda done, of: line.update(f"loading {coder.label}: {done}/{of} tensors"),
-        )
-        made.__enter__()
-    with made:
+    with ExitStack() as stack:
+        with err().status(f"loading {coder.label}") as line:
+            made = LocalRing(
+                coder.source,
+                size=ring,
+                device=device,
+                dtype=dtype,
+                coder=coder,
+                chunk=chunk,
+                on_tensor=lambda done, of: line.update(
+                    f"loading {coder.label}: {done}/{of} tensors"
+                ),
+            )
+            stack.enter_context(made)
         yield made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -148,9 +149,9 @@ def generate(
         )
         _check(request, prompts is not None)
         coder = load_vocabularies(model, runs, tokenizer, codebook)
-        means = {"ring": ring, "device": device, "dtype": dtype, "chunk": chunk}
+        rings = partial(open_ring, coder, ring=ring, device=device, dtype=dtype, chunk=chunk)
         if prompts is not None and answers is not None:
-            answer_file(prompts, answers, batch, coder, request, lambda: open_ring(coder, **means))
+            answer_file(prompts, answers, batch, coder, request, rings)
             return
         text = sys.stdin.read() if prompt == "-" else prompt or ""
         ask = request.ask(text, image or [], video or [], begin_with, coder)
@@ -159,7 +160,7 @@ def generate(
             style="dim",
             markup=False,
         )
-        with open_ring(coder, **means) as opened:
+        with rings() as opened:
             answer_one(opened, ask, request, coder)
 
 

@@ -64,4 +64,5 @@ def answer_lines(
             on_token()
             answers[event.prompt].add(event)
             if event.end is not None:
-                yield Answered(*asked[event.prompt], answers[event.prompt])
+                line, ask = asked[event.prompt]
+                yield Answered(line, ask, answers[event.prompt])
