@@ -168,10 +168,14 @@ def parse(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+    # Where a field takes several types, it is wrong as each; the one that was meant is the deepest.
+    first = max(found, key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         raise ApiError(400, f"the body is no JSON: {first['msg']}")
-    place = ".".join(str(part) for part in first["loc"])
+    # Without the names of types that stand between the names of fields.
+    keys = [str(key) for key in first["loc"]]
+    place = ".".join(key for key in keys if "[" not in key and not key.endswith("str"))
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         hint = nearest(place, list(kind.model_fields))
         meant = f"; did you mean {hint!r}?" if hint else "; leave it out"

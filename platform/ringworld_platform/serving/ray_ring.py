@@ -7,6 +7,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MEETING = timedelta(minutes=5)
+_ECHO_SECONDS = 3.0
+"""A broken connection is heard of before the end of the rank that broke it."""
 
 
 class RingLost(RuntimeError):
@@ -135,6 +138,8 @@ class RayRing:
 
         resources = shape.resources
         self._closed = False
+        self._lost: RingLost | None = None
+        self._is_lost = threading.Event()
         self._on_lost = on_lost
         self._actors = [
             _RankActor.options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0)).remote()
@@ -172,17 +177,35 @@ class RayRing:
 
         Raises:
             ValueError: what is asked is wrong; the ring goes on.
-            Exception: whatever a collective says when a rank is lost.
+            RingLost: a rank is gone.
         """
-        for actor in self._actors:
-            actor.call.remote(method, args)
-        return getattr(self.asker, method)(*args, **own)
+        with self._losses():
+            for actor in self._actors:
+                actor.call.remote(method, args)
+            found = getattr(self.asker, method)(*args, **own)
+        return self._watched(found) if isinstance(found, Iterator) else found
 
     def close(self) -> None:
         """End the other ranks, whatever they are doing. May be called twice."""
         self._closed = True
         for actor in self._actors:
             ray.kill(actor)
+
+    def _watched(self, found: Iterator[Any]) -> Iterator[Any]:
+        with self._losses():
+            yield from found
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Say which rank was lost, where a collective only says that a connection is."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except (RuntimeError, OSError) as error:
+            if self._actors and self._is_lost.wait(_ECHO_SECONDS) and self._lost is not None:
+                raise self._lost from error
+            raise
 
     def _watch(self, stays: list[Any]) -> None:
         ready, _ = ray.wait(stays, num_returns=1)
@@ -193,7 +216,9 @@ class RayRing:
             why = ray.get(ready[0]).strip().splitlines()[-1]
         except ray.exceptions.RayError as error:
             why = _first_line(error)
-        self._on_lost(RingLost(f"rank {rank} of the ring is lost ({why})"))
+        self._lost = RingLost(f"rank {rank} of the ring is lost ({why})")
+        self._is_lost.set()
+        self._on_lost(self._lost)
 
 
 def _asker(source: ModelSource, shape: RingShape, rank: int, meeting: Callable[[], Any]) -> Asker:
