@@ -87,6 +87,12 @@ def test_a_haystack_that_is_not_there_is_said(recipe: Path) -> None:
         build(recipe, recipe.parent / "cache")
 
 
+def test_needles_that_leave_no_room_are_said(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace("tokens: 400", "tokens: 90"))
+    with pytest.raises(DataError, match=r"datasets.found.make: .*raise the length"):
+        build(recipe, recipe.parent / "cache")
+
+
 def test_plain_words_are_refused_with_the_way_that_takes_them(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("format:", "format:\n        template: plain"))
     with pytest.raises(JobSpecError, match="ringworld data needles"):

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from ringworld_jobs.recipe_needles import NeedlesDataset
 from ringworld_workers.data.chat_template import Turn
 from ringworld_workers.data.draft import Draft, Refused, WorkItem
+from ringworld_workers.data.files import DataError
 from ringworld_workers.data.text_sources import Document, documents, format_of, parts
 from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
 from ringworld_workers.evaluate.cities import draw_cities, draw_numbers
 from ringworld_workers.evaluate.haystack import haystack_files
-from ringworld_workers.evaluate.needle_documents import make_documents
+from ringworld_workers.evaluate.needle_documents import NeedleDocument, make_documents
 from ringworld_workers.evaluate.needle_prompt import Wording
 
 _ITEM_DOCUMENTS = 64
@@ -81,21 +82,25 @@ class NeedleReader:
         """The examples of the item's numbers.
 
         Raises:
-            DataError: the haystack's files hold too little text.
-            ValueError: the needles and questions leave a document no room.
+            DataError: the haystack's files hold too little text, or needles and questions leave it
+                no room.
         """
         tokenizer = _tokenizer(self._tokenizer_file)
         template = Wording(self._spec.format, tokenizer).template
         numbers = range(item.start, self._spec.documents if item.stop is None else item.stop)
-        for number, made in zip(
-            numbers, make_documents(self._spec, self._base, tokenizer, numbers), strict=True
-        ):
+        for number, made in zip(numbers, self._made(tokenizer, numbers), strict=True):
             turns: list[Turn] = []
             for at, (question, answer) in enumerate(made.turns):
                 asked = question if at else f"{made.context} {question}"
                 turns += [Turn("user", (asked,)), Turn("assistant", (answer,))]
             name = f"{self._name} {number + 1}"
             yield Draft(name, name, template.parts(turns))
+
+    def _made(self, tokenizer: TextTokenizer, numbers: Iterable[int]) -> Iterator[NeedleDocument]:
+        try:
+            yield from make_documents(self._spec, self._base, tokenizer, numbers)
+        except ValueError as error:  # DataError is one
+            raise DataError(f"datasets.{self._name}.make: {error}") from error
 
 
 @lru_cache(maxsize=4)
