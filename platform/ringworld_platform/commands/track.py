@@ -38,17 +38,17 @@ def track(
     What the server has already stays there once, however often this is done. A run that is at work
     sends by itself.
     """
-    from ringworld_jobs.load import load_job
+    from ringworld_jobs.any_job import load_any_job
     from ringworld_platform.mlflow_errors import one_line
     from ringworld_platform.run_records import SPEC_FILE
-    from ringworld_platform.run_state import TERMINAL
+    from ringworld_platform.run_state import TERMINAL, RunStates
     from ringworld_platform.run_view import find_status, open_view
     from ringworld_platform.tracking import Tracker, tracking_uri
 
     with open_view(runs, address) as opened:
         found = find_status(opened.view, job)
     folder, run_id = Path(str(found["run_folder"])), str(found["run_id"])
-    spec = load_job(folder / SPEC_FILE, check_files=False)
+    spec = load_any_job(folder / SPEC_FILE, check_files=False)
     uri = to if to is not None else tracking_uri(spec, folder)
     if not uri:
         raise typer.BadParameter(
@@ -74,6 +74,11 @@ def track(
     tracker.abandon()
     if tracker.problem:
         err().print(f"MLflow refused: {tracker.problem}", style="yellow", markup=False)
+    elif ended and to is None and found.get("tracking_problem"):
+        # Nobody else is at the run any more.
+        RunStates(folder.parent).update(
+            run_id, lambda record: record.model_copy(update={"tracking_problem": None})
+        )
     if tracker.dropped:
         err().print(f"{tracker.dropped} points were refused or cannot be read", style="yellow")
     out().print(f"MLflow at {shown} has all of {run_id}", markup=False)
