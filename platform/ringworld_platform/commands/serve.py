@@ -138,8 +138,15 @@ def serve(
 def _cluster(address: str | None, ring: int) -> Iterator[None]:
     """The cluster that is up, or one for this command."""
     from ringworld_platform import cluster, head
+    from ringworld_platform.errors import ClusterError
 
     if address is None and head.find_running() is None:
+        if head.token_file() is None:
+            # Serve's replica takes calls on every interface: only the token keeps strangers out.
+            raise ClusterError(
+                "RAY_AUTH_MODE turns Ray's token off, without which others on the network could "
+                "call Ray Serve's replica; unset it"
+            )
         cores = len(os.sched_getaffinity(0))
         with cluster.local_cluster(num_cpus=max(ring, cores)):
             yield

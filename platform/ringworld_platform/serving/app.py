@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -110,14 +110,14 @@ class _Guard:
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, dict(error.headers))
+    refused = cast(ApiError, error)
+    return JSONResponse(refused.body, refused.status, dict(refused.headers))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    found = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(found.body, found.status, error.headers)
+    wrong = cast(HTTPException, error)
+    found = ApiError(wrong.status_code, f"{request.method} {request.url.path}: {wrong.detail}")
+    return JSONResponse(found.body, found.status, wrong.headers)
 
 
 async def _any_error(_: Request, error: Exception) -> Response:

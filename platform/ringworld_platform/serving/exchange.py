@@ -66,8 +66,8 @@ class Exchange(Response):
         except Exception:
             log.exception("a request failed")
             status = 500
-            error = ApiError(500, "an internal error; the server's log has the trace")
-            await self._refuse(error, scope, receive, send)
+            internal = ApiError(500, "an internal error; the server's log has the trace")
+            await self._refuse(internal, scope, receive, send)
         finally:
             self._service.metrics.ended(status, time.monotonic() - self._begun)
 
@@ -80,7 +80,8 @@ class Exchange(Response):
             thread = asyncio.get_running_loop().run_in_executor(
                 self._service.threads, asking.ask, asked
             )
-            await asyncio.wait({thread, gone}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {thread, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not thread.done():
                 thread.cancel()
                 raise ClientGone

@@ -56,7 +56,7 @@ class Replica:
 def deployment(source: ModelSource, settings: ServeSettings, shape: RingShape) -> Any:
     """The application for ``serve.run``: one replica, its ring reserved with it or not at all."""
     places = settings.max_concurrent + settings.max_queue
-    made = serve.deployment(Replica).options(
+    configure = serve.deployment(
         name="ring",
         num_replicas=1,
         max_ongoing_requests=places + _SPARE_REQUESTS,
@@ -72,4 +72,4 @@ def deployment(source: ModelSource, settings: ServeSettings, shape: RingShape) -
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"enable_access_log": False},
     )
-    return made.bind(source, settings, shape)
+    return configure(Replica).bind(source, settings, shape)
