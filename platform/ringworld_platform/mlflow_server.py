@@ -201,18 +201,19 @@ class MlflowServer:
             )
         )
 
-    def _in_parts(self, run: str, items: list[Metric] | list[Param], most: int) -> int:
+    def _in_parts(self, run: str, items: Sequence[Metric | Param], most: int) -> int:
         refused = 0
         for first in range(0, len(items), most):
             refused += self._batch(run, items[first : first + most])
         return refused
 
-    def _batch(self, run: str, items: list[Metric] | list[Param]) -> int:
+    def _batch(self, run: str, items: Sequence[Metric | Param]) -> int:
         """Send one request's worth; what is refused is halved until the bad ones stand alone."""
-        name = "params" if isinstance(items[0], Param) else "metrics"
+        metrics = [item for item in items if isinstance(item, Metric)]
+        params = [item for item in items if isinstance(item, Param)]
         try:
             with _judged():
-                self._client.log_batch(run, **{name: items})
+                self._client.log_batch(run, metrics=metrics, params=params)
             return 0
         except Refused as error:
             with _judged():
@@ -222,7 +223,8 @@ class MlflowServer:
                         "the run's folder to send it anew"
                     ) from error
             if len(items) == 1:
-                logger.warning("MLflow refuses %s %s: %s", name[:-1], items[0].key, error)
+                kind = type(items[0]).__name__.lower()
+                logger.warning("MLflow refuses %s %s: %s", kind, items[0].key, error)
                 return 1
             half = len(items) // 2
             return self._batch(run, items[:half]) + self._batch(run, items[half:])

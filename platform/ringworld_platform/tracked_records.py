@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 from ringworld_platform.run_records import Record
 
 # A record's identity is its run, step and time, not a series.
@@ -54,7 +54,7 @@ def points_of(record: Record) -> list[Point]:
     return [Point(f"{prefix}{name}", value, when, step) for name, value in _numbers(record)]
 
 
-def border_points(record: Record, spec: JobSpec) -> list[Point]:
+def border_points(record: Record, spec: Job) -> list[Point]:
     """A stage's beginning or end as points: beside a curve, their steps show where it changed."""
     index = int(record["stage_index"])
     if record.get("kind") not in _BORDERS or index >= len(spec.stages):
@@ -88,7 +88,8 @@ def files_of(record: Record, run_folder: Path) -> list[tuple[Path, str]]:
 
 
 def _step_of(record: Record) -> int:
-    return int(record.get("global_step", record.get("step", 0)))
+    step = record.get("global_step", record.get("step"))
+    return int(step) if isinstance(step, int | float) else 0
 
 
 def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
