@@ -34,7 +34,15 @@ from ringworld_jobs.spec_data import DataSpec
 from ringworld_jobs.validate import Checked, T, validate
 from ringworld_jobs.weights import with_weights
 
-__all__ = ["JobSpecError", "Problem", "load_codebook", "load_eval", "load_job", "load_recipe"]
+__all__ = [
+    "JobSpecError",
+    "Problem",
+    "eval_of",
+    "load_codebook",
+    "load_eval",
+    "load_job",
+    "load_recipe",
+]
 
 _KINDS = {
     "train": "a job spec (kind: train)",
@@ -108,20 +116,40 @@ def load_eval(path: Path | str, *, check_files: bool = True) -> EvalSpec:
         JobSpecError: everything that is wrong, with lines, limits and remedies.
     """
     path = Path(path)
-    checked = _checked(path, "eval", EvalSpec)
+    document = read_document(path)
+    _check_kind(document, "eval")
+    return _eval(document, path.parent, check_files)
+
+
+def eval_of(values: dict[str, Any], name: str) -> EvalSpec:
+    """Check a job of evaluations that no file holds; its paths are under the working directory.
+
+    Args:
+        values: as a file would hold them.
+        name: where they come from, for messages.
+
+    Raises:
+        JobSpecError: everything that is wrong.
+    """
+    return _eval(Document(name, values), Path.cwd(), check_files=True)
+
+
+def _eval(document: Document, base: Path, check_files: bool) -> EvalSpec:
+    refuse_secrets(document)
+    checked = validate(EvalSpec, document)
     problems: list[Problem] = []
-    _recipe_of(checked, path.parent, check_files, problems)
+    _recipe_of(checked, base, check_files, problems)
     check_eval_job(checked)
     check_store(checked, check_files=check_files)
     check_tracking(checked)
     if check_files:
-        check_sources(checked, path.parent)
+        check_sources(checked, base)
         if checked.spec is not None:
-            check_evaluation_files(checked, checked.spec.evaluate, path.parent, ("evaluate",))
-    problems = checked.document.problems + problems
+            check_evaluation_files(checked, checked.spec.evaluate, base, ("evaluate",))
+    problems = document.problems + problems
     if problems or checked.spec is None:
         raise JobSpecError(problems)
-    return _absolute_eval(checked.spec, path.parent)
+    return _absolute_eval(checked.spec, base)
 
 
 def load_recipe(path: Path | str, *, check_files: bool = True) -> RecipeSpec:

@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.load import load_job
+from ringworld_jobs.any_job import Job, load_any_job
 from ringworld_jobs.problem import JobSpecError
 from ringworld_jobs.resolve import resolved_yaml
-from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import PlatformError, RunConflictError
 from ringworld_platform.job_runner import JobRunner
 from ringworld_platform.live_run import LiveRun, claim, this_owner
@@ -103,7 +102,7 @@ class Adoption:
                 self._troubles[record.run_id] = str(error)
                 log.exception("cannot take up %s", record.run_id)
 
-    def adopt(self, states: RunStates, record: JobRecord, known: JobSpec | None = None) -> None:
+    def adopt(self, states: RunStates, record: JobRecord, known: Job | None = None) -> None:
         """Go on with an unfinished run, if nobody has it in hand.
 
         Raises:
@@ -152,7 +151,7 @@ class Adoption:
     def begin(
         self,
         record: JobRecord,
-        spec: JobSpec,
+        spec: Job,
         states: RunStates,
         folder: RunFolder,
     ) -> None:
@@ -177,7 +176,7 @@ class Adoption:
         self.runners[states.root, record.run_id] = runner
         runner.start()
 
-    def go_on(self, states: RunStates, run_id: str, why: str, known: JobSpec | None = None) -> None:
+    def go_on(self, states: RunStates, run_id: str, why: str, known: Job | None = None) -> None:
         """Claim a run that is in the store, and go on with it.
 
         Args:
@@ -194,7 +193,7 @@ class Adoption:
         folder = RunFolder(Path(record.run_folder))
         folder.open(resolved_yaml(known) if known is not None else None)
         try:
-            spec = load_job(folder.path / SPEC_FILE, check_files=False)
+            spec = load_any_job(folder.path / SPEC_FILE, check_files=False)
         except JobSpecError as error:
             problem = f"its spec cannot be read, submit it again: {error.problems[0]}"
             states.update(run_id, partial(failed, problem))
@@ -217,7 +216,7 @@ class Adoption:
             raise
 
     def _up_to_date(
-        self, states: RunStates, record: JobRecord, spec: JobSpec, folder: RunFolder
+        self, states: RunStates, record: JobRecord, spec: Job, folder: RunFolder
     ) -> tuple[JobRecord, int]:
         """A claimed run's newest record, and the last attempt that has written checkpoints."""
         run = self._stored(record.store or run_url(spec, record.run_id))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ringworld_platform.evaluation_part import EvaluationPart, asked_of_stage
+from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_platform.evaluation_part import EvaluationPart, asked_of_job, asked_of_stage
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.mesh_choice import MeshChoice
 from ringworld_platform.parts import Part
@@ -19,8 +20,8 @@ class Agenda:
             live: the run.
             patient: False where no node can ever come: nothing is waited for.
         """
-        self._live = live
-        self._meshes = MeshChoice(live.spec, patient=patient)
+        self._live, self._patient = live, patient
+        self._meshes: MeshChoice | None = None
 
     def next(self) -> Part | None:
         """The part to do now; None where all are done.
@@ -29,15 +30,22 @@ class Agenda:
             PlatformError: the job's workers cannot form its mesh.
         """
         live, spec = self._live, self._live.spec
+        if isinstance(spec, EvalSpec):
+            done = live.record.evaluated > 0
+            return None if done else EvaluationPart(live, asked_of_job(live, spec))
         while (index := live.record.evaluated) < live.record.stages_done:
             if any(spec.stages[index].evaluations.tasks()):
                 return EvaluationPart(live, asked_of_stage(live, spec, index))
             live.set_fields(evaluated=index + 1)
         if live.record.stages_done < len(spec.stages):
+            # Remembers over the stages what was waited for in vain.
+            self._meshes = self._meshes or MeshChoice(spec, patient=self._patient)
             return TrainingPart(live, spec, live.record.stages_done, self._meshes)
         return None
 
     @property
     def ended(self) -> str:
         """What to say when all is done."""
+        if isinstance(self._live.spec, EvalSpec):
+            return "all evaluations are done"
         return f"all {len(self._live.spec.stages)} stages are done"

@@ -15,6 +15,7 @@ from ringworld_platform.commands import (
     data_needles,
     deploy,
     dev,
+    evaluate,
     export,
     generate,
     look,
@@ -152,6 +153,14 @@ _add(
     "ringworld export quickstart --to weights             # its last checkpoint",
     "ringworld export quickstart-3/4k --to weights --dtype bf16",
     "ringworld export s3://bucket/runs/quickstart-3 --to s3://bucket/weights",
+)
+_add(
+    app,
+    ASK,
+    evaluate.evaluate,
+    "ringworld evaluate quickstart/4k --task perplexity --data .ringworld/data/DIGEST/books",
+    "ringworld evaluate weights --task needle --task multi_needle --workers 4",
+    "ringworld evaluate eval.yaml                          # limits and all settings",
 )
 _add(
     app,

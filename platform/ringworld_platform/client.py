@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ringworld_jobs.any_job import Job
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import ClusterError, PlatformError
 from ringworld_platform.run_folder import Page
@@ -100,7 +102,7 @@ class Client:
         ).remote(config)
         return cls(controller, root)
 
-    def submit(self, spec: JobSpec, *, base: Path | None = None) -> str:
+    def submit(self, spec: Job, *, base: Path | None = None) -> str:
         """Hand in a job.
 
         Args:
@@ -113,11 +115,12 @@ class Client:
         Raises:
             JobTooLarge: the cluster can never hold it.
             StoreRefused: its checkpoints could not be written; nothing is left behind.
-            PlatformError: the run that `model.init_from` means has no such checkpoint.
+            PlatformError: the run that `model.init_from` means has no such checkpoint, or the model
+                that is to be evaluated is not there.
             RunConflictError: another controller has a run of this very job in hand.
         """
         folder = base or Path.cwd()
-        meant = _settled(absolute_paths(spec, folder))
+        meant = _settled(absolute_paths(spec, folder), folder)
         data = meant.model_dump(mode="json", exclude_none=True)
         root, request = str(runs_root_of(meant, folder)), uuid.uuid4().hex
         return str(self._call(lambda c: c.submit.remote(data, root, request), LONG_SECONDS))
@@ -237,7 +240,7 @@ class Client:
                 raise
 
 
-def absolute_paths(spec: JobSpec, base: Path) -> JobSpec:
+def absolute_paths(spec: Job, base: Path) -> Job:
     """The spec with every relative path made absolute, so that it means the same everywhere."""
     data = spec.data
     recipe = None if data.recipe is None else _absolute(data.recipe, base)
@@ -257,6 +260,8 @@ def absolute_paths(spec: JobSpec, base: Path) -> JobSpec:
         }
     )
     store = spec.checkpoint.model_copy(update={"store": _absolute(spec.checkpoint.store, base)})
+    if not isinstance(spec, JobSpec):
+        return spec.model_copy(update={"data": meant, "checkpoint": store})
     model, init_from = spec.model, spec.model.init_from or ""
     if init_from.startswith("run:file://"):
         place = _absolute(init_from.removeprefix("run:"), base)
@@ -264,8 +269,12 @@ def absolute_paths(spec: JobSpec, base: Path) -> JobSpec:
     return spec.model_copy(update={"model": model, "data": meant, "checkpoint": store})
 
 
-def _settled(spec: JobSpec) -> JobSpec:
-    """The spec with the one checkpoint that `model.init_from: run:...` means, if it has that."""
+def _settled(spec: Job, base: Path) -> Job:
+    """The spec with the one checkpoint that its model means: `model.init_from: run:...`, say."""
+    if isinstance(spec, EvalSpec):
+        from ringworld_platform.evaluated_model import settled_model
+
+        return settled_model(spec, runs_root_of(spec, base))
     from ringworld_jobs.weights import settle_run
     from ringworld_model.hf_config import WeightsError
     from ringworld_platform.run_weights import find_run
@@ -276,7 +285,7 @@ def _settled(spec: JobSpec) -> JobSpec:
         raise PlatformError(f"model.init_from = {spec.model.init_from!r}: {error}") from error
 
 
-def runs_root_of(spec: JobSpec, base: Path | None = None) -> Path:
+def runs_root_of(spec: Job, base: Path | None = None) -> Path:
     """Folder of a job's runs: where its checkpoints go, if that is a folder; else ``runs``."""
     folder = base or Path.cwd()
     scheme, separator, path = spec.checkpoint.store.partition("://")

@@ -16,10 +16,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.load import load_job
+from ringworld_jobs.any_job import load_any_job, parse_job
 from ringworld_jobs.problem import JobSpecError
 from ringworld_jobs.resolve import spec_digest
-from ringworld_jobs.spec import JobSpec
 from ringworld_platform.adoption import Adoption
 from ringworld_platform.capacity import cluster
 from ringworld_platform.drain import DrainWatch
@@ -112,7 +111,7 @@ class Controller:
             StoreRefused: its checkpoints could not be written; nothing is left behind.
             RunConflictError: another controller has a run of this very job in hand.
         """
-        parsed = JobSpec.model_validate(spec)
+        parsed = parse_job(spec)
         job = Submission(parsed, spec_digest(parsed), self._states(Path(runs_root)), request)
         with self._lock:
             same = self._intake.same(job)
@@ -287,7 +286,7 @@ class Controller:
 def _check_store_of(record: JobRecord) -> None:
     """Refuse to go on with a run whose checkpoints could not be written."""
     try:
-        spec = load_job(Path(record.run_folder) / SPEC_FILE, check_files=False)
+        spec = load_any_job(Path(record.run_folder) / SPEC_FILE, check_files=False)
     except JobSpecError:
         return  # said where the run is begun
     check_store(spec)

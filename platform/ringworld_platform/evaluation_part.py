@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.evaluate_spec import EvaluateSpec
 from ringworld_jobs.mesh import MeshSize
 from ringworld_jobs.spec import JobSpec
@@ -49,8 +51,10 @@ class Asked:
         step: its steps.
         global_step: steps of the job up to its end.
         place: where the model's checkpoint is.
+        tokenizer: of its text, where that is not found by itself.
+        codebook: of its frames, likewise.
         evaluations: what is asked.
-        mesh: of the gang, if there are workers enough; heads are not split.
+        mesh: of the gang for a context length, if there are workers enough; heads are not split.
         precision: of weights and computation.
         context_length: longest row; 0: the model's own.
         mixture: share of each source.
@@ -63,8 +67,10 @@ class Asked:
     step: int
     global_step: int
     place: Place | str
+    tokenizer: str | None
+    codebook: str | None
     evaluations: EvaluateSpec
-    mesh: MeshSize
+    mesh: Callable[[int], MeshSize]
     precision: str
     context_length: int
     mixture: dict[str, float]
@@ -92,13 +98,41 @@ def asked_of_stage(live: LiveRun, spec: JobSpec, index: int) -> Asked:
             stage.name,
             folder=live.folder.path,
         ),
+        tokenizer=None,
+        codebook=None,
         evaluations=stage.evaluations,
-        mesh=MeshSize(mesh.sequence_parallel_size, mesh.data_parallel_size),
+        mesh=lambda _: MeshSize(mesh.sequence_parallel_size, mesh.data_parallel_size),
         precision=stage.precision,
         context_length=stage.context_length,
         mixture=dict(stage.mixture),
         first_mixture=dict(first.mixture),
         first_context_length=first.context_length,
+    )
+
+
+def asked_of_job(live: LiveRun, spec: EvalSpec) -> Asked:
+    """What a job of evaluations asks.
+
+    Raises:
+        PlatformError: a source is of a dataset that the recipe no longer has.
+    """
+    prepared = live.record.prepared or {}
+    mixture = dict.fromkeys(sources_of(spec, prepared.get("datasets", {})), 1.0)
+    return Asked(
+        stage=spec.name,
+        index=0,
+        step=0,
+        global_step=0,
+        place=spec.model,
+        tokenizer=spec.tokenizer,
+        codebook=spec.codebook,
+        evaluations=spec.evaluations,
+        mesh=spec.mesh_for,
+        precision=spec.precision,
+        context_length=spec.context_length or 0,
+        mixture=mixture,
+        first_mixture=mixture,
+        first_context_length=0,
     )
 
 
@@ -110,7 +144,7 @@ class EvaluationPart:
     def __init__(self, live: LiveRun, asked: Asked) -> None:
         """Take what is asked; the model is looked for when the gang begins."""
         self._live, self._asked = live, asked
-        self._tried = asked.mesh
+        self._wanted = self._tried = MeshSize(1, 1)
         self.name = f"{asked.stage}-evaluate"
         self.title = f"evaluation of {asked.stage}"
 
@@ -121,14 +155,15 @@ class EvaluationPart:
     def begin(self, there: int) -> MeshSize:
         """See ``Part.begin``. With fewer workers than a stage has it just takes longer."""
         live, asked = self._live, self._asked
-        mesh = self._tried = fitting(asked.mesh, there)
+        self._wanted = asked.mesh(self._context_length)
+        mesh = self._tried = fitting(self._wanted, there)
         live.set_fields(
             stage=asked.stage,
             stage_index=asked.index,
             num_steps=asked.step,
             step=asked.step,
             attempt=max(1, live.record.attempt),
-            context_length=asked.context_length,
+            context_length=self._context_length,
             ring_size=mesh.ring_size,
             heads_size=mesh.heads_size,
             data_parallel_size=mesh.data_parallel_size,
@@ -137,16 +172,16 @@ class EvaluationPart:
 
     def waiting(self, there: int, shortage: str) -> str:
         """See ``Part.waiting``."""
-        if fitting(self._asked.mesh, there) != self._tried:
+        if fitting(self._wanted, there) != self._tried:
             raise MeshChanged
         return shortage
 
     def explain(self, mesh: MeshSize) -> str | None:
         """See ``Part.explain``."""
-        if mesh == self._asked.mesh:
+        if mesh == self._wanted:
             return None
         return (
-            f"{self.title} runs on {mesh}, not {self._asked.mesh}: the cluster holds no more "
+            f"{self.title} runs on {mesh}, not {self._wanted}: the cluster holds no more "
             "workers; it asks the same"
         )
 
@@ -172,11 +207,11 @@ class EvaluationPart:
             model=model,
             evaluations=asked.evaluations,
             seed=live.spec.seed,
-            context_length=asked.context_length or model.context_length,
+            context_length=self._context_length,
             sources=sources_of(live.spec, prepared.get("datasets", {})),
             mixture=asked.mixture,
             first_mixture=asked.first_mixture,
-            first_context_length=asked.first_context_length,
+            first_context_length=asked.first_context_length or self._context_length,
             data=live.spec.data,
             earlier=tuple(
                 found
@@ -186,15 +221,23 @@ class EvaluationPart:
             answers=tuple(read_answers(live.folder.path, asked.index, asked.stage)),
         )
 
+    @property
+    def _context_length(self) -> int:
+        return self._asked.context_length or self._model.context_length
+
     @cached_property
     def _model(self) -> ModelSource:
         from ringworld_platform.model_places import find_model, find_run_model
 
-        place = self._asked.place
+        asked = self._asked
+        tokenizer, codebook = (
+            Path(name) if name else None for name in (asked.tokenizer, asked.codebook)
+        )
         try:
-            if isinstance(place, Place):
-                return find_run_model(place)
-            return find_model(place, self._live.folder.path.parent)
+            if isinstance(asked.place, Place):
+                return find_run_model(asked.place)
+            runs = self._live.folder.path.parent
+            return find_model(asked.place, runs, tokenizer=tokenizer, codebook=codebook)
         except StoreError as error:
             if error.transient:
                 raise GangFailed(Failure(FailureKind.STORE, str(error))) from error

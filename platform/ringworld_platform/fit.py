@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ringworld_jobs.any_job import Job
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.capacity import Cluster
 from ringworld_platform.errors import JobTooLarge
@@ -9,7 +10,7 @@ from ringworld_platform.mesh_choice import MeshChoice
 from ringworld_platform.room import Bundle, count
 
 
-def refuse_unfit(spec: JobSpec, cluster: Cluster, *, gpus: bool) -> None:
+def refuse_unfit(spec: Job, cluster: Cluster, *, gpus: bool) -> None:
     """Refuse a job that the nodes can never hold, on none of the meshes that its spec permits.
 
     Args:
@@ -38,6 +39,8 @@ def refuse_unfit(spec: JobSpec, cluster: Cluster, *, gpus: bool) -> None:
         raise JobTooLarge(
             f"resources.cpus_per_worker = {cpus}: the largest {kind} has {largest:g} CPUs; lower it"
         )
+    if not isinstance(spec, JobSpec):
+        return  # it does with any number of workers
     choice = MeshChoice(spec, patient=False)
     for index, stage in enumerate(spec.stages):
         size = choice.begin(index, there).world_size

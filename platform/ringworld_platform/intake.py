@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringworld_jobs.any_job import Job
 from ringworld_jobs.resolve import resolved_yaml
-from ringworld_jobs.spec import JobSpec
 from ringworld_platform.adoption import Adoption
 from ringworld_platform.errors import PlatformError, RunConflictError
 from ringworld_platform.run_claims import RunClaims, on_s3
@@ -39,7 +39,7 @@ class Submission:
         request: the call that handed it in; made again, it means the same run.
     """
 
-    spec: JobSpec
+    spec: Job
     digest: str
     states: RunStates
     request: str = ""
@@ -169,7 +169,7 @@ class Intake:
             run_id=run_id,
             uid=uuid.uuid4().hex,
             reason="submitted",
-            num_stages=len(job.spec.stages),
+            num_stages=max(1, len(job.spec.stages)),
             run_folder=str(path),
             submitted=time.time(),
             spec_digest=job.digest,

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 from ringworld_platform.agenda import Agenda
 from ringworld_platform.drain import DrainWatch, Notice, Warnings
 from ringworld_platform.errors import PlatformError
@@ -63,7 +63,7 @@ class JobRunner:
     ) -> None:
         """Take a claimed run; ``start`` begins."""
         self.live, self._line, self._config = live, line, config
-        self.spec: JobSpec = live.spec
+        self.spec: Job = live.spec
         self._stop = threading.Event()
         self._release = threading.Event()
         self._thread = threading.Thread(target=self._main, name=live.run_id, daemon=True)

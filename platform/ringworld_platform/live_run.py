@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ringworld_jobs.any_job import Job
 from ringworld_jobs.planner.predict import Prediction
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import RunConflictError, RunFolderError
@@ -87,7 +88,7 @@ class LiveRun:
     def __init__(
         self,
         record: JobRecord,
-        spec: JobSpec,
+        spec: Job,
         states: RunStates,
         folder: RunFolder,
         copy: RunCopy | None = None,
@@ -108,7 +109,7 @@ class LiveRun:
         self._saved_at = 0.0
         self._watched = -math.inf
         self._changed = False
-        self._predictions = Predictions(spec)
+        self._predictions = Predictions(spec) if isinstance(spec, JobSpec) else None
         self.tally = Tally(spec)
         """For whoever measures."""
 
@@ -120,7 +121,7 @@ class LiveRun:
     @property
     def predicted(self) -> Prediction | None:
         """What the planner expects of the stage at hand; None where it does not know."""
-        return self._predictions.predicted
+        return self._predictions.predicted if self._predictions is not None else None
 
     def status(self) -> dict[str, Any]:
         """What ``status --json`` prints, as of now."""
@@ -346,7 +347,8 @@ class LiveRun:
         self.set_fields(step=step)
         self.event("stage", f"stage {record.get('stage')} starts at step {step}, {start}")
         nodes = [worker.node for worker in self.record.workers]
-        self._predictions.begin(record, nodes, self.record.prepared)
+        if self._predictions is not None:
+            self._predictions.begin(record, nodes, self.record.prepared)
 
     def _step(self, record: Record) -> None:
         step = int(record.get("step", 0))
@@ -362,7 +364,8 @@ class LiveRun:
                 tokens_per_second=smooth,
                 eta_seconds=self._tokens_left(step) / smooth if smooth else None,
             )
-        if (compared := self._predictions.step(record)) is not None:
+        compared = self._predictions.step(record) if self._predictions is not None else None
+        if compared is not None:
             self.event(EVENT, compared.text, **compared.fields)
 
     def _checkpoint(self, record: Record) -> None:

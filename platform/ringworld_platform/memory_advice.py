@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ringworld_jobs.spec import JobSpec, StageSpec
+from ringworld_jobs.any_job import Job
+from ringworld_jobs.spec import StageSpec
 from ringworld_platform.run_records import METRICS_FILE, Record, read_lines
 from ringworld_platform.run_state import JobRecord
 
@@ -13,7 +14,7 @@ _TAIL_BYTES = 1 << 16
 _GIB = 2**30
 
 
-def describe_memory(run_folder: Path, spec: JobSpec, record: JobRecord) -> str:
+def describe_memory(run_folder: Path, spec: Job, record: JobRecord) -> str:
     """One sentence for the error line.
 
     Args:
@@ -21,6 +22,12 @@ def describe_memory(run_folder: Path, spec: JobSpec, record: JobRecord) -> str:
         spec: of the run.
         record: of the run: its stage and mesh.
     """
+    if not record.trains(len(spec.stages)):
+        return (
+            f"each of {record.ring_size * record.data_parallel_size} workers had the whole model, "
+            f"and 1 / {record.ring_size} of what it reads; make its ring longer "
+            "(mesh.sequence_parallel), take precision: bf16, or ask for shorter contexts"
+        )
     stage = spec.stages[record.stage_index]
     used = _used(_last_step(run_folder, stage.name))
     ring = record.ring_size * record.heads_size

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ringworld_jobs.any_job import Job
 from ringworld_jobs.resolve import spec_digest
-from ringworld_jobs.spec import JobSpec
 from ringworld_jobs.units import format_tokens
 from ringworld_platform.run_claims import checkpoints_url
 from ringworld_platform.run_records import Record
@@ -38,7 +38,7 @@ def _absolute(url: str) -> str:
     return f"file://{os.path.abspath(path)}" if scheme == "file" else url
 
 
-def model_version(spec: JobSpec, run_id: str, record: Record, tokens: int) -> ModelVersion | None:
+def model_version(spec: Job, run_id: str, record: Record, tokens: int) -> ModelVersion | None:
     """The version that a ``stage_end`` record makes; None where the job wants none.
 
     Args:

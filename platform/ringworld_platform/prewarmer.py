@@ -200,6 +200,8 @@ class Prewarmer:
     def _coming(self, live: LiveRun, holding: Holding | None, now: float) -> Coming | None:
         """The run's next stage, if it wants more workers, and its beginning can be foretold."""
         spec, record, run_id = live.spec, live.record, live.run_id
+        if not isinstance(spec, JobSpec):
+            return None
         lead = spec.resources.prewarm
         if lead == "off":
             return None

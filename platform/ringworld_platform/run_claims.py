@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 from ringworld_platform.errors import PlatformError, StoreRefused
 from ringworld_platform.run_records import CHECKPOINTS_FOLDER, SPEC_FILE, STATE_FILE
 from ringworld_workers.store.base import Store, StoreError
@@ -27,22 +27,22 @@ CLAIM_FILE = "run.json"
 _FORMAT = {"format": "ringworld-run", "version": 1}
 
 
-def run_url(spec: JobSpec, run_id: str) -> str:
+def run_url(spec: Job, run_id: str) -> str:
     """Where a run's checkpoints and their manifests lie: its folder or prefix in the store."""
     return f"{spec.checkpoint.store.rstrip('/')}/{run_id}"
 
 
-def checkpoints_url(spec: JobSpec, run_id: str) -> str:
+def checkpoints_url(spec: Job, run_id: str) -> str:
     """The root that checkpoint code opens."""
     return f"{run_url(spec, run_id)}/{CHECKPOINTS_FOLDER}"
 
 
-def on_s3(spec: JobSpec) -> bool:
+def on_s3(spec: Job) -> bool:
     """Whether the job's checkpoints go to S3."""
     return spec.checkpoint.store.startswith("s3://")
 
 
-def check_store(spec: JobSpec) -> None:
+def check_store(spec: Job) -> None:
     """Write, read and remove a small object in the job's store, from this very process.
 
     Raises:
@@ -58,13 +58,13 @@ def check_store(spec: JobSpec) -> None:
 class RunClaims:
     """The run ids of one store on S3."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: Job) -> None:
         """Take the job whose store it is; nothing is read or written yet."""
         self._url = spec.checkpoint.store
         self._store: Store = open_store(self._url)
 
     @classmethod
-    def of(cls, spec: JobSpec) -> RunClaims | None:
+    def of(cls, spec: Job) -> RunClaims | None:
         """The claims of a job's store; None where that is a folder, which needs none."""
         return cls(spec) if on_s3(spec) else None
 

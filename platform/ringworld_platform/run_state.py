@@ -177,6 +177,14 @@ class JobRecord(BaseModel):
     request: str = ""
     """The call that submitted or resumed it: made again, it changes nothing."""
 
+    def trains(self, num_stages: int) -> bool:
+        """Whether the part at hand trains a stage, and does not evaluate one that is trained.
+
+        Args:
+            num_stages: of the job.
+        """
+        return self.stages_done == self.stage_index < num_stages
+
     @property
     def terminal(self) -> bool:
         """Whether the run has ended."""

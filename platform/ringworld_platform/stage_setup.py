@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ringworld_jobs.any_job import Job
 from ringworld_jobs.mesh import MeshError, MeshSize, resolve_mesh
 from ringworld_jobs.spec import JobSpec
 from ringworld_model.config import ModelConfig
@@ -28,7 +29,7 @@ def mesh_of(spec: JobSpec, index: int) -> MeshSize:
         raise PlatformError(f"stages[{index}].{error.field}: {error}") from error
 
 
-def device_of(spec: JobSpec) -> Literal["cpu", "cuda"]:
+def device_of(spec: Job) -> Literal["cpu", "cuda"]:
     """What the workers compute on: as asked, or a GPU where the cluster has any."""
     asked = spec.resources.accelerator
     return "cuda" if asked == "gpu" or (asked == "auto" and has_gpus()) else "cpu"
@@ -76,7 +77,7 @@ def stage_job(
     )
 
 
-def sources_of(spec: JobSpec, prepared: Mapping[str, str]) -> dict[str, str]:
+def sources_of(spec: Job, prepared: Mapping[str, str]) -> dict[str, str]:
     """Folder or URL of every source.
 
     Args:

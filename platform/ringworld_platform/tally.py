@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 from ringworld_platform.run_records import Record
 
 
@@ -32,7 +32,7 @@ class Counts:
 class Tally:
     """Counts of a run, and its newest records. It takes microseconds; any thread may call it."""
 
-    def __init__(self, spec: JobSpec, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, spec: Job, clock: Callable[[], float] = time.monotonic) -> None:
         """Count nothing yet.
 
         Args:

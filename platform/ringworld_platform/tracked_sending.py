@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 from ringworld_platform.mlflow_errors import Refused, TrackingError
 from ringworld_platform.model_versions import model_version
 from ringworld_platform.run_records import (
@@ -48,7 +48,7 @@ class Sending:
     """
 
     server: MlflowServer
-    spec: JobSpec
+    spec: Job
     run_id: str
     folder: Path
     saved: TrackedRun

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 from ringworld_platform.mlflow_errors import Gone, ServerAway, one_line
 from ringworld_platform.run_records import METRICS_FILE
 from ringworld_platform.tracked_run import TrackedRun
@@ -31,7 +31,7 @@ LOCK_FILE = "mlflow.lock"
 State = Literal["off", "starting", "sending", "up to date", "unreachable", "ended"]
 
 
-def tracking_uri(spec: JobSpec, run_folder: Path) -> str:
+def tracking_uri(spec: Job, run_folder: Path) -> str:
     """MLflow's URI of where a run is tracked; empty where it is not."""
     uri = spec.tracking.mlflow
     if uri == "auto":
@@ -48,7 +48,7 @@ class Tracker:
     def __init__(
         self,
         run_folder: Path,
-        spec: JobSpec,
+        spec: Job,
         run_id: str,
         *,
         uri: str | None = None,

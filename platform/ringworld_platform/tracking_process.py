@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import parse_job
 from ringworld_platform.tracking import Tracker
 
 LOOK_SECONDS = 0.1
@@ -40,7 +40,7 @@ class Trackers:
             if message["do"] == "start":
                 if tracker is not None:
                     tracker.abandon()
-                spec = JobSpec.model_validate(message["spec"])
+                spec = parse_job(message["spec"])
                 tracker = Tracker(Path(folder), spec, str(message["run_id"]))
                 self._trackers[folder] = tracker
                 self._told.pop(folder, None)

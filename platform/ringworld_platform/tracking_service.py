@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class TrackingService:
         """The one at work; None while no run is tracked."""
         self._messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
-    def track(self, folder: Path, spec: JobSpec, run_id: str) -> TrackedJob:
+    def track(self, folder: Path, spec: Job, run_id: str) -> TrackedJob:
         """Track a run, anew if it is tracked already.
 
         Args:

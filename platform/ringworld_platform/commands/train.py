@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from ringworld_platform.commands.options import (
     DEFAULT_RUNS,
     Address,
@@ -20,6 +19,7 @@ from ringworld_platform.commands.options import (
 from ringworld_platform.console import FAILED, INTERRUPTED, err, next_commands, out
 
 if TYPE_CHECKING:
+    from ringworld_jobs.any_job import Job
     from ringworld_jobs.plan import StagePlan
     from ringworld_jobs.spec import JobSpec
     from ringworld_platform.client import Client
@@ -46,7 +46,7 @@ def validate(
 
     Every problem is shown at once, with its line, the limit and the remedy. Exit code 2 if any.
     """
-    from ringworld_jobs.load import load_codebook, load_job, load_recipe
+    from ringworld_jobs.load import load_codebook, load_eval, load_job, load_recipe
     from ringworld_jobs.plan import plan_stages
 
     kind = _kind(job)
@@ -58,6 +58,15 @@ def validate(
         load_codebook(job, check_files=files)
         command = f"ringworld data train-codebook {job}"
         out().print(f"{job} is valid; train it with [cyan]{command}[/cyan]")
+        return
+    if kind == "eval":
+        eval_spec = load_eval(job, check_files=files)
+        if resolved:
+            from ringworld_jobs.resolve import resolved_yaml
+
+            typer.echo(resolved_yaml(eval_spec), nl=False)
+            return
+        out().print(f"{job} is valid; start it with [cyan]ringworld run {job}[/cyan]")
         return
     from ringworld_platform.run_weights import find_run_in_folder
 
@@ -92,7 +101,6 @@ def _kind(path: Path) -> str | None:
 
 def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
     from rich.table import Table
-
     from ringworld_jobs.units import format_seconds, format_tokens
     from ringworld_platform.formatting import mesh_heading, mesh_text, quantity
 
@@ -144,18 +152,23 @@ def _smallest(plan: StagePlan) -> str:
 def run(
     job: JobFile, cpus: Cpus = None, dashboard: Dashboard = False, address: Address = None
 ) -> None:
-    """Train a job in the foreground, and show its progress and its report.
+    """Run a job in the foreground, and show its progress and its report.
 
     Starts Ray on this machine if no cluster is up, and leaves no process behind. Ctrl-C stops at a
     checkpoint and says how to go on; a second Ctrl-C ends at once.
     """
-    from ringworld_jobs.load import load_job
+    from ringworld_jobs.any_job import load_any_job
+    from ringworld_platform.run_weights import find_run
+
+    run_spec(load_any_job(job, find_run=find_run), cpus, dashboard, address)
+
+
+def run_spec(spec: Job, cpus: int | None, dashboard: bool, address: str | None) -> None:
+    """Run a job that is loaded already; see ``run``."""
     from ringworld_platform import cluster, head
     from ringworld_platform.client import Client, runs_root_of
     from ringworld_platform.run_claims import check_store, on_s3
-    from ringworld_platform.run_weights import find_run
 
-    spec = load_job(job, find_run=find_run)
     if address is not None or head.find_running() is not None:
         info = cluster.connect(address, ship=True)
         err().print(f"using the Ray cluster at {info.address}", style="dim")
@@ -268,6 +281,7 @@ def submit(job: JobFile, address: Address = None) -> None:
 
     Submitting a job twice that is still active gives the same run.
     """
+    from ringworld_jobs.any_job import load_any_job
     from ringworld_jobs.load import load_job
     from ringworld_platform import cluster
     from ringworld_platform.client import Client, runs_root_of
@@ -279,16 +293,16 @@ def submit(job: JobFile, address: Address = None) -> None:
         spec = load_job(job, check_files=False)
         say = lambda text: out().print(text, markup=False)  # noqa: E731
         raise typer.Exit(submit_there(spec, job, address, say))
-    spec = load_job(job, find_run=find_run)
+    loaded = load_any_job(job, find_run=find_run)
     info = cluster.connect(address, ship=True)
-    client = Client.attach(runs_root_of(spec))
-    run_id = _submit(client, spec)
+    client = Client.attach(runs_root_of(loaded))
+    run_id = _submit(client, loaded)
     console = out()
     console.print(f"[bold]{run_id}[/bold] submitted to {info.address}")
     console.print(_follow_up(run_id))
 
 
-def _submit(client: Client, spec: JobSpec) -> str:
+def _submit(client: Client, spec: Job) -> str:
     """Hand a job to a cluster that runs already."""
     from ringworld_platform.errors import StoreRefused
     from ringworld_platform.run_claims import on_s3

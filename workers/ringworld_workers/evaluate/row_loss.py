@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ringworld_model.batch import TrainBatch, cut
 from ringworld_model.loss import POSITION_BUCKETS
+from ringworld_model.mlp import SwiGLU
 from ringworld_model.ring import RingContext, choose_backend, plan_rows
 from ringworld_workers.evaluate.task import EvaluationRing
 
@@ -65,8 +66,9 @@ def score_row(ring: EvaluationRing, row: TrainBatch) -> RowLoss:
     )
     local = cut(row, plans, ring.rank).to(ring.device)
     tile = MLP_TILE_TOKENS if local.tokens.shape[1] > MLP_TILE_TOKENS else None
-    for layer in model.layers:
-        layer.mlp.tile_tokens = tile
+    for part in model.modules():
+        if isinstance(part, SwiGLU):
+            part.tile_tokens = tile
     with torch.no_grad():
         sums = model(local, RingContext(plans=plans, group=ring.group, backend=backend))
     parts = (sums.nll, sums.weight, sums.correct, sums.by_position)

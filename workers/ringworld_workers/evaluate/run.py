@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -187,7 +187,9 @@ class _Progress:
         self.reporter.phase(f"{self.name} {self.done}/{self.total}: {text}", self.done)
 
 
-def _answers(task: Task, items: Sequence[Item], ring: EvaluationRing) -> Iterator[Record]:
+def _answers(
+    task: Task, items: Sequence[Item], ring: EvaluationRing
+) -> Generator[Record, None, None]:
     """The task's records, each with its item's facts."""
     facts: Mapping[str, Mapping[str, Any]] = {item.id: item.facts for item in items}
     if items:
