@@ -134,7 +134,10 @@ def test_a_controller_that_lost_its_lease_lets_go_and_writes_no_more(
         first.step(2)
         second.step(20)
         second.tell(step=20)
-        wait_until(lambda: stored(run).step == 20, "the second's copy")
+        wait_until(lambda: stored(run).step == 20, "the second's state")
+        # Its logs follow its state.
+        whose = lambda: {part.epoch for part in parts_of(run) if part.name == "metrics.jsonl"}  # noqa: E731
+        wait_until(lambda: 2 in whose(), "the second's copy")
 
     wait_until(lambda: first.copy.taken_by is not None, "the first hears of it")
 
