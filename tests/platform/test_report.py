@@ -68,7 +68,7 @@ def test_the_html_needs_nothing_else(recorded_run: Path) -> None:
     text = write_report(recorded_run).read_text()
     page = Resources()
     page.feed(text)
-    assert len(page.sources) == 8
+    assert len(page.sources) == 9
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe"} & page.tags
     assert not re.search(r"url\(|@import", text)
