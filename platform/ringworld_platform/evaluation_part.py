@@ -286,7 +286,7 @@ class EvaluationPart:
             "attempt": live.record.attempt,
             "time": time.time(),
             "task": task,
-            "model": self._model.label,
+            "model": found["model"],
             "items": found["items"],
             **figures,
             "files": [answers_file(asked.index, asked.stage), *files],
@@ -302,8 +302,8 @@ class EvaluationPart:
             bound = "at least" if gate.least else "at most"
             found = "there is no such figure" if value is None else f"it is {value:.4g}"
             text = (
-                f"evaluate.{task}.{gate.field} of stage {self._asked.stage}: {gate.figure} must "
-                f"be {bound} {gate.limit:g}, and {found}"
+                f"evaluate.{task}.{gate.field} of {self._asked.stage}: {gate.figure} must be "
+                f"{bound} {gate.limit:g}, and {found}"
             )
             if settings.on_missed == "stop":
                 yield text
@@ -318,9 +318,10 @@ def refuse_missed(live: LiveRun) -> None:
         JobFailed: with the figure, the limit and the remedy.
     """
     if live.record.missed:
+        remedy = "Train for longer or change the limit, and submit that as a new job"
         raise JobFailed(
-            f"{live.record.missed}. Train the stage for longer or change the limit, and submit it "
-            f"as a new job; or go on all the same: `ringworld resume {live.run_id}`"
+            f"{live.record.missed}. {remedy}; or go on all the same: "
+            f"`ringworld resume {live.run_id}`"
         )
 
 

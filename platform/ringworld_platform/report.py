@@ -233,7 +233,8 @@ def render_terminal(report: Report) -> RenderableType:
     lines += (f"Measured, {line}." for line in comparison_lines(report.run.events))
     if saved:
         lines.append(f"Checkpoints: {', '.join(saved)}.")
-    return Group(title, table, *(Text(line) for line in lines))
+    tables = [table] if report.stages else []
+    return Group(title, *tables, *(Text(line) for line in lines))
 
 
 def _terminal_rows(stage: StageResult) -> list[list[str]]:

@@ -183,7 +183,7 @@ class JobRecord(BaseModel):
         Args:
             num_stages: of the job.
         """
-        return self.stages_done == self.stage_index < num_stages
+        return self.stages_done <= self.stage_index < num_stages
 
     @property
     def terminal(self) -> bool:

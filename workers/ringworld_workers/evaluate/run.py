@@ -41,7 +41,7 @@ def run_evaluation(job: EvaluationJob, mesh: Mesh, reporter: Reporter) -> dict[s
         reporter: takes answers (on the first rank of each ring) and phases.
 
     Returns:
-        ``{"status": "finished", "evaluations": [{"task", "items", "figures"}, ...]}``, or
+        ``{"status": "finished", "evaluations": [{"task", "model", "items", "figures"}]}``, or
         ``{"status": "stopped", "kept": answers that there are}``.
 
     Raises:
@@ -109,7 +109,7 @@ class EvaluationRun:
         """Ask what has not been answered yet, and sum up. A collective of the gang.
 
         Returns:
-            ``task``, ``items`` and ``figures``; None where somebody has asked for a stop.
+            ``task``, ``model``, ``items`` and ``figures``; None where somebody has asked for a stop.
         """
         self.reporter.phase(f"{task.name}: preparing", 0)
         items = task.items()
@@ -139,7 +139,8 @@ class EvaluationRun:
             )
         figures = task.summarize([answers[item.id] for item in items])
         log.info("%s of %s: %s", task.name, self.job.model.label, figures)
-        return {"task": task.name, "items": len(items), "figures": figures}
+        about = {"task": task.name, "model": self.job.model.label, "items": len(items)}
+        return {**about, "figures": figures}
 
     def _ask(self, task: Task, items: Sequence[Item], progress: _Progress) -> list[Record] | None:
         """This ring's answers, on its first rank; None where all ranks have agreed to stop."""
