@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,34 @@ def test_a_store_that_is_away_is_waited_for(make_live: MakeLive) -> None:
     assert judge.plan(away).decision.delay_seconds == 1
     for certain in (StoreError("get", "x", "access denied"), CheckpointError("x is damaged")):
         assert failed(certain).kind is not FailureKind.STORE
+
+
+def test_whatever_fails_a_run_without_a_new_checkpoint_comes_to_an_end(make_live: MakeLive) -> None:
+    """Each way to go on is counted or timed, but for workers that were taken away."""
+    draw = random.Random(6)
+    counted = (FailureKind.WORKER_LOST, FailureKind.STALL, FailureKind.ERROR, FailureKind.STORE)
+    ends = set()
+    for _ in range(40):
+        most, rollbacks = draw.randint(0, 4), draw.randint(0, 3)
+        live = make_live(max_restarts=most, max_rollbacks=rollbacks, store_timeout="60s")
+        now = [0.0]
+        judge = Recovering(live, clock=lambda now=now: now[0])  # type: ignore[misc]
+        for number in range(most + rollbacks + 62):
+            now[0] += draw.uniform(1.0, 30.0)
+            kind = draw.choice((*counted, FailureKind.DIVERGED))
+            fell = Failure(kind, "it fell")
+            if kind is FailureKind.DIVERGED:
+                fell = diverged(draw.randint(1, 99))
+            elif number and draw.random() < 0.1:
+                fell = Failure(FailureKind.OUT_OF_MEMORY, "no memory")
+            plan = judge.plan(fell)
+            if not plan.decision.restart:
+                ends.add(fell.kind)
+                break
+            live.set_fields(**plan.fields)
+        else:
+            pytest.fail(f"{number + 1} restarts and no end: {live.status()}")
+    assert ends >= {FailureKind.DIVERGED, FailureKind.STORE, FailureKind.ERROR}
 
 
 def test_memory_that_was_not_enough_is_tried_once_more(make_live: MakeLive) -> None:
