@@ -109,7 +109,7 @@ class EvaluationRun:
         """Ask what has not been answered yet, and sum up. A collective of the gang.
 
         Returns:
-            ``task``, ``model``, ``items`` and ``figures``; None where somebody has asked for a stop.
+            ``task``, ``model``, ``items`` and ``figures``; None where a stop was asked for.
         """
         self.reporter.phase(f"{task.name}: preparing", 0)
         items = task.items()
