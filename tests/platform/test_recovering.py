@@ -42,7 +42,7 @@ def make_live(tmp_path: Path) -> MakeLive:
         folder.open("kind: train\n")
         place = {"run_folder": str(folder.path), "spec_digest": "d"}
         record = JobRecord(
-            job="mini", run_id="mini-1", num_stages=2, stage_index=1, stage="4k",
+            job="mini", run_id="mini-1", num_stages=2, stages_done=1, stage_index=1, stage="4k",
             ring_size=2, data_parallel_size=1, **place,
         )  # fmt: skip
         return LiveRun(record, spec, RunStates(tmp_path), folder)
