@@ -215,9 +215,9 @@ class RunningBatch:
                     f"grammar of prompts[{at}] has a codebook of {one.codebook_size}, the model "
                     f"of {codes}; take the model's own codebook"
                 )
-        rooms = [
-            session.max_length if rows is None else session.room(row) for row in rows or prompts
-        ]
+        rooms = (
+            [session.max_length] * count if rows is None else [session.room(row) for row in rows]
+        )
         asked = zip(numbers, prompts, settings, grammars, rooms, strict=True)
         return [
             Writer(number, prompt, its_settings, grammar, self._decode, room)

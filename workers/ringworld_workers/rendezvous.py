@@ -35,3 +35,15 @@ def open_rendezvous(host: str, world_size: int, timeout: timedelta) -> tuple[TCP
         master_listen_fd=listener.detach(),
     )
     return store, port
+
+
+def join_rendezvous(host: str, port: int, world_size: int, timeout: timedelta) -> TCPStore:
+    """Join the store that another rank has opened.
+
+    Args:
+        host: of ``open_rendezvous``.
+        port: which it returned.
+        world_size: ranks in all.
+        timeout: of a wait for one of them.
+    """
+    return TCPStore(host, port, world_size, is_master=False, timeout=timeout)

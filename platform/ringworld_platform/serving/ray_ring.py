@@ -65,13 +65,13 @@ class Rank:
     @ray.method(concurrency_group="work")
     def load(self, source: ModelSource, shape: RingShape, rank: int, host: str, port: int) -> None:
         """Load the model and join the ring."""
-        from torch.distributed import TCPStore
+        from ringworld_workers.rendezvous import join_rendezvous
 
         self._asker = _asker(
             source,
             shape,
             rank,
-            lambda: TCPStore(host, port, shape.size, is_master=False, timeout=_MEETING),
+            lambda: join_rendezvous(host, port, shape.size, _MEETING),
         )
 
     @ray.method(concurrency_group="work")
@@ -222,14 +222,18 @@ class RayRing:
 
 
 def _asker(source: ModelSource, shape: RingShape, rank: int, meeting: Callable[[], Any]) -> Asker:
-    import torch
+    from ringworld_workers.serving.rank import join_ring
 
-    from ringworld_workers.generation.asker import make_asker
-
-    torch.set_num_threads(shape.threads)
-    # Ray shows each actor its own GPU only.
-    device = torch.device("cuda", 0) if shape.device == "cuda" else torch.device("cpu")
-    return make_asker(source, rank, shape.size, device, shape.dtype, shape.chunk, meeting)
+    return join_ring(
+        source,
+        rank,
+        shape.size,
+        device=shape.device,
+        dtype=shape.dtype,
+        chunk=shape.chunk,
+        threads=shape.threads,
+        meeting=meeting,
+    )
 
 
 def _first_line(error: BaseException) -> str:
