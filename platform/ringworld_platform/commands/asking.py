@@ -26,11 +26,9 @@ _SHOWN_TOKENS = 4096
 @contextmanager
 def asking_errors() -> Iterator[None]:
     """End the command with one line where a model cannot be loaded or asked so."""
-    import torch
-
     from ringworld_model.hf_config import WeightsError
     from ringworld_workers.data.files import DataError
-    from ringworld_workers.generation.local_ring import RingError
+    from ringworld_workers.generation.local_ring import OutOfMemory, RingError
     from ringworld_workers.generation.source import RequestError
 
     try:
@@ -39,7 +37,7 @@ def asking_errors() -> Iterator[None]:
     except (RequestError, DataError, WeightsError, RingError) as error:
         err().print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(MISTAKE if isinstance(error, RequestError) else FAILED) from None
-    except torch.OutOfMemoryError as error:
+    except OutOfMemory as error:
         first = str(error).splitlines()[0]
         err().print(
             f"error: {first} Spread the context over a larger --ring, or take --dtype bf16 or a "

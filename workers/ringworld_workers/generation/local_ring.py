@@ -28,6 +28,10 @@ _GRACE_SECONDS = 5.0
 _READY = "ready"
 
 
+OutOfMemory = torch.OutOfMemoryError
+"""For who shows errors and does without torch."""
+
+
 class RingError(RuntimeError):
     """A rank of the ring is lost; the message says why, as far as it is known."""
 
