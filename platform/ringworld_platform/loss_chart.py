@@ -66,7 +66,7 @@ def chart(
     held = _cells(marks or {}, extent, (low, high), columns, rows)
     for row, dots in enumerate(drawn):
         label = number(labels[row]) if row in labels else ""
-        line = Text(f"{label:>{LABEL_WIDTH}} ", style="dim")
+        line = Text().append(f"{label:>{LABEL_WIDTH}} ", "dim")
         line.append("┤" if label else "│", "dim")
         for column, dot in enumerate(dots):
             if (row, column) in held:

@@ -113,7 +113,10 @@ class RunProgress:
                     "begin", record
                 )
             if kind in ("step", "validation", "stage_start", "stage_end", "parity"):
-                self.stages.setdefault(int(record.get("stage_index", 0)), {})[str(kind)] = record
+                known = self.stages.setdefault(int(record.get("stage_index", 0)), {})
+                # A step without any token of a modality leaves its last loss standing.
+                before = known.get("step", {}) if kind == "step" else {}
+                known[str(kind)] = {**before, **record}
         if len(self.steps) > KEPT_STEPS:
             old, new = self.steps[:-NEW_STEPS], self.steps[-NEW_STEPS:]
             self.steps = old[:: -(-len(old) // (KEPT_STEPS // 2))] + new

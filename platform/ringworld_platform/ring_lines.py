@@ -18,7 +18,6 @@ SLOWEST = 1.1
 ODD_SECONDS = 5.0
 """So long in its phase, while others are elsewhere, a rank is held to be odd."""
 _BAR = 6
-_BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 def ring_lines(
@@ -174,9 +173,7 @@ def _compute(row: Record, most: float) -> str:
     seconds = row.get("compute_seconds")
     if not seconds:
         return ""
-    eighths = round(seconds / most * _BAR * 8) if most else 0
-    bar = "█" * (eighths // 8) + (_BLOCKS[eighths % 8] if eighths % 8 else "")
-    return f"{step_duration(seconds)} {bar:<{_BAR}}"
+    return f"{step_duration(seconds)} {'━' * round(seconds / most * _BAR):<{_BAR}}"
 
 
 def _memory(row: Record) -> str:

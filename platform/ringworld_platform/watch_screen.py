@@ -116,19 +116,10 @@ def _bar(progress: RunProgress, width: int) -> Text:
 def _pace(progress: RunProgress, width: int) -> list[Text]:
     """How fast it goes, and how old its newest checkpoint is: a line or two."""
     last = progress.last
-    parts = [f"{quantity(last('tokens_per_second'))} tokens/s", _utilisation(progress)]
-    parts.append(f"step {step_duration(last('step_seconds') or 0.0)}")
-    seconds = last("step_seconds")
-    if seconds and last("ring_bytes_sent"):
-        wait = (last("ring_wait_seconds") or 0.0) / seconds
-        parts.append(f"ring wait {100 * wait:.0f} %")
-    parts.append(_checkpoint(progress))
-    stall = sum(progress.recent("checkpoint_stall_seconds"))
-    spent = sum(progress.recent("step_seconds"))
-    if spent and stall / spent >= 0.005:
-        parts.append(f"saving {100 * stall / spent:.0f} %")
-    parts.append(f"gradient {loss(last('grad_norm'))}")
-    parts.append(f"rate {last('learning_rate') or 0:.1e}")
+    at_hand = last("stage_index") == progress.status.get("stage_index")
+    parts = _speeds(progress) if at_hand or progress.ended else []
+    # What would be lost stands before what is nice to know.
+    parts[4:4] = [_checkpoint(progress)]
     lines, line = [], ""
     for part in filter(None, parts):
         if line and len(line) + 2 + len(part) > width:
@@ -136,6 +127,24 @@ def _pace(progress: RunProgress, width: int) -> list[Text]:
             line = ""
         line += f"  {part}" if line else part
     return [cut(Text(line, style="dim"), width) for line in [*lines, line][:2]]
+
+
+def _speeds(progress: RunProgress) -> list[str]:
+    """Of the stage at hand: a stage that is still starting has none."""
+    last = progress.last
+    parts = [f"{quantity(last('tokens_per_second'))} tokens/s", _utilisation(progress)]
+    parts.append(f"step {step_duration(last('step_seconds') or 0.0)}")
+    seconds = last("step_seconds")
+    if seconds and last("ring_bytes_sent"):
+        wait = (last("ring_wait_seconds") or 0.0) / seconds
+        parts.append(f"ring wait {100 * wait:.0f} %")
+    stall = sum(progress.recent("checkpoint_stall_seconds"))
+    spent = sum(progress.recent("step_seconds"))
+    if spent and stall / spent >= 0.005:
+        parts.append(f"saving {100 * stall / spent:.0f} %")
+    parts.append(f"gradient {loss(last('grad_norm'))}")
+    parts.append(f"rate {last('learning_rate') or 0:.1e}")
+    return parts
 
 
 def _utilisation(progress: RunProgress) -> str:
@@ -169,7 +178,7 @@ def _overview(progress: RunProgress, look: Look, width: int, room: int) -> list[
     beside = width >= SIDE_BY_SIDE
     parts: list[tuple[str, int, int]] = [("stages", min(stages, 3), stages)]
     if ranks:
-        parts.append(("ring", 3, 2 + min(ranks, 16)))
+        parts.append(("ring", 2 + min(ranks, 2), 2 + min(ranks, 16)))
     if charts:
         tall = 1 if beside else len(charts)
         parts.append(("curves", 5 if beside else 4, 12 * tall))
@@ -292,7 +301,7 @@ def _event_lines(progress: RunProgress, width: int, rows: int) -> list[Text]:
 
 
 def _event_line(event: Record, width: int) -> Text:
-    line = Text(f"{clock(float(event.get('time') or 0))[6:]}  ", style="dim")
+    line = Text().append(f"{clock(float(event.get('time') or 0))[6:]}  ", "dim")
     text = " ".join(str(event.get("text") or event.get("kind")).split())
     style = kind_style(event)
     kind = str(event.get("kind"))

@@ -26,6 +26,33 @@ if TYPE_CHECKING:
     from ringworld_platform.watch_screen import Look
 
 PICTURE_SIZE = "100x32"
+# Rich's own fetches a font from the web.
+_PICTURE = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{
+  font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace;
+  font-size: {char_height}px;
+  line-height: {line_height}px;
+  white-space: pre;
+}}
+.{unique_id}-title {{ font-size: 18px; font-weight: bold; font-family: sans-serif; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/>
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
 
 
 def watch(
@@ -139,7 +166,8 @@ def _draw(progress: RunProgress, look: Look, path: Path, columns: int, lines: in
     )
     console.print(screen(progress, look, columns, lines))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(console.export_svg(title=f"ringworld watch {progress.name}"), encoding="utf-8")
+    title = f"ringworld watch {progress.name}"
+    path.write_text(console.export_svg(title=title, code_format=_PICTURE), encoding="utf-8")
     out().print(f"picture: {path}", markup=False)
 
 
