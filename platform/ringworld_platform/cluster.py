@@ -32,6 +32,8 @@ from ringworld_platform.head import (
 from ringworld_platform.shipping import runtime_env
 
 NAMESPACE = "ringworld"
+JOB_NAME = "job_name"
+"""What the dashboard's Jobs page looks for in the metadata."""
 
 
 @contextlib.contextmanager
@@ -92,13 +94,14 @@ def local_cluster(
             _shut_down_ray()
 
 
-def connect(address: str | None = None, *, ship: bool = False) -> ClusterInfo:
+def connect(address: str | None = None, *, ship: bool = False, name: str = "") -> ClusterInfo:
     """Connect to a cluster that runs.
 
     Args:
         address: ``HOST:PORT`` of its head, or ``auto`` for the one that ``up`` or ``ray start``
             made here; default: the one that ``up`` started, else what RAY_ADDRESS says.
         ship: bring our own packages, unless it is the cluster of ``up``, which has them.
+        name: of this command, for the Jobs page of Ray's dashboard.
 
     Raises:
         ClusterError: there is none, or it does not answer.
@@ -120,6 +123,8 @@ def connect(address: str | None = None, *, ship: bool = False) -> ClusterInfo:
         raise ClusterError(
             "no Ray cluster runs here; start one with `ringworld up` or name one: --address"
         )
+    from ray.job_config import JobConfig
+
     quiet_ray()
     _check_answers(target)
     offer_token()
@@ -130,6 +135,7 @@ def connect(address: str | None = None, *, ship: bool = False) -> ClusterInfo:
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env=runtime_env() if ship and running is None else None,
+            job_config=JobConfig(metadata={JOB_NAME: name} if name else None),
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         ray.shutdown()

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ringworld_jobs.spec import JobSpec
+from ringworld_platform.cluster import JOB_NAME
 from ringworld_platform.errors import ClusterError, PlatformError
 
 LOOK_SECONDS = 0.5
@@ -109,7 +110,9 @@ def _hand_over(client: Any, environment: dict[str, Any], name: str, url: str) ->
         try:
             return str(
                 client.submit_job(
-                    entrypoint=_ENTRYPOINT, runtime_env=dict(environment), metadata={"name": name}
+                    entrypoint=_ENTRYPOINT,
+                    runtime_env=dict(environment),
+                    metadata={JOB_NAME: name},
                 )
             )
         except (RuntimeError, ConnectionError, OSError) as error:

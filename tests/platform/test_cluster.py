@@ -189,8 +189,10 @@ def test_up_connect_down(tmp_path: Path, free_port: int) -> None:
             head.up(port={free_port})
         except ClusterError as error:
             print(error)
-        print(cluster.connect().address)
+        print(cluster.connect(name="submit mini").address)
         import ray
+        from ray._private.worker import global_worker
+        print(global_worker.core_worker.get_job_config().metadata["job_name"])
         print(ray.cluster_resources()["CPU"])
         class Listens:
             def here(self): return 1
@@ -201,13 +203,14 @@ def test_up_connect_down(tmp_path: Path, free_port: int) -> None:
     stop = "from ringworld_platform import head; print(head.down(), head.down())"
     try:
         address, pids = run_python(start, tmp_path)
-        refusal, connected, cpus, where = run_python(use, tmp_path)
+        refusal, connected, named, cpus, where = run_python(use, tmp_path)
     finally:
         stopped = run_python(stop, tmp_path)
 
     assert address == connected == f"127.0.0.1:{free_port}"
     assert where.startswith("['127.0.0.1']"), where
     assert f"a cluster runs already at {address}" in refusal
+    assert named == "submit mini"
     assert (cpus, stopped) == ("3.0", ["True False"])
     assert len(pids.split()) > 3
     assert_gone(pids)

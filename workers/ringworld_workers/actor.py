@@ -322,7 +322,7 @@ class RingWorker:
 def export_seconds() -> float:
     """How often Ray exports metrics; it forgets a gauge that was not set for twice as long."""
     # As Ray's own exporter reads it: there is no public way.
-    return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1000.0)  # type: ignore[attr-defined]
+    return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1000.0)
 
 
 def _named(name: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from ringworld_platform.commands.options import (
     DEFAULT_RUNS,
     Address,
@@ -101,6 +102,7 @@ def _kind(path: Path) -> str | None:
 
 def _show_plan(spec: JobSpec, plans: list[StagePlan]) -> None:
     from rich.table import Table
+
     from ringworld_jobs.units import format_seconds, format_tokens
     from ringworld_platform.formatting import mesh_heading, mesh_text, quantity
 
@@ -170,7 +172,7 @@ def run_spec(spec: Job, cpus: int | None, dashboard: bool, address: str | None) 
     from ringworld_platform.run_claims import check_store, on_s3
 
     if address is not None or head.find_running() is not None:
-        info = cluster.connect(address, ship=True)
+        info = cluster.connect(address, ship=True, name=f"run {spec.name}")
         err().print(f"using the Ray cluster at {info.address}", style="dim")
         client = Client.attach(runs_root_of(spec))
         _foreground(client, _submit(client, spec))
@@ -238,7 +240,7 @@ def resume(
 
     url = _run_url(job, store)
     if address is not None or head.find_running() is not None:
-        cluster.connect(address, ship=True)
+        cluster.connect(address, ship=True, name=f"resume {job}")
         client = Client.attach(runs.absolute())
         run_id = client.resume(url or _known(client, runs, job), older=older)
         out().print(f"{run_id} continues", style="bold")
@@ -294,7 +296,7 @@ def submit(job: JobFile, address: Address = None) -> None:
         say = lambda text: out().print(text, markup=False)  # noqa: E731
         raise typer.Exit(submit_there(spec, job, address, say))
     loaded = load_any_job(job, find_run=find_run)
-    info = cluster.connect(address, ship=True)
+    info = cluster.connect(address, ship=True, name=f"submit {loaded.name}")
     client = Client.attach(runs_root_of(loaded))
     run_id = _submit(client, loaded)
     console = out()
