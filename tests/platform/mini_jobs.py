@@ -17,7 +17,11 @@ from ringworld_platform.runner_config import RunnerConfig
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-CONFIG = RunnerConfig(stage_function="mini_stage:run_stage", prepare_function="mini_stage:build")
+CONFIG = RunnerConfig(
+    stage_function="mini_stage:run_stage",
+    evaluate_function="mini_stage:evaluate",
+    prepare_function="mini_stage:build",
+)
 LOGGED = replace(CONFIG, stage_function="mini_stage:run_logged_stage")
 
 

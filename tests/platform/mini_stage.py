@@ -87,6 +87,48 @@ def run_stage(job: Any, mesh: Any, reporter: Any, logged: bool = False) -> dict[
     return {"status": "finished", "step": stage.num_steps, "checkpoint": key}
 
 
+def evaluate(job: Any, mesh: Any, reporter: Any) -> dict[str, Any]:
+    """The real rounds of items over rings, on a task that needs no model."""
+    import torch
+
+    from ringworld_workers.evaluate.run import EvaluationRun
+    from ringworld_workers.evaluate.task import EvaluationRing
+
+    store = Path(job.sources["books"]).parent
+    loaded: Any = None
+    ring = EvaluationRing(loaded=loaded, group=None, rank=0, size=1, device=torch.device("cpu"))
+    run = EvaluationRun(job, mesh, reporter, ring)
+    found = run.task(Squares(store, mesh.rank, job.attempt))
+    if found is None:
+        return {"status": "stopped", "kept": run.kept}
+    return {"status": "finished", "evaluations": [found]}
+
+
+class Squares:
+    """Asks for squares; ``deadly.json`` in the store names the item at which a rank dies once."""
+
+    name = "needle"
+
+    def __init__(self, store: Path, rank: int, attempt: int) -> None:
+        self._deadly = json.loads((store / "deadly.json").read_text())
+        self._at_risk = attempt == 1 and rank == self._deadly["rank"]
+
+    def items(self) -> list[Any]:
+        from ringworld_workers.evaluate.task import Item
+
+        return [Item(str(number), {"number": number}) for number in range(12)]
+
+    def run(self, items: Any, ring: Any) -> Any:
+        for item in items:
+            if self._at_risk and item.facts["number"] >= self._deadly["item"]:
+                time.sleep(1.0)  # what was answered before is fetched meanwhile
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield {"id": item.id, "score": item.facts["number"] ** 2}
+
+    def summarize(self, records: Any) -> dict[str, float]:
+        return {"accuracy": sum(record["score"] for record in records) / 1000}
+
+
 class Saves:
     """A stage's checkpoints: empty objects. In a store that gangs may share, they are fenced."""
 

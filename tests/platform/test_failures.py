@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
 from small_disk import fill, small_disk
 
+from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_jobs.resolve import resolved_yaml
+from ringworld_model.hf_layout import parameter_shapes
 from ringworld_platform.client import Client
+from ringworld_platform.evaluation_records import read_answers, read_figures
+from ringworld_workers.store.opening import open_store
 
 WAIT_SECONDS = 100.0
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -44,13 +50,14 @@ def client(root: Path) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def ended(client: Client, root: Path) -> dict[str, dict[str, Any]]:
+def ended(client: Client, root: Path, write_checkpoint: Any) -> dict[str, dict[str, Any]]:
     """A job for each fault, all at once, each on two ranks; rank 1 has the fault in step 3."""
     slow = slow_run(client, root / "slow")
+    killed = evaluation(client, root / "killed", write_checkpoint)
     runs = {kind: submitted(client, root / kind, kind) for kind in (*STALLS, *OTHERS, *JUDGED)}
     return {
         kind: {**client.wait(run, timeout_seconds=WAIT_SECONDS), "events": client.events(run)}
-        for kind, run in {**runs, "slow": slow}.items()
+        for kind, run in {**runs, "slow": slow, "killed": killed}.items()
     }
 
 
@@ -60,6 +67,32 @@ def slow_run(client: Client, store: Path) -> str:
     (store / "fault.json").write_text(json.dumps({"rank": 1, "slow": [15, 30, 0.4]}))
     return client.submit(
         mini_job(store, name="slow", stages=(("1k", 2, 50),), step_seconds=0.1, max_restarts=0)
+    )
+
+
+def evaluation(client: Client, store: Path, write_checkpoint: Any) -> str:
+    """A job of evaluations on two rings, one of which is killed at an item; its limit is missed."""
+    (store / "mini-1").mkdir(parents=True)
+    (store / "deadly.json").write_text(json.dumps({"rank": 1, "item": 7}))
+    trained = mini_job(store)
+    (store / "mini-1" / "spec.yaml").write_text(resolved_yaml(trained))
+    shapes = parameter_shapes(trained.model.config())
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    write_checkpoint(open_store(f"file://{store}/mini-1/checkpoints"), weights, stage="1k", ranks=1)
+    return client.submit(
+        EvalSpec.model_validate(
+            {
+                "kind": "eval",
+                "name": "killed",
+                "model": f"{store}/mini-1",
+                "evaluate": {"needle": {"min_accuracy": 0.9}},
+                "mesh": {"sequence_parallel": 1, "data_parallel": 2},
+                "data": {"sources": {"books": {"shards": str(store / "books")}}},
+                "resources": {"accelerator": "cpu", "workers": {"max": 2}},
+                "checkpoint": {"store": f"file://{store}"},
+                "tracking": {"mlflow": "off"},
+            }
+        )
     )
 
 
@@ -79,6 +112,32 @@ def evidence_of(status: dict[str, Any]) -> Path:
     failure = next(event for event in status["events"] if event["kind"] == "failure")
     assert failure["rank"] == 1
     return Path(status["run_folder"]) / str(failure["evidence"])
+
+
+def test_an_evaluation_goes_on_after_a_kill_and_its_limit_ends_the_job(
+    ended: dict[str, dict[str, Any]],
+) -> None:
+    status = ended["killed"]
+    folder = Path(status["run_folder"])
+
+    assert status["attempt"] == 2, status["error"]
+    texts = [event["text"] for event in status["events"]]
+    assert any("rank 1 (pid" in text for text in texts)
+    first, again = (text for text in texts if text.startswith("asks needle of mini-1/1k/8: 12"))
+    assert "answered already" in again and "answered already" not in first
+    answers = read_answers(folder, 0, "killed")
+    assert sorted(answer["number"] for answer in answers) == list(range(12))
+    by_attempt = {a: {x["number"] for x in answers if x["attempt"] == a} for a in (1, 2)}
+    assert {1, 3, 5} <= by_attempt[1] and {7, 9, 11} <= by_attempt[2]
+    assert len(answers) == len((folder / "evaluations/00-killed.jsonl").read_text().split("\n")) - 2
+    # 0 + 1 + 4 + ... + 121 = 506
+    (figures,) = read_figures(folder)
+    assert figures["accuracy"] == 0.506 and figures["items"] == 12
+    assert status["state"] == "FAILED"
+    assert (
+        "evaluate.needle.min_accuracy of killed: accuracy must be at least 0.9" in status["error"]
+    )
+    assert "`ringworld resume killed-1`" in status["error"]
 
 
 @pytest.mark.parametrize("kind", [*STALLS, *OTHERS])
