@@ -145,8 +145,19 @@ def test_the_ring_is_measured_on_all_workers(undisturbed: tuple[Project, str]) -
         assert 0 < step["ring_compute_max_seconds"] < step["step_seconds"]
         assert (step["ring_bytes_sent"] > 0) == (stage != "first"), "a ring of one sends nothing"
         assert step["ring_slowest_rank"] in (0, 1)
-    log = project.folder / "runs" / "small-1" / "logs" / "rank-1.log"
-    assert "ring compute" in log.read_text()
+
+
+def test_a_rank_says_where_in_the_run_it_is(undisturbed: tuple[Project, str]) -> None:
+    project, _ = undisturbed
+    asked = ("logs", "small-1", "--rank", "1", "--stage", "second", "--grep", "ring compute")
+    code, shown = project.command(*asked, "--json")
+    assert code == 0, shown
+    first = json.loads(shown[shown.index("{") :].splitlines()[0])
+    assert (first["rank"], first["stage"], first["step"], first["attempt"]) == (1, "second", 1, 1)
+    assert first["level"] == "INFO" and first["node"] and first["time"] > 1e9
+    code, shown = project.command("events", "small-1", "--kind", "checkpoint", "--json")
+    saved = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+    assert saved and {event["stage"] for event in saved} == set(NUM_STEPS)
 
 
 def test_each_stage_is_compared_with_its_prediction(undisturbed: tuple[Project, str]) -> None:
