@@ -1,4 +1,4 @@
-"""`evaluate:` of a stage and jobs of evaluations: what they mean, and what is said of wrong ones."""
+"""Evaluations in stages and as jobs: what they mean, and what is said of wrong ones."""
 
 from __future__ import annotations
 
