@@ -115,6 +115,15 @@ def test_what_a_machine_took_with_it_is_in_the_store(tmp_path: Path, run: Stored
     assert [run["step"] for run in json.loads(shown.output)] == [3], shown.output
     shown = CliRunner().invoke(app, ["status", run.url, "--json"])
     assert json.loads(shown.output)["run_id"] == "job-1", shown.output
+    shown = CliRunner().invoke(app, ["events", run.url, "--json"])
+    assert [json.loads(line)["text"] for line in shown.output.splitlines()] == [
+        f"step {number}" for number in (1, 2, 3)
+    ], shown.output
+    shown = CliRunner().invoke(app, ["logs", run.url, "--tail", "2"])
+    assert shown.output.splitlines()[-2:] == ["step 2", "step 3"], shown.output
+    picture = tmp_path / "watch.svg"
+    shown = CliRunner().invoke(app, ["watch", run.url, "--svg", str(picture)])
+    assert shown.exit_code == 0 and "job-1" in picture.read_text(), shown.output
 
 
 def test_a_controller_that_lost_its_lease_lets_go_and_writes_no_more(
