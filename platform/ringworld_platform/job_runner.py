@@ -8,6 +8,7 @@ that there are. What a gang says is logged as it comes.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
@@ -43,6 +44,7 @@ from ringworld_platform.scheduler import Demand
 from ringworld_platform.stage_setup import device_of, heads_apart
 from ringworld_platform.tracking_service import TrackingService
 from ringworld_platform.turn import Turn
+from ringworld_workers.log_lines import Redaction, log_line
 from ringworld_workers.store.base import StoreError
 
 log = logging.getLogger(__name__)
@@ -136,7 +138,10 @@ class JobRunner:
             self._end(RunState.FAILED, str(error))
         except Exception as error:
             log.exception("%s failed inside the controller", live.run_id)
-            self._try(lambda: live.folder.append_log(0, [traceback.format_exc()]))
+            trace = Redaction(os.environ)(traceback.format_exc())
+            where = {"stage": live.record.stage or None, "attempt": live.record.attempt}
+            line = log_line(time.time(), "ERROR", __name__, "controller", trace, **where)
+            self._try(lambda: live.folder.append_log(0, [line]))
             self._end(RunState.FAILED, f"controller: {type(error).__name__}: {error}")
         finally:
             self._line.leave(live.run_id)
