@@ -28,7 +28,8 @@ import ray
 
 from ringworld_platform.client import Client
 from ringworld_platform.run_records import METRICS_FILE, read_lines
-from ringworld_platform.run_state import TERMINAL, JobRecord, RunState, RunStates
+from ringworld_platform.run_state import TERMINAL, JobRecord, RunState
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "platform")]

@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 
 from ringworld_platform.client import Client
-from ringworld_platform.run_state import TERMINAL, RunStates
+from ringworld_platform.run_state import TERMINAL
+from ringworld_platform.run_states import RunStates
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "platform"))
 from mini_jobs import mini_client, mini_cluster, mini_job  # noqa: E402

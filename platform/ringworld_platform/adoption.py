@@ -24,7 +24,8 @@ from ringworld_platform.run_claims import on_s3, run_url
 from ringworld_platform.run_copy import STORE_LEASE_SECONDS, RunCopy
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import SPEC_FILE
-from ringworld_platform.run_state import JobRecord, Owner, RunStates, next_attempt
+from ringworld_platform.run_state import JobRecord, Owner, next_attempt
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.stored_run import StoredRun
 from ringworld_workers.store.base import Store
 from ringworld_workers.store.opening import open_store

@@ -34,7 +34,8 @@ from ringworld_platform.run_changes import ask_to_stop, fresh_start, stopped
 from ringworld_platform.run_claims import check_store
 from ringworld_platform.run_folder import Page, RunFolder
 from ringworld_platform.run_records import SPEC_FILE, read_spec
-from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, RunState
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.runs_roots import RootList
 from ringworld_platform.settling import settle_stored

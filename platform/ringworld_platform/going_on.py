@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.run_state import JobRecord
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runs_roots import USERS_LIST, RootList
 
 

@@ -19,7 +19,8 @@ from ringworld_platform.adoption import Adoption
 from ringworld_platform.errors import PlatformError, RunConflictError
 from ringworld_platform.run_claims import RunClaims, on_s3
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, Owner, RunStates
+from ringworld_platform.run_state import JobRecord, Owner
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.stored_run import StoredRun, claimed_digest, plain_errors, runs_in
 
 # Between taking an id in the store and the run's first record there.

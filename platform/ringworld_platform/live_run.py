@@ -24,11 +24,10 @@ from ringworld_platform.run_state import (
     JobRecord,
     Owner,
     RunState,
-    RunStates,
-    Stored,
     WorkerRow,
     this_machine,
 )
+from ringworld_platform.run_states import RunStates, Stored
 from ringworld_platform.tally import Tally
 from ringworld_workers.actor import Identity
 from ringworld_workers.recorder import Progress

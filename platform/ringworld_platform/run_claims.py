@@ -12,16 +12,13 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from ringworld_jobs.any_job import Job
 from ringworld_platform.errors import PlatformError, StoreRefused
 from ringworld_platform.run_records import CHECKPOINTS_FOLDER, SPEC_FILE, STATE_FILE
+from ringworld_platform.run_state import JobRecord
 from ringworld_workers.store.base import Store, StoreError
 from ringworld_workers.store.opening import open_store
-
-if TYPE_CHECKING:
-    from ringworld_platform.run_state import JobRecord
 
 CLAIM_FILE = "run.json"
 _FORMAT = {"format": "ringworld-run", "version": 1}

@@ -48,7 +48,7 @@ class FolderView:
 
     def __init__(self, root: Path) -> None:
         """Take the folder that holds the runs; it need not exist."""
-        from ringworld_platform.run_state import RunStates
+        from ringworld_platform.run_states import RunStates
 
         self._states = RunStates(root.absolute())
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.run_changes import stopped
-from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.run_state import JobRecord
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.stored_run import StoredRun, plain_errors
 from ringworld_workers.store.base import Conflict
 

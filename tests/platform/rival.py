@@ -18,7 +18,7 @@ from ringworld_platform.controller import Controller, ControllerConfig
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.live_run import LiveRun, claim, this_owner
 from ringworld_platform.room import Room
-from ringworld_platform.run_state import RunStates
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.stored_run import StoredRun
 

@@ -17,7 +17,8 @@ from ringworld_platform.errors import RunConflictError
 from ringworld_platform.going_on import unfinished
 from ringworld_platform.live_run import this_owner
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, Owner, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, Owner, RunState
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.runs_roots import RootList
 from ringworld_platform.settling import settle

@@ -12,7 +12,7 @@ from autoscaling_cluster import autoscaling_cluster
 from mini_jobs import mini_client, mini_job, wait_until, worker_environment
 
 from ringworld_platform.errors import JobTooLarge
-from ringworld_platform.run_state import RunStates
+from ringworld_platform.run_states import RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

@@ -18,7 +18,8 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.capacity import cluster
 from ringworld_platform.client import Client, absolute_paths, runs_root_of
 from ringworld_platform.errors import JobTooLarge, PlatformError, RunConflictError, UnknownRunError
-from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, RunState
+from ringworld_platform.run_states import RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 

@@ -22,7 +22,7 @@ from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
 from ringworld_platform.drain import DrainWatch, Notice
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
-from ringworld_platform.run_state import RunStates
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.actor import Identity
 

@@ -34,7 +34,8 @@ from ringworld_platform.run_changes import fresh_start
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_parts import logs_in, whole_files
 from ringworld_platform.run_records import METRICS_FILE, read_lines
-from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, RunState
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.training_part import TrainingPart
 
 LOSSES = {128: 3.0, 256: 2.5}

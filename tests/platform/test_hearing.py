@@ -13,7 +13,8 @@ from ringworld_platform.hearing import Hearing
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.rhythm import Rhythm
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, RunStates, WorkerRow
+from ringworld_platform.run_state import JobRecord, WorkerRow
+from ringworld_platform.run_states import RunStates
 from ringworld_workers.recorder import Entry, Progress
 
 

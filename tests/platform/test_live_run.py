@@ -18,7 +18,8 @@ from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.job_runner import JobRunner
 from ringworld_platform.live_run import LiveRun, OwnershipLost, claim, this_owner
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, RunState, RunStates, Stored
+from ringworld_platform.run_state import JobRecord, RunState
+from ringworld_platform.run_states import RunStates, Stored
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.tracking_service import TrackingService
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from ringworld_platform import head
 from ringworld_platform.cli import app
 from ringworld_platform.run_records import effective_steps, read_run
-from ringworld_platform.run_state import RunState, RunStates
+from ringworld_platform.run_state import RunState
+from ringworld_platform.run_states import RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

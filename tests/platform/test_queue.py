@@ -11,7 +11,7 @@ from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
-from ringworld_platform.run_state import RunStates
+from ringworld_platform.run_states import RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -21,7 +21,8 @@ from ringworld_platform.memory_advice import levers
 from ringworld_platform.recovering import Recovering
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.run_state import JobRecord
+from ringworld_platform.run_states import RunStates
 from ringworld_workers.actor import Identity, WorkerFailure
 from ringworld_workers.checkpoint.layout import CheckpointError
 from ringworld_workers.guard import TrainingDiverged

@@ -14,7 +14,8 @@ import pytest
 from mini_jobs import HERE, worker_environment
 
 from ringworld_platform.local_s3 import LocalS3
-from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.run_state import JobRecord
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.stored_run import StoredRun, runs_in
 
 pytestmark = pytest.mark.timeout(120)

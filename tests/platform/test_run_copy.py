@@ -18,7 +18,8 @@ from ringworld_platform.live_run import this_owner
 from ringworld_platform.run_copy import RunCopy
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_parts import Part, find_parts, lengths, pull
-from ringworld_platform.run_state import JobRecord, RunState, RunStates
+from ringworld_platform.run_state import JobRecord, RunState
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.store_view import StoreView
 from ringworld_platform.stored_run import StoredRun
 from ringworld_workers.store.opening import open_store

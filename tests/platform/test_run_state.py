@@ -22,7 +22,8 @@ from ringworld_platform.errors import (
 from ringworld_platform.live_run import claim, this_owner
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import STATE_FILE
-from ringworld_platform.run_state import LEASE_SECONDS, JobRecord, Owner, RunState, RunStates
+from ringworld_platform.run_state import LEASE_SECONDS, JobRecord, Owner, RunState
+from ringworld_platform.run_states import RunStates
 
 
 def record(run_id: str, path: Path, job: str = "job", submitted: float = 0.0) -> JobRecord:

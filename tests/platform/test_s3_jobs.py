@@ -23,7 +23,8 @@ from ringworld_platform.head import answers
 from ringworld_platform.local_s3 import LOOPBACK, LocalS3
 from ringworld_platform.room import Room
 from ringworld_platform.run_claims import CLAIM_FILE, RunClaims, checkpoints_url
-from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.run_state import JobRecord
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.store.opening import open_store
 

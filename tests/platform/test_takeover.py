@@ -23,7 +23,8 @@ from ringworld_platform.errors import ClusterError, RunConflictError
 from ringworld_platform.live_run import this_owner
 from ringworld_platform.local_s3 import LocalS3
 from ringworld_platform.run_records import effective_steps, read_run
-from ringworld_platform.run_state import JobRecord, RunStates
+from ringworld_platform.run_state import JobRecord
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_platform.stored_run import StoredRun
 from ringworld_workers.checkpoint.fence import Fence

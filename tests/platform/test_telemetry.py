@@ -17,7 +17,8 @@ from ringworld_platform import grafana_dashboard
 from ringworld_platform.job_queue import JobQueue
 from ringworld_platform.live_run import LiveRun, this_owner
 from ringworld_platform.run_folder import RunFolder
-from ringworld_platform.run_state import JobRecord, RunState, RunStates, WorkerRow
+from ringworld_platform.run_state import JobRecord, RunState, WorkerRow
+from ringworld_platform.run_states import RunStates
 from ringworld_platform.tally import Tally
 from ringworld_platform.telemetry import Telemetry
 from ringworld_platform.telemetry_table import (

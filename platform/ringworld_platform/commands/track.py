@@ -41,7 +41,8 @@ def track(
     from ringworld_jobs.any_job import load_any_job
     from ringworld_platform.mlflow_errors import one_line
     from ringworld_platform.run_records import SPEC_FILE
-    from ringworld_platform.run_state import TERMINAL, RunStates
+    from ringworld_platform.run_state import TERMINAL
+    from ringworld_platform.run_states import RunStates
     from ringworld_platform.run_view import find_status, open_view
     from ringworld_platform.tracking import Tracker, tracking_uri
 
