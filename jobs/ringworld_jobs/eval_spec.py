@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ringworld_jobs.evaluate_spec import EvaluateSpec, Evaluations, asked_for
-from ringworld_jobs.mesh import LOCAL_TOKENS, MeshSize
-from ringworld_jobs.spec import (
-    CheckpointSpec,
-    MeshSpec,
-    RecoverySpec,
-    ResourcesSpec,
-    SequenceParallelSpec,
-    StageSpec,
-    TrackingSpec,
-)
-from ringworld_jobs.spec_base import Name, Spec
+from ringworld_jobs.model_job import ModelJob
 from ringworld_jobs.spec_data import DataSpec
-from ringworld_jobs.units import ContextLength
 
 NEED_DATA = ("validation", "perplexity", "short_context")
 """Tasks that score held-out data."""
 
 
-class EvalSpec(Spec):
+class EvalSpec(ModelJob):
     """Evaluations of one model, as a job of its own."""
 
     kind: Literal["eval"]
     """What the file is: eval."""
-    name: Name
-    """Name of the job; its runs are name-1, name-2, ..."""
-    seed: int = 0
-    """Seed of what the tasks draw."""
-    model: Annotated[str, Field(min_length=1)]
-    """Which model: RUN, RUN/STAGE or RUN/STAGE/STEP of a run, where RUN is its id, a path or
-    s3://BUCKET/PREFIX/RUN; or a folder of weights in Hugging Face's layout. Of a run that is still
-    at work, the newest checkpoint at this moment."""
-    tokenizer: str | None = None
-    """File or folder of its text tokenizer, where that is not found by itself."""
-    codebook: str | None = None
-    """File or folder of its codebook of frames, likewise."""
-    context_length: ContextLength | None = None
-    """Longest row that is asked for; empty: what the model was trained for."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of weights and computation."""
-    mesh: MeshSpec = MeshSpec()
-    """Layout of the workers: rings take the items in turn, and every worker has the whole model.
-    Heads are not split."""
     evaluate: Evaluations
     """What is asked: names of tasks, or a mapping of them to settings."""
     data: DataSpec = DataSpec()
     """Prepared data, for the tasks that score held-out rows and documents."""
-    resources: ResourcesSpec = ResourcesSpec()
-    """What the job asks of the cluster."""
-    checkpoint: CheckpointSpec = CheckpointSpec()
-    """Its store is where answers and logs are kept; the rest says nothing here."""
-    tracking: TrackingSpec = TrackingSpec()
-    """Where MLflow keeps the run."""
-    recovery: RecoverySpec = RecoverySpec()
-    """What happens when a worker fails. Answers that there are, are not asked for again."""
-
-    @property
-    def stages(self) -> list[StageSpec]:
-        """It trains none."""
-        return []
 
     @property
     def evaluations(self) -> EvaluateSpec:
         """What `evaluate` asks for, with every task's settings."""
         return asked_for(self.evaluate)
-
-    def mesh_for(self, context_length: int) -> MeshSize:
-        """The mesh of its gang: a ring that leaves each worker at most 32Ki tokens of a row, and as
-        many rings as resources.workers.max holds, where `mesh` does not say otherwise.
-
-        Args:
-            context_length: longest row that is asked for.
-        """
-        most, asked = self.resources.workers.max, self.mesh.sequence_parallel
-        rings = self.mesh.data_parallel
-        if isinstance(asked, SequenceParallelSpec):
-            size = asked.ring * asked.heads
-        elif asked == "auto":
-            left = most if rings == "auto" else max(1, most // rings)
-            size = min(-(-context_length // LOCAL_TOKENS), left)
-        else:
-            size = asked
-        return MeshSize(size, max(1, most // size) if rings == "auto" else rings)

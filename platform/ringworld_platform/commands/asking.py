@@ -26,6 +26,7 @@ _SHOWN_TOKENS = 4096
 @contextmanager
 def asking_errors() -> Iterator[None]:
     """End the command with one line where a model cannot be loaded or asked so."""
+    from ringworld_jobs.prompts_file import PromptsError
     from ringworld_model.hf_config import WeightsError
     from ringworld_workers.data.files import DataError
     from ringworld_workers.generation.local_ring import OutOfMemory, RingError
@@ -34,9 +35,10 @@ def asking_errors() -> Iterator[None]:
     try:
         with plain_errors():
             yield
-    except (RequestError, DataError, WeightsError, RingError) as error:
+    except (RequestError, PromptsError, DataError, WeightsError, RingError) as error:
         err().print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(MISTAKE if isinstance(error, RequestError) else FAILED) from None
+        mistake = isinstance(error, RequestError | PromptsError)
+        raise typer.Exit(MISTAKE if mistake else FAILED) from None
     except OutOfMemory as error:
         first = str(error).splitlines()[0]
         err().print(

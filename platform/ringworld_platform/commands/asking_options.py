@@ -76,8 +76,6 @@ SaveTo = Annotated[
     Path | None,
     typer.Option("--save", metavar="DIR", help="Where frames go that an answer in text draws."),
 ]
-IMAGE_GUIDANCE, IMAGE_TOP_K, VIDEO_TOP_K = 5.0, 1000, 100
-"""As the release of LWM draws."""
 
 
 def sampling_settings(

@@ -54,6 +54,7 @@ def chat(
     Lines are questions; /reset, /undo, /image FILE, /video FILE, /quit and /help are commands.
     Ctrl-C ends an answer, twice the chat. Questions may come from a pipe, one a line.
     """
+    from ringworld_jobs.evaluate_generate import IMAGE_TOP_K
     from ringworld_platform.commands.asking import (
         Reading,
         asking_errors,
@@ -74,7 +75,7 @@ def chat(
     )
     settings = options.sampling_settings(
         text=draw,
-        vision=options.draw_settings(top_k=options.IMAGE_TOP_K),
+        vision=options.draw_settings(top_k=IMAGE_TOP_K),
         max_tokens=max_tokens,
         stop=stop,
         seed=seed,

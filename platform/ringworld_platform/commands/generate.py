@@ -14,7 +14,7 @@ from ringworld_platform.commands.options import DEFAULT_RUNS, Runs
 from ringworld_platform.console import err
 
 if TYPE_CHECKING:
-    from ringworld_platform.commands.generating import Request
+    from ringworld_platform.commands.generating import FileRequest
 
 DEFAULT_BATCH = 8
 
@@ -98,8 +98,9 @@ def generate(
     by one; after a stop or a kill the same command does what is missing. With a --ring of N, N
     processes share the memory of the context and each holds the whole model.
     """
+    from ringworld_jobs.evaluate_generate import IMAGE_GUIDANCE, IMAGE_TOP_K, VIDEO_TOP_K
     from ringworld_platform.commands.asking import asking_errors, load_vocabularies, open_ring
-    from ringworld_platform.commands.generating import Request, answer_file, answer_one
+    from ringworld_platform.commands.generating import FileRequest, answer_file, answer_one
 
     target = to_image or to_video
     if to_image and to_video:
@@ -115,9 +116,9 @@ def generate(
     if not prompts and not (prompt or image or video or target):
         raise typer.BadParameter("nothing is asked; give a PROMPT, --image, --video or --prompts")
     if guidance is None:
-        guidance = options.IMAGE_GUIDANCE if to_image else 1.0
+        guidance = IMAGE_GUIDANCE if to_image else 1.0
     if vision_top_k is None:
-        vision_top_k = options.VIDEO_TOP_K if to_video else options.IMAGE_TOP_K
+        vision_top_k = VIDEO_TOP_K if to_video else IMAGE_TOP_K
     settings = options.sampling_settings(
         text=options.draw_settings(
             temperature=temperature,
@@ -136,7 +137,7 @@ def generate(
         guidance=guidance,
     )
     with asking_errors():
-        request = Request(
+        request = FileRequest(
             settings=settings,
             form=form,
             media_first=media_first,
@@ -144,7 +145,7 @@ def generate(
             fps=fps,
             max_frames=max_frames,
             target=target,
-            video=to_video is not None,
+            to="image" if to_image else "video" if to_video else "text",
             save=save,
         )
         _check(request, prompts is not None)
@@ -164,9 +165,9 @@ def generate(
             answer_one(opened, ask, request, coder)
 
 
-def _check(request: Request, many: bool) -> None:
+def _check(request: FileRequest, many: bool) -> None:
     """Refuse a file name without a known suffix; of many answers it names a folder."""
     from ringworld_workers.generation.media_files import check_suffix
 
     if request.target is not None and not many:
-        check_suffix(request.target, video=request.video)
+        check_suffix(request.target, video=request.to == "video")

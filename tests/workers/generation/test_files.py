@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringworld_jobs.prompts_file import PromptsError, read_prompts
 from ringworld_workers.generation.answers_file import AnswersFile
 from ringworld_workers.generation.media_files import check_suffix, write_video
-from ringworld_workers.generation.prompts_file import read_prompts
 from ringworld_workers.generation.source import RequestError
 
 
@@ -45,9 +45,9 @@ def test_lines_of_questions(picture: Path) -> None:
 def test_lines_that_ask_nothing(line: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(line)
-    with pytest.raises(RequestError, match=why):
+    with pytest.raises(PromptsError, match=why):
         read_prompts(path)
-    with pytest.raises(RequestError, match="No such file"):
+    with pytest.raises(PromptsError, match="No such file"):
         read_prompts(tmp_path / "other.jsonl")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ringworld_jobs.prompts_file import PromptLine
 from ringworld_model.sampling.answer import Answer
 from ringworld_workers.generation.asks import Ask
 from ringworld_workers.generation.local_ring import LocalRing
-from ringworld_workers.generation.prompts_file import PromptLine
 from ringworld_workers.generation.source import RequestError
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ringworld_jobs.problem import nearest
-from ringworld_workers.generation.source import RequestError
 
+Target = Literal["text", "image", "video"]
+"""What questions are answered with."""
 _KEYS = ("id", "prompt", "image", "images", "video", "videos", "from")
 _MAX_LINE_BYTES = 64 << 20
+_PLACES = re.compile(r"\{(image|video)\}")
+
+
+class PromptsError(ValueError):
+    """A file of questions, or a line of it, that cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +54,12 @@ def read_prompts(path: Path) -> list[PromptLine]:
             ``video`` or ``videos``, ``from`` (what a clip begins with). Files are relative to it.
 
     Raises:
-        RequestError: the file or a line cannot be used; names the line.
+        PromptsError: the file or a line cannot be used; names the line.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from error
+        raise PromptsError(f"{path}: {error.strerror}") from error
     found: dict[str, PromptLine] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
@@ -60,16 +67,52 @@ def read_prompts(path: Path) -> list[PromptLine]:
         try:
             one = _parse(number, line, path.parent)
         except ValueError as error:
-            raise RequestError(f"{path} line {number}: {error}") from error
+            raise PromptsError(f"{path} line {number}: {error}") from error
         if one.id in found:
-            raise RequestError(
+            raise PromptsError(
                 f"{path} line {number}: id {one.id!r} is that of line {found[one.id].number} too; "
                 "an id names one line"
             )
         found[one.id] = one
     if not found:
-        raise RequestError(f'{path} holds no prompt; write an object a line: {{"prompt": "..."}}')
+        raise PromptsError(f'{path} holds no prompt; write an object a line: {{"prompt": "..."}}')
     return list(found.values())
+
+
+def pieces_of(prompt: str) -> list[str]:
+    """A prompt cut at its placeholders: text, ``image`` or ``video``, text, and so on."""
+    return _PLACES.split(prompt)
+
+
+def check_lines(lines: Iterable[PromptLine], to: Target, path: Path) -> None:
+    """Refuse questions whose media cannot be used as they stand.
+
+    Args:
+        lines: of the file.
+        to: what they are to be answered with.
+        path: of the file, for messages.
+
+    Raises:
+        PromptsError: names the first such line.
+    """
+    for line in lines:
+        if problem := _media_problem(line, to):
+            raise PromptsError(f"{path} line {line.number}: {problem}")
+
+
+def _media_problem(line: PromptLine, to: Target) -> str:
+    if to != "text" and (line.images or line.videos):
+        return "media are asked about in text; a video goes on `from` one"
+    if to != "video" and line.given is not None:
+        return "`from` is what a video begins with; `video` asks about one"
+    places = pieces_of(line.prompt)[1::2]
+    for kind, files in (("image", line.images), ("video", line.videos)):
+        if places and places.count(kind) != len(files):
+            return (
+                f"the prompt has {places.count(kind)} places {{{kind}}} and there are "
+                f"{len(files)} {kind}s; give one for each place"
+            )
+    return ""
 
 
 def _parse(number: int, line: bytes, base: Path) -> PromptLine:
