@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from ringworld_platform.evidence_folder import EVIDENCE_FOLDER, new_folder
 from ringworld_platform.log_records import FolderLogs, LogReader, Wanted, in_plain
 from ringworld_platform.recovery import Failure
 from ringworld_platform.run_records import METRICS_FILE
@@ -28,7 +29,6 @@ from ringworld_workers.stacks import ProcessLook
 
 log = logging.getLogger(__name__)
 
-EVIDENCE_FOLDER = "evidence"
 LAST_RECORDS = 20
 LAST_LINES = 60
 _TAIL_BYTES = 1 << 18
@@ -152,9 +152,8 @@ def save(
     """
     if evidence is None:
         return None
-    name = f"attempt-{record.attempt}-{failure.kind.replace(' ', '-')}"
     try:
-        folder = _new_folder(run_folder / EVIDENCE_FOLDER, name)
+        folder = new_folder(run_folder, record.attempt, failure.kind.value)
         _write(folder, run_folder, record, failure, evidence)
     except OSError as error:
         # A disk that is full must not turn a failure that restarts into one that does not.
@@ -244,19 +243,6 @@ def _nodes() -> list[dict[str, Any]]:
         # A head that does not answer is a failure of its own; what else is known must not be lost.
         log.warning("no list of nodes: %s", error)
         return []
-
-
-def _new_folder(parent: Path, name: str) -> Path:
-    """A folder that was not there: an attempt that is made twice keeps both."""
-    parent.mkdir(exist_ok=True)
-    for number in range(1, 1000):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"{parent / name}: a thousand are there")
 
 
 def _tail(path: Path, lines: int) -> str:

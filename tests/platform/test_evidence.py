@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ringworld_platform.evidence import Evidence, RankFacts, save
+from ringworld_platform.evidence import Evidence, RankFacts, keep, save
+from ringworld_platform.evidence_folder import KEPT_ATTEMPTS
 from ringworld_platform.first_cause import raised
 from ringworld_platform.run_state import JobRecord
 from ringworld_workers.actor import WorkerFailure
@@ -18,11 +19,11 @@ from ringworld_workers.stacks import look_at_process
 NAME = os.fsdecode(b"caf\xe9.py")
 
 
-def kept(run_folder: Path) -> tuple[JobRecord, str | None]:
+def kept(run_folder: Path, attempt: int = 2) -> tuple[JobRecord, str | None]:
     error = WorkerFailure(("RuntimeError",), f"cannot read {NAME}", f"in {NAME}", 1.0)
     failure = raised(0, error).failure
     record = JobRecord(
-        job="mini", run_id="mini-1", num_stages=1, attempt=2, run_folder="", spec_digest="d",
+        job="mini", run_id="mini-1", num_stages=1, attempt=attempt, run_folder="", spec_digest="d",
         error=failure.text,
     )  # fmt: skip
     evidence = Evidence([RankFacts(0)], {0: failure.details}, [])
@@ -42,6 +43,22 @@ def test_names_that_are_no_text_are_no_obstacle(tmp_path: Path) -> None:
 def test_a_folder_that_takes_nothing_costs_the_evidence_only(tmp_path: Path) -> None:
     (tmp_path / "evidence").touch()
     assert kept(tmp_path)[1] is None
+
+
+def test_the_newest_attempts_alone_keep_their_evidence(tmp_path: Path) -> None:
+    for attempt in range(1, KEPT_ATTEMPTS + 4):
+        keep(tmp_path, f"attempt-{attempt}-step-00000003-nan", {})
+        assert kept(tmp_path, attempt)[1] == f"evidence/attempt-{attempt}-error"
+    assert kept(tmp_path, attempt)[1] == f"evidence/attempt-{attempt}-error-2"
+    (tmp_path / "evidence" / "notes.txt").touch()
+
+    left = {path.name for path in (tmp_path / "evidence").iterdir()}
+    newest = range(4, KEPT_ATTEMPTS + 4)
+    assert left == {
+        *(f"attempt-{attempt}-error" for attempt in newest),
+        *(f"attempt-{attempt}-step-00000003-nan.json" for attempt in newest),
+        *(f"attempt-{attempt}-error-2", "notes.txt"),
+    }
 
 
 @pytest.mark.timeout(30)
