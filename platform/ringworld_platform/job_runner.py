@@ -139,8 +139,11 @@ class JobRunner:
         except Exception as error:
             log.exception("%s failed inside the controller", live.run_id)
             trace = Redaction(os.environ)(traceback.format_exc())
-            where = {"stage": live.record.stage or None, "attempt": live.record.attempt}
-            line = log_line(time.time(), "ERROR", __name__, "controller", trace, **where)
+            place: dict[str, Any] = {
+                "stage": live.record.stage or None,
+                "attempt": live.record.attempt,
+            }
+            line = log_line(time.time(), "ERROR", __name__, "controller", trace, **place)
             self._try(lambda: live.folder.append_log(0, [line]))
             self._end(RunState.FAILED, f"controller: {type(error).__name__}: {error}")
         finally:
