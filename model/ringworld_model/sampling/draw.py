@@ -86,7 +86,9 @@ def draw(logits: Tensor, settings: DrawSettings, generator: torch.Generator) -> 
         )
     if settings.temperature == 0 or settings.top_k == 1:
         return int(logits.argmax())
-    chances = _kept(logits.double() / settings.temperature, settings).softmax(-1).cpu()
+    # The largest becomes 0: of a tiny temperature, the quotients would be infinite.
+    scaled = (logits.double() - best) / settings.temperature
+    chances = _kept(scaled, settings).softmax(-1).cpu()
     sums = chances.cumsum(-1)
     found = int(torch.searchsorted(sums, uniform * sums[-1], right=True))
     # Rounding may put the number at the very end, behind the last id that has a chance.
