@@ -18,8 +18,8 @@ class DrawSettings:
         top_p: of the fewest likeliest ids that hold this share of the probability; 1: of all.
         min_p: of ids that are at least this share as likely as the likeliest; 0: of all.
         repetition_penalty: divides the positive logits and multiplies the negative ones of ids
-            that the row holds already, those of the prompt included; 1: none. Source: CTRL, arXiv
-            1909.05858, section 4.1.
+            that the row holds already, those of the prompt included; 1: none, from 0.01 to 100.
+            Source: CTRL, arXiv 1909.05858, section 4.1.
         presence_penalty: taken off the logits of ids that were drawn already; as OpenAI's.
         frequency_penalty: taken off them for each time; as OpenAI's.
     """
@@ -43,13 +43,14 @@ class DrawSettings:
             "top_k": (0, math.inf),
             "top_p": (0.0, 1.0),
             "min_p": (0.0, 1.0),
-            "repetition_penalty": (0.0, math.inf),
+            # Beyond, logits become infinite, and no token could be drawn.
+            "repetition_penalty": (0.01, 100.0),
             "presence_penalty": (-math.inf, math.inf),
             "frequency_penalty": (-math.inf, math.inf),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            positive = name in ("top_p", "repetition_penalty")
+            positive = name == "top_p"
             if not math.isfinite(value) or not low <= value <= high or (positive and value == 0):
                 raise ValueError(
                     f"{name}={value}: give a number {'above' if positive else 'from'} {low:g}"
@@ -73,7 +74,7 @@ class SamplingSettings:
         max_new_tokens: tokens at most, those of frames included; None: as many as the context has.
         stop_ids: text ids that end the row, such as the tokenizer's eos.
         stop: texts that end the row; they are not part of its text.
-        seed: of the row's draws.
+        seed: of the row's draws; of 64 bits.
         guidance_scale: of classifier-free guidance in clips; 1: none, see ``guidance``.
     """
 
@@ -95,5 +96,7 @@ class SamplingSettings:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1; leave the row out")
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which ends every answer at once")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"seed={self.seed} has more than 64 bits; take a smaller one")
         if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
             raise ValueError(f"guidance_scale={self.guidance_scale}: give a number from 0 on")

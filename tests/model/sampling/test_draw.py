@@ -36,6 +36,7 @@ def test_each_setting_keeps_the_ids_that_it_says() -> None:
     assert set(drawn(LOGITS, top_p=1e-9)) == {0}
     assert set(drawn(LOGITS, min_p=math.exp(-1.6))) == {0, 1, 2}
     assert set(drawn(LOGITS, temperature=9.0)) == {0, 1, 2, 3, 4}
+    assert set(drawn(LOGITS, temperature=1e-320)) == {0}
 
 
 def test_a_seed_repeats_and_greedy_draws_do_not_shift_it() -> None:
@@ -52,7 +53,7 @@ def test_a_seed_repeats_and_greedy_draws_do_not_shift_it() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=9),
-    st.sampled_from([0.0, 1e-3, 1.0, 50.0]),
+    st.sampled_from([0.0, 1e-320, 1e-3, 1.0, 50.0]),
     st.integers(0, 9),
     st.sampled_from([1e-6, 0.5, 1.0]),
     st.sampled_from([0.0, 0.3, 1.0]),
@@ -89,7 +90,8 @@ def test_what_means_nothing_is_refused() -> None:
         ({"temperature": math.nan}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0: give a number above 0 to 1"),
         ({"top_k": -1}, "top_k=-1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: give a number from 0.01 to 100"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40"),
     ):
         with pytest.raises(ValueError, match=words):
             DrawSettings(**changes)
@@ -97,6 +99,7 @@ def test_what_means_nothing_is_refused() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
         ({"stop": ("a", "")}, "an empty text"),
         ({"guidance_scale": math.inf}, "guidance_scale=inf"),
+        ({"seed": 1 << 64}, "more than 64 bits"),
     ):
         with pytest.raises(ValueError, match=words):
             SamplingSettings(**changes)
