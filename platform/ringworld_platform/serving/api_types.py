@@ -10,6 +10,8 @@ from ringworld_jobs.problem import nearest
 from ringworld_platform.serving.api_errors import ApiError
 
 _MOST_STOPS = 16
+_MOST_FAULTS = 1000
+"""Of a request, that are looked through for the one to be named: a body may hold millions."""
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -67,7 +69,7 @@ class Message(_Strict):
     """One message of a conversation; ``developer`` is another name of ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
 
 
@@ -98,7 +100,7 @@ class _Sampled(_Strict):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    stop: _Stop | list[_Stop] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True)] | None = None
     seed: int | None = None
     n: Literal[1] | None = None
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
@@ -133,12 +135,12 @@ class _Sampled(_Strict):
 class ChatRequest(_Sampled):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = Field(default=None, max_length=0)
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -168,6 +170,9 @@ def parse(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > _MOST_FAULTS:
+            count = f"{error.error_count():,}"
+            raise ApiError(400, f"{count} fields that are not served here, or wrong") from None
         found = error.errors(include_url=False, include_input=False, include_context=False)
     # Where a field takes several types, it is wrong as each; the one that was meant is the deepest.
     first = max(found, key=lambda each: len(each["loc"]))
