@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from pydantic import ValidationError
 from served_model import CONTEXT_LENGTH, write_folder
 from typer.testing import CliRunner
 
 from ringworld_platform.cli import app as command_line
 from ringworld_platform.model_places import find_model
+from ringworld_platform.serving.api_errors import ApiError
+from ringworld_platform.serving.api_types import ChatRequest
 from ringworld_platform.serving.app import create_app
+from ringworld_platform.serving.media import Media
 from ringworld_platform.serving.service import Service
 from ringworld_platform.serving.settings import ServeSettings, digest_of
 from ringworld_workers.generation.local_ring import LocalRing
@@ -209,6 +213,28 @@ def test_what_cannot_be_answered_is_refused(
     assert words in reply["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"messages": [0] * 9},
+        {"messages": [{"role": "user", "content": [0] * 9}]},
+        {"stop": [""] * 9},
+        {"modalities": ["audio"] * 9},
+    ],
+)
+def test_of_a_long_list_the_first_fault_is_enough(changes: dict[str, Any]) -> None:
+    """A body holds millions, and each would take a thousand bytes."""
+    with pytest.raises(ValidationError) as found:
+        ChatRequest.model_validate(ask(**changes))
+    names = {next((key for key in each["loc"] if key == 0), None) for each in found.value.errors()}
+    assert found.value.error_count() <= 2 and 0 in names
+
+
+def test_many_fields_that_are_not_known_are_counted(endpoint: tuple[str, Service]) -> None:
+    status, _, reply = post(endpoint[0], ask(**{f"x{n}": n for n in range(2000)}))
+    assert status == 400 and "2,000 fields that are not served here" in reply["error"]["message"]
+
+
 def test_other_kinds_of_requests_are_refused(endpoint: tuple[str, Service]) -> None:
     url = endpoint[0]
     assert post(url, ask(), **{"Content-Type": "text/plain"})[0] == 415
@@ -261,6 +287,7 @@ def test_images_and_videos_are_part_of_the_prompt(endpoint: tuple[str, Service])
     [
         ({"image_url": {"url": "http://127.0.0.1/x.png"}}, "fetches nothing from 127.0.0.1"),
         ({"image_url": {"url": "file:///etc/passwd"}}, "give the bytes themselves"),
+        ({"image_url": {"url": "http://[x"}}, "no URL"),
         ({"image_url": {"url": "data:image/png;base64,@@"}}, "base64 is broken"),
         ({"image_url": {"url": data_url("image/png", b"no picture")}}, "image"),
         ({"video_url": {"url": data_url("video/mp4", clip()), "num_frames": 10**6}}, "at most"),
@@ -292,12 +319,37 @@ def test_media_come_only_from_hosts_that_were_named(ring: Callable[[], LocalRing
         threading.Thread(target=files.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{files.server_port}"
         with served(ring, allowed_urls=(host,)) as (url, _):
-            for path, status in (("picture.png", 200), ("moved", 400)):
+            for path, status in (("picture.png", 200), ("moved", 400), ("no url", 400)):
                 part = {"type": "image_url", "image_url": {"url": f"http://{host}/{path}"}}
                 assert post(url, with_part(part))[0] == status
             part = {"type": "image_url", "image_url": {"url": f"http://{host}@localhost/x"}}
             assert post(url, with_part(part))[0] == 400
         files.shutdown()
+
+
+def test_a_host_that_sends_a_byte_now_and_then_is_left() -> None:
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer, suppress(OSError):
+            peer.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+            while not ended.wait(0.05):
+                peer.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,), daemon=True)
+        thread.start()
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as pool:
+            media = Media((host,), 1 << 20, seconds=0.5)
+            found = pool.submit(media.read, f"http://{host}/x", "here")
+            try:
+                with pytest.raises(ApiError, match="cannot be fetched"):
+                    found.result(20.0)
+            finally:
+                ended.set()
+        thread.join(SECONDS)
 
 
 def test_what_is_too_much_is_told_to_come_back(ring: Callable[[], LocalRing]) -> None:

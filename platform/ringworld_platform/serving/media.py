@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import time
 import urllib.error
 import urllib.parse
@@ -23,15 +24,18 @@ _PART_BYTES = 1 << 20
 class Media:
     """Gets the bytes that a request's URLs stand for."""
 
-    def __init__(self, allowed_hosts: tuple[str, ...], max_bytes: int) -> None:
+    def __init__(
+        self, allowed_hosts: tuple[str, ...], max_bytes: int, seconds: float = _FETCH_SECONDS
+    ) -> None:
         """Say what may be fetched.
 
         Args:
             allowed_hosts: ``HOST`` or ``HOST:PORT``, as they stand in URLs.
             max_bytes: of one medium.
+            seconds: for one medium.
         """
         self._allowed = {host.lower() for host in allowed_hosts}
-        self._max_bytes = max_bytes
+        self._max_bytes, self._seconds = max_bytes, seconds
         # No proxy of the environment's either: what is reached must be what was named.
         self._opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
 
@@ -54,7 +58,10 @@ class Media:
                 f"{place}: give the bytes themselves, as data:image/png;base64,... (or video/mp4)",
                 param=place,
             )
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+        except ValueError as error:
+            raise ApiError(400, f"{place}: no URL ({error})", param=place) from None
         if parts.netloc.lower() not in self._allowed:
             raise ApiError(
                 400,
@@ -67,10 +74,12 @@ class Media:
 
     def _fetch(self, url: str, place: str) -> bytes:
         found = bytearray()
-        deadline = time.monotonic() + _FETCH_SECONDS
+        deadline = time.monotonic() + self._seconds
         try:
-            with self._opener.open(url, timeout=_FETCH_SECONDS) as reply:
-                while part := reply.read(_PART_BYTES):
+            with self._opener.open(url, timeout=self._seconds) as reply:
+                # What has come, not a whole part: a host that sends a byte now and then would hold
+                # us in one call.
+                while part := reply.read1(_PART_BYTES):
                     found += part
                     if len(found) > self._max_bytes:
                         raise ApiError(
@@ -79,13 +88,13 @@ class Media:
                             param=place,
                         )
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"not there within {_FETCH_SECONDS:g} s")
+                        raise TimeoutError(f"not there within {self._seconds:g} s")
         # Nothing of what came is told: it may be meant for the server alone.
         except urllib.error.HTTPError as error:
             raise ApiError(
                 400, f"{place}: its host answered with status {error.code}", param=place
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ApiError(
                 400, f"{place}: cannot be fetched ({type(error).__name__})", param=place
             ) from None
