@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ringworld_platform.recovery import Failure, FailureKind, kind_of
+from ringworld_platform.recovery import NODE_MEMORY, Failure, FailureKind, kind_of
 from ringworld_workers.actor import WorkerFailure
 
 # How a collective words the loss of a peer.
@@ -23,6 +23,8 @@ _ECHOES = (
     "socket timeout",
     "timed out",
 )
+# How Ray words an end that no signal from elsewhere made.
+_ENDED_BY_RAY = ("ray.kill", "exit code", "INTENDED_")
 # How Ray words what its memory monitor saw.
 _NODE_MEMORY = re.compile(r"was ([\d.]+)GB used / ([\d.]+)GB limit")
 
@@ -36,6 +38,8 @@ class Suspect:
     lost: bool
     echo: bool
     time: float
+    unexplained: bool = False
+    """Its process has ended, and neither it nor Ray says why."""
 
     def order(self) -> tuple[int, float]:
         """Sorts the likelier first cause first: own errors, lost workers, echoes; then by time."""
@@ -46,7 +50,7 @@ class Suspect:
 
 def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
     """A worker whose process is gone."""
-    text, kind = str(error), FailureKind.WORKER_LOST
+    text, kind, unexplained = str(error), FailureKind.WORKER_LOST, False
     if "running low on memory" in text:
         kind = FailureKind.OUT_OF_MEMORY
         used = _NODE_MEMORY.search(text)
@@ -59,8 +63,10 @@ def lost_worker(rank: int, where: str, error: Exception) -> Suspect:
     else:
         # Ray lists the same guesses whatever happened: none says more than this.
         why = "its process ended without a Python error (killed, out of memory, or crashed)"
-    failure = Failure(kind, f"rank {rank} ({where}) was lost: {why}", rank, text)
-    return Suspect(rank, failure, lost=True, echo=False, time=0.0)
+        unexplained = not any(told in text for told in _ENDED_BY_RAY)
+    facts = {NODE_MEMORY: True} if kind is FailureKind.OUT_OF_MEMORY else {}
+    failure = Failure(kind, f"rank {rank} ({where}) was lost: {why}", rank, text, facts)
+    return Suspect(rank, failure, lost=True, echo=False, time=0.0, unexplained=unexplained)
 
 
 def raised(rank: int, error: WorkerFailure) -> Suspect:
@@ -73,9 +79,9 @@ def raised(rank: int, error: WorkerFailure) -> Suspect:
     return Suspect(rank, failure, lost=False, echo=echo, time=error.time)
 
 
-def first_cause(suspects: Sequence[Suspect]) -> Failure:
-    """The failure to show and to judge."""
-    return min(suspects, key=Suspect.order).failure
+def first_cause(suspects: Sequence[Suspect]) -> Suspect:
+    """The one whose failure is shown and judged."""
+    return min(suspects, key=Suspect.order)
 
 
 def _one_line(text: str) -> str:

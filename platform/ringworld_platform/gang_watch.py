@@ -13,6 +13,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ringworld_platform.evidence import Evidence, gather
 from ringworld_platform.first_cause import Suspect, first_cause, lost_worker, raised
 from ringworld_platform.inquiry import Inquiry, look_at_silent
+from ringworld_platform.kernel_kill import explain_loss
 from ringworld_platform.mailbox import Mailbox
 from ringworld_platform.outboxes import Hearer, Outboxes
 from ringworld_platform.pace import Limit, Pace
@@ -188,9 +189,10 @@ class GangWatch:
                         lost.add(rank)
         self._outboxes.drain([r for r in range(self._size) if r not in lost], GRACE_SECONDS)
         answers = inquiry.answers(GRACE_SECONDS)
-        failures = {suspect.rank: suspect.failure for suspect in suspects}
+        cause = explain_loss(first_cause(suspects), self.identities, answers)
+        failures = {suspect.rank: suspect.failure for suspect in (*suspects, cause)}
         evidence = self._evidence(answers, failures=failures)
-        raise GangFailed(first_cause(suspects), evidence, began)
+        raise GangFailed(cause.failure, evidence, began)
 
     def _refuse_stall(self, pace: Pace, waiting: Collection[int], may_be_busy: bool) -> None:
         limit = pace.limit({self._outboxes.phase(rank) for rank in waiting})

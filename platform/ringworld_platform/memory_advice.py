@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from ringworld_jobs.any_job import Job
-from ringworld_jobs.spec import StageSpec
+from ringworld_jobs.spec import CheckpointSpec, StageSpec
+from ringworld_platform.recovery import NODE_MEMORY, Failure
 from ringworld_platform.run_records import METRICS_FILE, Record, read_lines
 from ringworld_platform.run_state import JobRecord
 
@@ -14,13 +15,14 @@ _TAIL_BYTES = 1 << 16
 _GIB = 2**30
 
 
-def describe_memory(run_folder: Path, spec: Job, record: JobRecord) -> str:
+def describe_memory(run_folder: Path, spec: Job, record: JobRecord, failure: Failure) -> str:
     """One sentence for the error line.
 
     Args:
         run_folder: has the metric log.
         spec: of the run.
         record: of the run: its stage and mesh.
+        failure: tells whether a node was short of memory, which GPUs' levers do not help.
     """
     if not record.trains(len(spec.stages)):
         return (
@@ -29,13 +31,30 @@ def describe_memory(run_folder: Path, spec: Job, record: JobRecord) -> str:
             "(mesh.sequence_parallel), take precision: bf16, or ask for shorter contexts"
         )
     stage = spec.stages[record.stage_index]
-    used = _used(_last_step(run_folder, stage.name))
+    step = _last_step(run_folder, stage.name)
+    of_host = failure.facts.get(NODE_MEMORY) and step.get("memory_device_bytes")
+    found = host_levers(stage, spec.checkpoint) if of_host else levers(stage, record)
     ring = record.ring_size * record.heads_size
     return (
         f"stage {stage.name} trains {stage.context_length:,} tokens of context on "
-        f"{ring} {'worker' if ring == 1 else 'workers'}{used}; the cheapest remedies are "
-        f"{', then '.join(levers(stage, record))}"
+        f"{ring} {'worker' if ring == 1 else 'workers'}{_used(step)}; the cheapest "
+        f"remedies are {', then '.join(found)}"
     )
+
+
+def host_levers(stage: StageSpec, saving: CheckpointSpec) -> list[str]:
+    """What takes less of a node's memory where GPUs compute, the cheapest first; three at most."""
+    memory = stage.memory
+    found = []
+    if saving.max_host_bytes is None:
+        found.append("checkpoint.max_host_bytes: 4Gi")
+    if memory.activation_offload and memory.activation_checkpointing != "full":
+        found.append("memory.activation_checkpointing: full")
+    for name in ("parameter_offload", "activation_offload", "optimizer_offload"):
+        if getattr(memory, name):
+            found.append(f"memory.{name}: false")
+    found.append("nodes with more memory, or fewer workers on each")
+    return found[:3]
 
 
 def levers(stage: StageSpec, record: JobRecord) -> list[str]:

@@ -138,7 +138,7 @@ class Recovering:
     def _with_less_memory(self, failure: Failure) -> Decision:
         """Once more at most: what two gangs have not room for, a third has not either."""
         record = self._live.record
-        told = describe_memory(self._live.folder.path, self._spec, record)
+        told = describe_memory(self._live.folder.path, self._spec, record, failure)
         failure = replace(failure, text=f"{failure.text}; {told}")
         place = record.stage_index, record.checkpoint
         again, self._short_at = place == self._short_at, place

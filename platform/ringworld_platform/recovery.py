@@ -27,6 +27,8 @@ USER_ERRORS = frozenset(
 
 # torch's, Ray's and Python's own.
 MEMORY_ERRORS = frozenset({"OutOfMemoryError", "MemoryError"})
+# In a failure's facts: a node, not a device, was short of memory.
+NODE_MEMORY = "node_memory"
 # How torch words it where the exception has no class of its own.
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
 

@@ -21,10 +21,12 @@ from ringworld_jobs.mesh import MeshSize
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
 from ringworld_platform.drain import DrainWatch, Notice
+from ringworld_platform.kernel_kill import ask_node
 from ringworld_platform.mesh_choice import MeshChanged, MeshChoice
 from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.actor import Identity
+from ringworld_workers.oom_kills import read_oom_kills
 
 WAIT_SECONDS = 100.0
 STEPS = 200
@@ -291,6 +293,10 @@ def test_a_run_grows_with_the_cluster_leaves_a_drained_node_and_outlives_a_dead_
 def check_that_a_build_leaves_a_drained_node(cluster: Any, client: Client, folder: Path) -> None:
     """Two builds that never end fill the head and a node, which is drained."""
     node = cluster.add_node(num_cpus=1).node_id
+    here = read_oom_kills()
+    assert ask_node(Identity(node, "", 0, (), "", here), WAIT_SECONDS).cgroup_file == (
+        here.cgroup_file
+    )
     recipe = folder / "frozen.yaml"
     recipe.write_text("kind: data\n")
     values = job(folder, workers={"max": 1}).model_dump(mode="json")

@@ -17,7 +17,7 @@ from ringworld_platform.drain import DrainWatch, Warnings
 from ringworld_platform.evidence import keep
 from ringworld_platform.first_cause import lost_worker, raised
 from ringworld_platform.live_run import LiveRun
-from ringworld_platform.memory_advice import levers
+from ringworld_platform.memory_advice import host_levers, levers
 from ringworld_platform.recovering import Recovering
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.run_folder import RunFolder
@@ -223,6 +223,33 @@ def test_rays_memory_monitor_is_believed() -> None:
     failure = lost_worker(1, "pid 7 on 10.0.0.1", said).failure
     assert failure.kind is FailureKind.OUT_OF_MEMORY
     assert "rank 1 (pid 7 on 10.0.0.1) was lost: Ray killed it because its node" in failure.text
+
+
+def test_a_node_that_is_short_of_memory_needs_other_levers_than_its_gpus(
+    make_live: MakeLive,
+) -> None:
+    live = make_live(max_restarts=3)
+    said = RuntimeError("Task was killed due to the node running low on memory.")
+    failure = lost_worker(1, "pid 7 on 10.0.0.1", said).failure
+    step = {"kind": "step", "stage": "4k", "step": 7, "memory_host_bytes": 3 << 30}
+    live.metrics([step])
+    text = Recovering(live).plan(failure).decision.text
+    assert "remedies are memory.activation_checkpointing: full, then" in text, "CPUs compute"
+    live.metrics([{**step, "memory_device_bytes": 1 << 30}])
+    text = Recovering(live).plan(failure).decision.text
+    assert "used 1.0 GiB of device memory and 3.0 GiB of host memory at step 7" in text
+    assert (
+        "remedies are checkpoint.max_host_bytes: 4Gi, then nodes with more memory, or fewer "
+        "workers on each" in text
+    )
+    stage = live.spec.stages[1]
+    memory = stage.memory.model_copy(update={"activation_offload": True, "optimizer_offload": True})
+    stage = stage.model_copy(update={"memory": memory})
+    assert host_levers(stage, live.spec.checkpoint) == [
+        "checkpoint.max_host_bytes: 4Gi",
+        "memory.activation_checkpointing: full",
+        "memory.activation_offload: false",
+    ]
 
 
 def test_what_a_rank_found_is_kept_inside_the_runs_folder(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_an_echo_of_a_lost_peer_is_not_the_cause() -> None:
     echo = failed(0, "[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4", 1.0)
     lost = lost_worker(1, "pid 7 on 10.0.0.1", RuntimeError(GUESSES))
 
-    found = first_cause([echo, lost])
+    found = first_cause([echo, lost]).failure
 
     assert (found.kind, found.rank) == (FailureKind.WORKER_LOST, 1)
     assert found.text == (
@@ -82,7 +82,7 @@ def test_an_own_error_comes_before_lost_workers_and_later_errors() -> None:
     later = failed(1, "CUDA error", 6.0)
     lost = lost_worker(0, "pid 7", RuntimeError(GUESSES))
 
-    found = first_cause([later, lost, own])
+    found = first_cause([later, lost, own]).failure
 
     assert found.text == "rank 2: ValueError: row 3 has no tokens"
     assert found.kind is FailureKind.USER_ERROR

@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from ringworld_workers.log_lines import PlainFormatter, Redaction
+from ringworld_workers.oom_kills import OomKills, read_oom_kills
 from ringworld_workers.rank_gauges import RankGauges
 from ringworld_workers.recorder import Entry, Progress, Recorder, RecorderHandler
 from ringworld_workers.stacks import Stacks, own_stacks, write_stacks_on_signal
@@ -46,6 +47,8 @@ class Identity:
     gpus: tuple[int, ...]
     errors_file: str = ""
     """Where it writes its stacks on SIGUSR1, see ``stacks``."""
+    oom_kills: OomKills = OomKills()
+    """The kernel's counters where it lives, before it began its work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class Examined:
 
     progress: Progress
     stacks: Stacks
+    oom_kills: OomKills = OomKills()
+    """The kernel's counters where it lives, now."""
 
 
 class RingWorker:
@@ -143,6 +148,7 @@ class RingWorker:
             pid=os.getpid(),
             gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
             errors_file=self._errors_file,
+            oom_kills=read_oom_kills(),
         )
 
     @ray.method(concurrency_group="train")
@@ -309,7 +315,8 @@ class RingWorker:
     @ray.method(concurrency_group="control")
     def examine(self) -> Examined:
         """What this worker does, and where in its code it is."""
-        return Examined(self._recorder.progress(), own_stacks(self._training_thread))
+        stacks = own_stacks(self._training_thread)
+        return Examined(self._recorder.progress(), stacks, read_oom_kills())
 
     def _prepare_progress(self, name: str, done: int, total: int) -> None:
         self._recorder.phase(f"{name} {done}/{total}", done)
