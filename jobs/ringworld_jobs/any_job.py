@@ -13,11 +13,12 @@ from pydantic import Field, TypeAdapter
 
 from ringworld_jobs.document import read_document
 from ringworld_jobs.eval_spec import EvalSpec
-from ringworld_jobs.load import load_eval, load_job
+from ringworld_jobs.generate_spec import GenerateSpec
+from ringworld_jobs.load import load_eval, load_generate, load_job
 from ringworld_jobs.run_place import FindRun
 from ringworld_jobs.spec import JobSpec
 
-Job = JobSpec | EvalSpec
+Job = JobSpec | EvalSpec | GenerateSpec
 
 _JOBS: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
 
@@ -40,6 +41,9 @@ def load_any_job(
         JobSpecError: everything that is wrong, with lines, limits and remedies.
     """
     data = read_document(Path(path)).data
-    if isinstance(data, dict) and data.get("kind") == "eval":
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind == "eval":
         return load_eval(path, check_files=check_files)
+    if kind == "generate":
+        return load_generate(path, check_files=check_files)
     return load_job(path, check_files=check_files, find_run=find_run)

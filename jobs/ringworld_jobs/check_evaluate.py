@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ringworld_jobs.eval_spec import NEED_DATA, EvalSpec
 from ringworld_jobs.evaluate_spec import EvaluateSpec, Evaluations, asked_for
+from ringworld_jobs.generate_spec import GenerateSpec
 from ringworld_jobs.problem import KeyPath
+from ringworld_jobs.store_url import UnsafeUrl, parse_store
 from ringworld_jobs.validate import Checked, T
 
 
@@ -44,7 +48,39 @@ def check_eval_job(checked: Checked[EvalSpec]) -> None:
                 f"{name} scores held-out data, and the job names none; give data.sources or "
                 "data.recipe, such as those of the job that trained the model",
             )
-    if checked.sound(("mesh",), ("resources",)):
+    check_workers(checked)
+
+
+def check_generate_job(checked: Checked[GenerateSpec], base: Path, *, check_files: bool) -> None:
+    """Report what no field of a job of prompts can know alone.
+
+    Args:
+        checked: the validated file; problems go into its document.
+        base: its folder.
+        check_files: also look at the prompts.
+    """
+    spec, report = checked.spec, checked.document.report
+    if spec is None:
+        return
+    if spec.context_length is not None and checked.sound(("context_length",)):
+        for field, message in spec.problems(spec.context_length):
+            if checked.sound((field,)):
+                report((field,), message)
+    if spec.out is not None and "://" in spec.out and checked.sound(("out",)):
+        try:
+            parse_store(spec.out)
+        except ValueError as error:
+            report(("out",), str(error), secret=isinstance(error, UnsafeUrl))
+    if check_files and checked.sound(("prompts",), ("to",)):
+        for field, message in spec.file_problems(base):
+            report((field,), message)
+    check_workers(checked)
+
+
+def check_workers(checked: Checked[EvalSpec] | Checked[GenerateSpec]) -> None:
+    """Report a mesh that the job's workers cannot form."""
+    spec, report = checked.spec, checked.document.report
+    if spec is not None and checked.sound(("mesh",), ("resources",)):
         mesh, most = spec.mesh_for(spec.context_length or 1), spec.resources.workers.max
         if mesh.world_size > most:
             report(

@@ -63,6 +63,17 @@ class TaskSpec(Spec):
         """The files that are needed: where in the settings they are named, and the pattern."""
         yield from ()
 
+    def file_problems(self, base: Path) -> Iterator[tuple[str, str]]:
+        """What is wrong with files that are read before a model is asked.
+
+        Args:
+            base: folder that their paths are relative to.
+
+        Yields:
+            The field, and the message.
+        """
+        yield from ()
+
     def absolute(self, base: Path) -> Self:
         """The same settings with paths that mean the same wherever they are read.
 

@@ -8,10 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ringworld_jobs.evaluate_base import TaskSpec, absolute_pattern
-from ringworld_jobs.problem import KeyPath
-from ringworld_jobs.prompts_file import Target
+from ringworld_jobs.evaluate_base import TaskSpec
+from ringworld_jobs.prompts_file import PromptsError, Target, check_lines, read_prompts
 from ringworld_jobs.spec_base import Positive, Share, Size, Spec
+from ringworld_jobs.units import format_tokens
 
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -96,14 +96,27 @@ class GenerateSettings(Spec):
             )
         return self
 
+    def problems(self, context_length: int) -> Iterator[tuple[str, str]]:
+        """See ``TaskSpec.problems``."""
+        if self.to == "text" and self.answer_tokens >= context_length:
+            yield (
+                "answer_tokens",
+                f"{self.answer_tokens:,} tokens leave no room for a prompt in a context of "
+                f"{format_tokens(context_length)}; ask for fewer",
+            )
 
-class GenerateTask(GenerateSettings, TaskSpec):
-    """Answers to one's own prompts, kept as answers.jsonl and files beside it."""
-
-    def patterns(self) -> Iterator[tuple[KeyPath, str]]:
-        """See ``TaskSpec.patterns``."""
-        yield ("prompts",), self.prompts
+    def file_problems(self, base: Path) -> Iterator[tuple[str, str]]:
+        """See ``TaskSpec.file_problems``."""
+        path = base / self.prompts
+        try:
+            check_lines(read_prompts(path), self.to, path)
+        except PromptsError as error:
+            yield "prompts", str(error)
 
     def absolute(self, base: Path) -> Self:
         """See ``TaskSpec.absolute``."""
-        return self.model_copy(update={"prompts": absolute_pattern(self.prompts, base)})
+        return self.model_copy(update={"prompts": str((base / self.prompts).resolve())})
+
+
+class GenerateTask(GenerateSettings, TaskSpec):
+    """Answers to one's own prompts, kept as answers.jsonl and files beside it."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ringworld_jobs.evaluate_base import Gate, TaskSpec, too_long
+from ringworld_jobs.evaluate_generate import GenerateTask
 from ringworld_jobs.evaluate_needles import MultiNeedleTask, NeedleTask, VideoNeedleTask
 from ringworld_jobs.evaluate_questions import QuestionsTask, ReconstructionTask
 from ringworld_jobs.spec_base import Positive, Share, Size, Spec
@@ -96,6 +97,8 @@ class EvaluateSpec(Spec):
     """Questions of one's own, with known answers."""
     reconstruction: ReconstructionTask | None = None
     """Images and videos through the codebook."""
+    generate: GenerateTask | None = None
+    """Answers to prompts of one's own, to be read and looked at."""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.document import Document
 from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.evaluate_spec import Evaluations, asked_for
+from ringworld_jobs.generate_spec import GenerateSpec
 from ringworld_jobs.problem import NO_VALUE, KeyPath, nearest
 from ringworld_jobs.recipe import MediaTextDataset, RecipeSpec
 from ringworld_jobs.spec import JobSpec
@@ -56,7 +57,9 @@ def package_file(reference: str) -> Path | None:
     return Path(next(iter(found.submodule_search_locations))) / inner
 
 
-def check_store(checked: Checked[JobSpec] | Checked[EvalSpec], *, check_files: bool) -> None:
+def check_store(
+    checked: Checked[JobSpec] | Checked[EvalSpec] | Checked[GenerateSpec], *, check_files: bool
+) -> None:
     """Report a checkpoint store that cannot be one, or a folder that cannot be written.
 
     A store on S3 is not asked: what may write there is known where the job is to run.
@@ -81,7 +84,7 @@ def check_store(checked: Checked[JobSpec] | Checked[EvalSpec], *, check_files: b
         checked.document.report(path, f"cannot write in {existing} ({why}); choose another folder")
 
 
-def _check_limits(checked: Checked[JobSpec] | Checked[EvalSpec]) -> None:
+def _check_limits(checked: Checked[JobSpec] | Checked[EvalSpec] | Checked[GenerateSpec]) -> None:
     """Report limits of saving that would keep every save from working."""
     if checked.spec is None:
         return
@@ -118,7 +121,7 @@ def _unwritable(folder: Path) -> str:
         return (error.strerror or str(error)).lower()
 
 
-def check_tracking(checked: Checked[JobSpec] | Checked[EvalSpec]) -> None:
+def check_tracking(checked: Checked[JobSpec] | Checked[EvalSpec] | Checked[GenerateSpec]) -> None:
     """Report a tracking URI that MLflow would refuse only once the run has started."""
     path: KeyPath = ("tracking", "mlflow")
     if checked.spec is None or not checked.sound(path):
@@ -233,6 +236,8 @@ def check_evaluation_files(
             while document.value(path) is NO_VALUE:
                 path = path[:-1]
             _check_file(document, path, pattern, base)
+        for field, message in settings.file_problems(base):
+            document.report((*here, name, field), message)
 
 
 def check_codebook_files(checked: Checked[CodebookJob], base: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.check_evaluate import check_eval_job
+from ringworld_jobs.check_evaluate import check_eval_job, check_generate_job
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.credentials import refuse_secrets
 from ringworld_jobs.curriculum import check_curriculum, merge_defaults
@@ -21,6 +21,8 @@ from ringworld_jobs.files import (
     check_store,
     check_tracking,
 )
+from ringworld_jobs.generate_spec import GenerateSpec
+from ringworld_jobs.model_job import ModelJob
 from ringworld_jobs.problem import JobSpecError, KeyPath, Problem, nearest
 from ringworld_jobs.recipe import (
     LwmDataset,
@@ -40,6 +42,7 @@ __all__ = [
     "eval_of",
     "load_codebook",
     "load_eval",
+    "load_generate",
     "load_job",
     "load_recipe",
 ]
@@ -47,12 +50,14 @@ __all__ = [
 _KINDS = {
     "train": "a job spec (kind: train)",
     "eval": "a job of evaluations (kind: eval)",
+    "generate": "a job of prompts (kind: generate)",
     "data": "a data recipe (kind: data)",
     "codebook": "a codebook job (kind: codebook)",
 }
 _COMMANDS = {
     "train": "ringworld run",
     "eval": "ringworld run",
+    "generate": "ringworld run",
     "data": "ringworld data build",
     "codebook": "ringworld data train-codebook",
 }
@@ -150,6 +155,27 @@ def _eval(document: Document, base: Path, check_files: bool) -> EvalSpec:
     if problems or checked.spec is None:
         raise JobSpecError(problems)
     return _absolute_eval(checked.spec, base)
+
+
+def load_generate(path: Path | str, *, check_files: bool = True) -> GenerateSpec:
+    """Load and check a job of prompts; relative paths come back absolute as in ``load_job``, `out`
+    stays relative to the working directory.
+
+    Args:
+        path: the YAML file.
+        check_files: also check the prompts and what else the spec points to. The model is looked
+            for when the job is handed in.
+
+    Raises:
+        JobSpecError: everything that is wrong, with lines, limits and remedies.
+    """
+    base = Path(path).parent
+    checked = _checked(Path(path), "generate", GenerateSpec)
+    check_generate_job(checked, base, check_files=check_files)
+    check_store(checked, check_files=check_files)
+    check_tracking(checked)
+    spec = _sound(checked).absolute(base)
+    return spec.model_copy(update=_absolute_model(spec, base))
 
 
 def load_recipe(path: Path | str, *, check_files: bool = True) -> RecipeSpec:
@@ -330,13 +356,19 @@ def _absolute_eval(spec: EvalSpec, base: Path) -> EvalSpec:
     changed: dict[str, Any] = {"data": _absolute_data(spec.data, base)}
     if isinstance(spec.evaluate, EvaluateSpec):
         changed["evaluate"] = spec.evaluate.absolute(base)
+    return spec.model_copy(update={**changed, **_absolute_model(spec, base)})
+
+
+def _absolute_model(spec: ModelJob, base: Path) -> dict[str, Any]:
+    """The fields of its model that name files, absolute."""
+    changed: dict[str, Any] = {}
     for name in ("tokenizer", "codebook"):
         if value := getattr(spec, name):
             changed[name] = str((base / value).resolve())
     # A name may be a run's: only what says that it is a path, or is one, is taken for one.
     if spec.model.startswith(".") or (base / spec.model / "config.json").is_file():
         changed["model"] = str((base / spec.model).resolve())
-    return spec.model_copy(update=changed)
+    return changed
 
 
 def _absolute_data(spec: DataSpec, base: Path) -> DataSpec:

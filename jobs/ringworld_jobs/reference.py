@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import alternatives, annotation_of, describe, spelled_default
 from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_jobs.generate_spec import GenerateSpec
 from ringworld_jobs.problem import format_value
 from ringworld_jobs.recipe import RecipeSpec
 from ringworld_jobs.spec import JobSpec
@@ -74,6 +75,16 @@ evaluate:
   needle: {lengths: [16Ki, 64Ki], depths: 10}
   perplexity: {}
 data: {sources: {novels: {shards: data/novels}}}
+resources: {workers: {max: 8}}
+"""
+
+GENERATE_EXAMPLE = """\
+kind: generate
+name: captions
+model: books-1                              # RUN, RUN/STAGE[/STEP], or a folder of weights
+prompts: questions.jsonl                    # {"prompt": "What is this?", "image": "cat.png"}
+text: {temperature: 0.7, top_p: 0.9}
+out: s3://mine/answers                      # default: the run's folder
 resources: {workers: {max: 8}}
 """
 
@@ -188,6 +199,26 @@ the working directory. Units, scalars, unknown keys, editors: as in
 """
 
 
+_GENERATE_INTRODUCTION = f"""\
+# The generation job
+
+{_GENERATED}
+A generation job asks a file of prompts of a model that is there already: for text, images or
+videos. `ringworld validate FILE` checks it, `ringworld run FILE` and `ringworld submit FILE` run
+it, with the same queue, recovery and tracking as training. What comes out:
+[generation](generation.md#a-job-of-prompts).
+
+```yaml
+{GENERATE_EXAMPLE}```
+
+Paths are relative to the file, but for `out` and `checkpoint.store`, which are relative to the
+working directory. Units, scalars, unknown keys, editors: as in
+[the job spec](job_spec.md#how-a-file-is-read), with `docs/schema/generate.schema.json`.
+
+## Fields
+"""
+
+
 def job_page() -> str:
     """The page of the job spec, in Markdown."""
     return _page(_INTRODUCTION + "\n## Fields\n", JobSpec)
@@ -206,6 +237,11 @@ def codebook_page() -> str:
 def eval_page() -> str:
     """The page of the evaluation job, in Markdown."""
     return _page(_EVAL_INTRODUCTION, EvalSpec)
+
+
+def generate_page() -> str:
+    """The page of the generation job, in Markdown."""
+    return _page(_GENERATE_INTRODUCTION, GenerateSpec)
 
 
 def _page(introduction: str, root: type[BaseModel]) -> str:

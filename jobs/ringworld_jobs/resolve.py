@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ringworld_jobs.document import RESOLVERS
-from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_jobs.model_job import ModelJob
 from ringworld_jobs.spec import JobSpec
 
 
@@ -23,17 +23,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def resolved(spec: JobSpec | EvalSpec) -> dict[str, Any]:
+def resolved(spec: JobSpec | ModelJob) -> dict[str, Any]:
     """The spec as plain data with every default filled in; fields without a value are left out."""
     return spec.model_dump(mode="json", exclude_none=True)
 
 
-def resolved_yaml(spec: JobSpec | EvalSpec) -> str:
+def resolved_yaml(spec: JobSpec | ModelJob) -> str:
     """The resolved spec as YAML; ``load_any_job`` reads an equal spec from it."""
     return yaml.dump(resolved(spec), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def spec_digest(spec: JobSpec | EvalSpec) -> str:
+def spec_digest(spec: JobSpec | ModelJob) -> str:
     """SHA-256 (hex) of the resolved spec: two specs that mean the same have the same one.
 
     Comments, key order and units do not matter, nor does the folder that data stands in: of
@@ -45,9 +45,10 @@ def spec_digest(spec: JobSpec | EvalSpec) -> str:
         kind, _, path = data["model"]["init_from"].partition(":")
         if kind != "run":
             data["model"]["init_from"] = f"{kind}:{PurePath(path).name}"
-    if "recipe" in data["data"]:
-        data["data"]["recipe"] = PurePath(data["data"]["recipe"]).name
-    for source in data["data"]["sources"].values():
+    prepared = data.get("data", {})
+    if "recipe" in prepared:
+        prepared["recipe"] = PurePath(prepared["recipe"]).name
+    for source in prepared.get("sources", {}).values():
         if "shards" in source and "://" not in source["shards"]:
             source["shards"] = PurePath(source["shards"]).name
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)

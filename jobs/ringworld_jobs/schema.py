@@ -1,8 +1,8 @@
 """JSON schemas for editors and the reference page, generated from the models.
 
 ``python -m ringworld_jobs.schema`` rewrites docs/schema/*.schema.json, docs/job_spec.md,
-docs/eval_job.md, docs/data_recipe.md and docs/codebook_job.md; with ``--check`` it only says
-whether they are current.
+docs/eval_job.md, docs/generate_job.md, docs/data_recipe.md and docs/codebook_job.md; with
+``--check`` it only says whether they are current.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from typing import Any
 from ringworld_jobs.codebook import CodebookJob
 from ringworld_jobs.describe import spelled_default
 from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_jobs.generate_spec import GenerateSpec
 from ringworld_jobs.planner.output import PlanOutput
 from ringworld_jobs.recipe import RecipeSpec
-from ringworld_jobs.reference import codebook_page, eval_page, job_page, recipe_page
+from ringworld_jobs.reference import (
+    codebook_page,
+    eval_page,
+    generate_page,
+    job_page,
+    recipe_page,
+)
 from ringworld_jobs.spec import CheckpointSpec, JobSpec, LearningRateSpec, RecoverySpec, Spec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -58,6 +65,11 @@ def eval_schema() -> dict[str, Any]:
     return _finish(_spelled(EvalSpec.model_json_schema()), "Ringworld evaluation job")
 
 
+def generate_schema() -> dict[str, Any]:
+    """The JSON schema of a job of prompts."""
+    return _finish(_spelled(GenerateSpec.model_json_schema()), "Ringworld generation job")
+
+
 def data_schema() -> dict[str, Any]:
     """The JSON schema of a data recipe."""
     return _finish(RecipeSpec.model_json_schema(), "Ringworld data recipe")
@@ -92,11 +104,13 @@ def generated_files() -> dict[str, str]:
     return {
         "docs/schema/job.schema.json": _json(job_schema()),
         "docs/schema/eval.schema.json": _json(eval_schema()),
+        "docs/schema/generate.schema.json": _json(generate_schema()),
         "docs/schema/data.schema.json": _json(data_schema()),
         "docs/schema/codebook.schema.json": _json(codebook_schema()),
         "docs/schema/plan.schema.json": _json(plan_schema()),
         "docs/job_spec.md": job_page(),
         "docs/eval_job.md": eval_page(),
+        "docs/generate_job.md": generate_page(),
         "docs/data_recipe.md": recipe_page(),
         "docs/codebook_job.md": codebook_page(),
     }

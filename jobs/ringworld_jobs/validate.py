@@ -29,6 +29,7 @@ STAND_INS: dict[str, Any] = {
     "data": {},
     "model": "x",
     "evaluate": ["validation"],
+    "prompts": "x",
     "stages": [{}],
     "context_length": 1024,
     "rope_theta": 1e4,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_jobs.generate_spec import GenerateSpec
+from ringworld_jobs.model_job import ModelJob
 from ringworld_platform.evaluation_part import EvaluationPart, asked_of_job, asked_of_stage
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.mesh_choice import MeshChoice
@@ -30,7 +31,7 @@ class Agenda:
             PlatformError: the job's workers cannot form its mesh.
         """
         live, spec = self._live, self._live.spec
-        if isinstance(spec, EvalSpec):
+        if isinstance(spec, ModelJob):
             done = live.record.evaluated > 0
             return None if done else EvaluationPart(live, asked_of_job(live, spec))
         while (index := live.record.evaluated) < live.record.stages_done:
@@ -46,6 +47,8 @@ class Agenda:
     @property
     def ended(self) -> str:
         """What to say when all is done."""
-        if isinstance(self._live.spec, EvalSpec):
+        if isinstance(self._live.spec, GenerateSpec):
+            return "all prompts were asked"
+        if isinstance(self._live.spec, ModelJob):
             return "all evaluations are done"
         return f"all {len(self._live.spec.stages)} stages are done"

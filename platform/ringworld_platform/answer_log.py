@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ringworld_platform.evaluation_records import answers_file
 from ringworld_platform.live_run import LiveRun
+from ringworld_platform.own_answers import TASK
 from ringworld_platform.run_records import Record
 from ringworld_platform.run_state import RunState
 
@@ -58,6 +59,5 @@ class AnswerLog:
         if not self._task or record.state is not RunState.RUNNING:
             return
         done = self._before + self._given[self._task]
-        self._live.set_fields(
-            reason=f"evaluating {self._task} {done}/{self._items} of {record.stage}"
-        )
+        what = "answering prompts" if self._task == TASK else f"evaluating {self._task}"
+        self._live.set_fields(reason=f"{what} {done}/{self._items} of {record.stage}")

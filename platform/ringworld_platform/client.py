@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ringworld_jobs.any_job import Job
-from ringworld_jobs.eval_spec import EvalSpec
+from ringworld_jobs.generate_spec import GenerateSpec
+from ringworld_jobs.model_job import ModelJob
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.errors import ClusterError, PlatformError
 from ringworld_platform.run_folder import Page
@@ -116,7 +117,7 @@ class Client:
             JobTooLarge: the cluster can never hold it.
             StoreRefused: its checkpoints could not be written; nothing is left behind.
             PlatformError: the run that `model.init_from` means has no such checkpoint, or the model
-                that is to be evaluated is not there.
+                that is to be asked is not there.
             RunConflictError: another controller has a run of this very job in hand.
         """
         folder = base or Path.cwd()
@@ -242,6 +243,12 @@ class Client:
 
 def absolute_paths(spec: Job, base: Path) -> Job:
     """The spec with every relative path made absolute, so that it means the same everywhere."""
+    store = spec.checkpoint.model_copy(update={"store": _absolute(spec.checkpoint.store, base)})
+    if isinstance(spec, GenerateSpec):
+        out = spec.out
+        if out is not None:
+            out = _absolute(out if "://" in out else f"file://{out}", base)
+        return spec.model_copy(update={"out": out, "checkpoint": store})
     data = spec.data
     recipe = None if data.recipe is None else _absolute(data.recipe, base)
     sources = {
@@ -259,7 +266,6 @@ def absolute_paths(spec: Job, base: Path) -> Job:
             "shard_cache": data.shard_cache.model_copy(update={"folder": folder}),
         }
     )
-    store = spec.checkpoint.model_copy(update={"store": _absolute(spec.checkpoint.store, base)})
     if not isinstance(spec, JobSpec):
         return spec.model_copy(update={"data": meant, "checkpoint": store})
     model, init_from = spec.model, spec.model.init_from or ""
@@ -271,7 +277,7 @@ def absolute_paths(spec: Job, base: Path) -> Job:
 
 def _settled(spec: Job, base: Path) -> Job:
     """The spec with the one checkpoint that its model means: `model.init_from: run:...`, say."""
-    if isinstance(spec, EvalSpec):
+    if isinstance(spec, ModelJob):
         from ringworld_platform.evaluated_model import settled_model
 
         return settled_model(spec, runs_root_of(spec, base))

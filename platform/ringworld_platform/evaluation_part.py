@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringworld_jobs.eval_spec import EvalSpec
 from ringworld_jobs.evaluate_spec import EvaluateSpec
+from ringworld_jobs.generate_spec import GenerateSpec
 from ringworld_jobs.mesh import MeshSize
+from ringworld_jobs.model_job import ModelJob
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.checkpoint_places import Place
 from ringworld_platform.errors import PlatformError
@@ -28,6 +29,8 @@ from ringworld_platform.gang_watch import GangFailed
 from ringworld_platform.job_ends import JobFailed
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.mesh_choice import MeshChanged
+from ringworld_platform.own_answers import TASK as OWN_PROMPTS
+from ringworld_platform.own_answers import answers_url, write_answers
 from ringworld_platform.parts import Device, Result
 from ringworld_platform.recovery import Failure, FailureKind
 from ringworld_platform.run_claims import checkpoints_url, run_url
@@ -60,6 +63,7 @@ class Asked:
         mixture: share of each source.
         first_mixture: that of the job's first stage.
         first_context_length: of the job's first stage.
+        files_url: of the store that files of answers go to.
     """
 
     stage: str
@@ -76,6 +80,7 @@ class Asked:
     mixture: dict[str, float]
     first_mixture: dict[str, float]
     first_context_length: int
+    files_url: str
 
 
 def asked_of_stage(live: LiveRun, spec: JobSpec, index: int) -> Asked:
@@ -107,17 +112,18 @@ def asked_of_stage(live: LiveRun, spec: JobSpec, index: int) -> Asked:
         mixture=dict(stage.mixture),
         first_mixture=dict(first.mixture),
         first_context_length=first.context_length,
+        files_url=answers_url(spec, run_id, stage.name),
     )
 
 
-def asked_of_job(live: LiveRun, spec: EvalSpec) -> Asked:
-    """What a job of evaluations asks.
+def asked_of_job(live: LiveRun, spec: ModelJob) -> Asked:
+    """What a job without stages asks.
 
     Raises:
         PlatformError: a source is of a dataset that the recipe no longer has.
     """
     prepared = live.record.prepared or {}
-    mixture = dict.fromkeys(sources_of(spec, prepared.get("datasets", {})), 1.0)
+    mixture = dict.fromkeys(sources_of(live.spec, prepared.get("datasets", {})), 1.0)
     return Asked(
         stage=spec.name,
         index=0,
@@ -133,6 +139,7 @@ def asked_of_job(live: LiveRun, spec: EvalSpec) -> Asked:
         mixture=mixture,
         first_mixture=mixture,
         first_context_length=0,
+        files_url=answers_url(live.spec, live.run_id),
     )
 
 
@@ -146,7 +153,8 @@ class EvaluationPart:
         self._live, self._asked = live, asked
         self._wanted = self._tried = MeshSize(1, 1)
         self.name = f"{asked.stage}-evaluate"
-        self.title = f"evaluation of {asked.stage}"
+        what = "answers of" if isinstance(live.spec, GenerateSpec) else "evaluation of"
+        self.title = f"{what} {asked.stage}"
 
     def function(self, config: RunnerConfig) -> str:
         """See ``Part.function``."""
@@ -218,6 +226,7 @@ class EvaluationPart:
                 for found in read_figures(live.folder.path)
                 if int(found["stage_index"]) < asked.index
             ),
+            files_url=asked.files_url,
             answers=tuple(read_answers(live.folder.path, asked.index, asked.stage)),
         )
 
@@ -277,6 +286,8 @@ class EvaluationPart:
         name = f"{asked.index:02d}-{asked.stage}-{task}"
         title = f"{task.replace('_', ' ')}, {live.run_id} {asked.stage}"
         files = draw(live.folder.path, name, task, answers, figures, title)
+        if task == OWN_PROMPTS:
+            self._hand_out(answers)
         return {
             "kind": EVALUATION,
             "stage": asked.stage,
@@ -291,6 +302,20 @@ class EvaluationPart:
             **figures,
             "files": [answers_file(asked.index, asked.stage), *files],
         }
+
+    def _hand_out(self, answers: list[Record]) -> None:
+        """Write the answers to prompts where the user takes them."""
+        try:
+            place = write_answers(self._asked.files_url, answers)
+        except StoreError as error:
+            if error.transient:
+                raise GangFailed(Failure(FailureKind.STORE, str(error))) from error
+            raise
+        failed = [answer for answer in answers if "problem" in answer]
+        count = len(answers) - len(failed)
+        self._live.event("answers", f"{count} answers are in {place}", place=place)
+        for answer in failed:
+            self._live.event("unanswered", f"line {answer['line']}: {answer['problem']}")
 
     def _missed(self, task: str, figures: dict[str, float]) -> Iterator[str]:
         """The limits that end the job; those that do not are told of here."""
@@ -319,6 +344,8 @@ def refuse_missed(live: LiveRun) -> None:
     """
     if live.record.missed:
         remedy = "Train for longer or change the limit, and submit that as a new job"
+        if isinstance(live.spec, GenerateSpec):
+            remedy = "The events say which; mend them or raise the limit in a new job"
         raise JobFailed(
             f"{live.record.missed}. {remedy}; or go on all the same: "
             f"`ringworld resume {live.run_id}`"

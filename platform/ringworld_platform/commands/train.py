@@ -47,7 +47,13 @@ def validate(
 
     Every problem is shown at once, with its line, the limit and the remedy. Exit code 2 if any.
     """
-    from ringworld_jobs.load import load_codebook, load_eval, load_job, load_recipe
+    from ringworld_jobs.load import (
+        load_codebook,
+        load_eval,
+        load_generate,
+        load_job,
+        load_recipe,
+    )
     from ringworld_jobs.plan import plan_stages
 
     kind = _kind(job)
@@ -60,12 +66,13 @@ def validate(
         command = f"ringworld data train-codebook {job}"
         out().print(f"{job} is valid; train it with [cyan]{command}[/cyan]")
         return
-    if kind == "eval":
-        eval_spec = load_eval(job, check_files=files)
+    if kind in ("eval", "generate"):
+        load = load_eval if kind == "eval" else load_generate
+        asking = load(job, check_files=files)
         if resolved:
             from ringworld_jobs.resolve import resolved_yaml
 
-            typer.echo(resolved_yaml(eval_spec), nl=False)
+            typer.echo(resolved_yaml(asking), nl=False)
             return
         out().print(f"{job} is valid; start it with [cyan]ringworld run {job}[/cyan]")
         return

@@ -39,6 +39,7 @@ class EvaluationJob:
         first_context_length: of the job's first stage.
         data: which examples are drawn, and where remote shards are kept.
         earlier: figures of the stages before; see ``Subject``.
+        files_url: of the store that files of answers go to.
         answers: records that there are already, each with its ``task``; their items are not asked
             again.
         heads_size: ranks that split the heads: none do, in an evaluation.
@@ -65,6 +66,7 @@ class EvaluationJob:
     first_context_length: int = 0
     data: DataSpec = field(default_factory=DataSpec)
     earlier: tuple[Record, ...] = ()
+    files_url: str = ""
     answers: tuple[Record, ...] = ()
     heads_size: int = 1
 

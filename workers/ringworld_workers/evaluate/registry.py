@@ -17,6 +17,7 @@ TASKS = {
     "video_needle": "ringworld_workers.evaluate.video_needle:VideoNeedle",
     "questions": "ringworld_workers.evaluate.questions:Questions",
     "reconstruction": "ringworld_workers.evaluate.reconstruction:Reconstruction",
+    "generate": "ringworld_workers.evaluate.own_prompts:OwnPrompts",
 }
 """``module:class`` of each field of ``EvaluateSpec``; the class takes (settings, subject)."""
 

@@ -68,6 +68,7 @@ def run_evaluation(job: EvaluationJob, mesh: Mesh, reporter: Reporter) -> dict[s
         first_context_length=job.first_context_length,
         data=job.data,
         earlier=job.earlier,
+        files_url=job.files_url,
     )
     ring = EvaluationRing(
         loaded=loaded,

@@ -60,6 +60,7 @@ class Subject:
         data: which examples are drawn from each source, and where remote ones are kept.
         earlier: the figures of the same job's evaluations of the stages before this one, oldest
             first, as ``{"task", "stage", "stage_index", figure: value, ...}``.
+        files_url: of the store that files of answers go to.
     """
 
     loaded: LoadedModel
@@ -72,6 +73,7 @@ class Subject:
     first_context_length: int = 0
     data: DataSpec = field(default_factory=DataSpec)
     earlier: Sequence[Record] = ()
+    files_url: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
