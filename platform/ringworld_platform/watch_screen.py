@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Look:
         """
         if key in ("q", "Q", "\x03", "escape"):
             return False
-        if key.isdigit() and 1 <= int(key) <= len(VIEWS):
+        if key.isdecimal() and 1 <= int(key) <= len(VIEWS):
             self.view, self.scroll = int(key) - 1, 0
         elif key in ("right", "\t", "left"):
             step = -1 if key == "left" else 1
@@ -240,7 +241,7 @@ def _one_chart(progress: RunProgress, name: str, width: int, height: int) -> lis
     marks = {}
     for records in progress.stages.values():
         held = records.get("validation", {})
-        if held.get(name) is not None:
+        if held.get(name) is not None and math.isfinite(held[name]):
             marks[int(held.get("global_step", 0))] = float(held[name])
     if marks:
         title.append(f"  ◆ held out {loss(list(marks.values())[-1])}", "dim")
@@ -274,7 +275,7 @@ def _curves(progress: RunProgress, look: Look, width: int, room: int) -> list[Te
 def _ring(progress: RunProgress, look: Look, width: int, room: int) -> list[Text]:
     ranks = len(progress.status.get("workers") or [])
     if not ranks:
-        return [Text("no workers at present", style="dim")]
+        return [cut(Text("no workers at present", style="dim"), width)]
     look.scroll = max(0, min(look.scroll, ranks - max(1, room - 2)))
     lines = ring_lines(progress.status, width, room, first=look.scroll)
     if room > len(lines) + 1:

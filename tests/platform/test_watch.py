@@ -80,7 +80,7 @@ RUNNING = {"state": "RUNNING", "eta_seconds": 75.0, "step": 13, "updated": 4e9}
     ("size", "ranks"),
     [
         *(((80, 24), ranks) for ranks in (0, 2, 64)),
-        *(((20, 6), 1000), ((47, 11), 64), ((120, 40), 2), ((200, 60), 1000)),
+        *(((20, 12), 0), ((20, 6), 1000), ((47, 11), 64), ((120, 40), 2), ((200, 60), 1000)),
     ],
 )
 def test_every_view_fits(recorded_run: Path, size: tuple[int, int], ranks: int) -> None:
@@ -187,6 +187,15 @@ def test_a_long_run_is_kept_whole_and_small(recorded_run: Path) -> None:
     assert "\nloss 6.000" in "\n".join(lines_of(progress))
 
 
+def test_a_held_out_loss_that_is_no_number_is_not_drawn(recorded_run: Path) -> None:
+    log = recorded_run / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    broken = [{**r, "loss_text": float("nan")} for r in records if r["kind"] == "validation"]
+    log.write_text("".join(json.dumps(record) + "\n" for record in [*records, broken[-1]]))
+    text = "\n".join(lines_of(progress_of(recorded_run), "curves"))
+    assert re.search(r"text loss.*◆ held out 2.900", text), "that of the stage before"
+
+
 def test_charts_stand_on_their_axes() -> None:
     falling = curve_over([(x, 8.0 - x) for x in range(8)], (0, 8), (1, 8), 4, 2)
     assert [len(row) for row in falling] == [4, 4]
@@ -226,7 +235,7 @@ def test_keys_and_what_they_do() -> None:
         *("q", "up", "down", "pageup", "2", "escape")
     ]
     look = Look()
-    for key, view in (("3", 2), ("right", 3), ("right", 0), ("left", 3), ("9", 3), ("x", 3)):
+    for key, view in (("3", 2), ("right", 3), ("right", 0), ("left", 3), ("9", 3), ("\u00b2", 3)):
         assert look.press(key, 10) and look.view == view
     for key, scroll in (("down", 1), ("pagedown", 11), ("up", 10), ("home", 0), ("up", 0)):
         assert look.press(key, 10) and look.scroll == scroll
