@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _MODULE = "ringworld_platform.tracking_process"
 RESTART_SECONDS = 5.0
+RUNS_A_PROCESS = 50
+"""Runs that end before a process makes way for another: MLflow keeps a store open for each run."""
 
 
 @dataclass(slots=True)
@@ -51,13 +53,21 @@ class TrackedJob:
 class TrackingService:
     """Tracks runs. Its process lives as long as there are any, and is started again if it dies."""
 
-    def __init__(self, *, restart_seconds: float = RESTART_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        restart_seconds: float = RESTART_SECONDS,
+        runs_a_process: int = RUNS_A_PROCESS,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             restart_seconds: pause before a process that has died is started again.
+            runs_a_process: runs that end before a process makes way for another.
         """
-        self._restart_seconds = restart_seconds
+        self._restart_seconds, self._runs_a_process = restart_seconds, runs_a_process
+        self._ended = 0
+        """Runs that the process has sent to their end."""
         self._lock = threading.Lock()
         self._jobs: dict[str, TrackedJob] = {}
         self.process: subprocess.Popen[str] | None = None
@@ -130,7 +140,7 @@ class TrackingService:
             bufsize=1,
             env={**os.environ, "PYTHONPATH": path},
         )
-        self.process, self._messages = process, SimpleQueue()
+        self.process, self._messages, self._ended = process, SimpleQueue(), 0
         for job in self._jobs.values():
             self._messages.put(job.start)
             if job.status is not None:
@@ -178,6 +188,10 @@ class TrackingService:
             if job.state == "ended":
                 self._remove(job)
                 job.ended.set()
+                self._ended += 1
+                if self._jobs and self._ended >= self._runs_a_process:
+                    self._dismiss()
+                    self._launch()
 
 
 def _end(job: TrackedJob) -> dict[str, Any]:

@@ -170,35 +170,42 @@ def test_a_server_that_wants_credentials_is_told_in_a_line(
     assert "\n" not in (tracker.problem or "") and "hunter2" not in caplog.text
 
 
-def test_the_process_that_tracks_is_started_again_and_ends_with_its_controller(
+def test_the_process_that_tracks_makes_way_for_another_and_ends_with_its_controller(
     tmp_path: Path, recording: Recording, empty_mlflow: bytes
 ) -> None:
     from mlflow import MlflowClient
 
-    folder = tmp_path / "quickstart-1"
+    folder, short = tmp_path / "quickstart-1", tmp_path / "quickstart-2"
     spec, records = made_run(folder, recording, "auto"), recording["metrics"]()[:20]
-    (folder / "mlflow.db").write_bytes(empty_mlflow)
+    made_run(short, recording, "auto")
+    for each in (folder, short):
+        (each / "mlflow.db").write_bytes(empty_mlflow)
     uri, log = f"sqlite:///{folder / 'mlflow.db'}", folder / "metrics.jsonl"
 
     def all_sent() -> bool:
         return TrackedRun.load(folder, uri).offset == log.stat().st_size
 
-    service = TrackingService(restart_seconds=0.1)
+    service = TrackingService(restart_seconds=0.1, runs_a_process=1)
     try:
         recording["append"](log, records[:10])
-        job = service.track(folder, spec, "quickstart-1")
-        wait_until(all_sent, "it has sent what there was", 120)
+        job, other = (service.track(f, spec, f.name) for f in (folder, short))
         first = service.process
-        assert first is not None
-        first.kill()
+        wait_until(all_sent, "it has sent what there was", 120)
+        service.end(other, "STOPPED")
+        assert other.ended.wait(120)
+        assert first is not None and first.wait(60) == 0
         recording["append"](log, records[10:])
         wait_until(all_sent, "another one has sent the rest", 120)
         wait_until(lambda: job.state == "up to date", "it says so")
         second = service.process
         assert second is not None and second is not first
+        second.kill()
+        wait_until(lambda: service.process not in (None, second), "it is started again", 60)
+        third = service.process
     finally:
         service.close()
-    second.wait(60)
+    assert third is not None
+    third.wait(60)
     client, saved = MlflowClient(uri), TrackedRun.load(folder, uri)
     there = points_of_run(client, saved.stages["0"])
     assert there == points_of_log(records, 0)
