@@ -120,6 +120,9 @@ class Grammar:
     def start(self, tokens: Sequence[int], modality: Sequence[int]) -> State:
         """The state after a prompt.
 
+        What spells ``<vision>`` there and has text behind it is text: a person may write of it. So
+        it is at the prompt's end where no clip may be opened.
+
         Args:
             tokens: of the prompt, ids in the spaces of ``modality``.
             modality: one a token.
@@ -132,6 +135,8 @@ class Grammar:
             # A prompt's text may follow a clip in any form that the user gives it.
             if kind == TEXT and state.closing and token != state.closing[0]:
                 state = replace(state, closing=())
+            if kind == TEXT:
+                state = self._unspelled(state)
             if kind != (VISION if state.in_clip else TEXT) or (
                 state.in_clip and not self._fits(state, token)
             ):
@@ -141,6 +146,8 @@ class Grammar:
                     "between the ids of <vision> and </vision>, with the model's own codebook"
                 )
             state = self._advanced(state, token)
+        if self.max_frames == 0:
+            state = self._unspelled(state)
         return replace(state, made=0)
 
     def allowed(self, state: State, room: int) -> Allowed:
@@ -220,6 +227,12 @@ class Grammar:
     def _opens_next(self, state: State) -> bool:
         before = self.start_ids[:-1]
         return not before or state.tail[-len(before) :] == before
+
+    def _unspelled(self, state: State) -> State:
+        """The state where ``<vision>``, if it has just been written, is text."""
+        if (state.clip, state.place) != (0, 0):
+            return state
+        return State(tail=self.start_ids[1:], made=state.made)
 
     def _fits(self, state: State, token: int) -> bool:
         if state.place < self.codes_per_frame:

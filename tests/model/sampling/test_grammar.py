@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -83,6 +84,9 @@ def test_a_clip_of_the_prompt_is_continued_and_finished(
     tokens = [0, *grammar.start_ids, *clip]
     modality = [TEXT] * (1 + len(grammar.start_ids)) + [VISION] * len(clip)
     state = grammar.start(tokens, modality)
+    if not clip and grammar.max_frames == 0:
+        assert state.free
+        return
     assert (state.clip, state.place, state.made) == (before, len(given_codes), 0)
     try:
         grammar.check_room(state, room)
@@ -119,7 +123,8 @@ def test_prompts_that_break_the_grammar_are_refused() -> None:
     grammar = Grammar(codebook_size=4, codes_per_frame=2, start_ids=(1, 2), end_ids=(3,))
     clip = vision_tokens([[0, 1], [2, 3]], 4).tolist()
     for tokens, modality, words in (
-        ([1, 2, 9], [TEXT, TEXT, TEXT], "token 2 (text id 9) does not fit: code 0 of frame 0"),
+        ([1, 2, 4], [TEXT, TEXT, VISION], "token 2 (vision id 4) does not fit: code 0 of frame 0"),
+        ([1, 2, 0, 9], [TEXT, TEXT, VISION, TEXT], "token 3 (text id 9) does not fit"),
         ([1, 0], [TEXT, VISION], "outside a clip there is text"),
         ([1, 2, 0, 4], [TEXT, TEXT, VISION, VISION], "code 1 of frame 0 must be a vision id below"),
         ([1, 2, 0, 1, 2], [TEXT, TEXT, *[VISION] * 3], "frame 0 must end in eof 4 or eov 5"),
@@ -132,6 +137,11 @@ def test_prompts_that_break_the_grammar_are_refused() -> None:
         tokens = [1, 2, *clip, *rest]
         modality = [TEXT, TEXT, *[VISION] * len(clip), *[TEXT] * len(rest)]
         assert grammar.start(tokens, modality).free
+    # Who writes of <vision> opens no clip.
+    for tokens in ([1, 2, 9], [1, 2, 1, 9], [1, 2, 3]):
+        assert grammar.start(tokens, [TEXT] * len(tokens)).free
+    assert grammar.start([1, 2, 1, 2, 0], [*[TEXT] * 4, VISION]).in_clip
+    assert replace(grammar, max_frames=0).start([1, 2], [TEXT, TEXT]).free
     opened = grammar.start([1, 2], [TEXT, TEXT])
     with pytest.raises(ValueError, match=r"takes 4 more tokens \(1 frames of 3 and </vision>\)"):
         grammar.check_room(opened, 3)
