@@ -62,7 +62,8 @@ class InputVideoPart(_Strict):
     input_video: VideoUrl
 
 
-Part = Annotated[TextPart | ImagePart | VideoUrlPart | InputVideoPart, Field(discriminator="type")]
+MediaPart = ImagePart | VideoUrlPart | InputVideoPart
+Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
 class Message(_Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,9 @@ from ringworld_platform.serving.api_types import (
     CompletionRequest,
     ImagePart,
     InputVideoPart,
+    MediaPart,
     Message,
     TextPart,
-    VideoUrl,
 )
 from ringworld_platform.serving.media import Media
 from ringworld_platform.serving.settings import ServeSettings
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ringworld_model.sampling.settings import SamplingSettings
     from ringworld_workers.generation.asks import Ask
     from ringworld_workers.generation.coder import Coder
-    from ringworld_workers.generation.prompts import Clip, Part
+    from ringworld_workers.generation.prompts import Medium
 
 _SEED_BITS = 63
 _ROLES = {"developer": "system"}
@@ -56,10 +56,7 @@ class Asking:
 
         try:
             if isinstance(request, ChatRequest):
-                prompt = chat_prompt(
-                    [self._message(at, each) for at, each in enumerate(request.messages)],
-                    self._coder,
-                )
+                prompt = chat_prompt(self._messages(request.messages), self._coder)
             else:
                 given = request.prompt
                 prompt = prompt_of([given if isinstance(given, str) else given[0]], self._coder)
@@ -72,44 +69,56 @@ class Asking:
             grammar=replace(self._coder.grammar, max_frames=0),
         )
 
-    def _message(self, at: int, message: Message) -> Mapping[str, object]:
-        role = _ROLES.get(message.role, message.role)
-        if isinstance(message.content, str):
-            return {"role": role, "content": message.content}
-        parts: list[Part] = []
-        for number, part in enumerate(message.content):
-            place = f"messages.{at}.content.{number}"
-            if isinstance(part, TextPart):
-                parts.append(part.text)
-            elif isinstance(part, ImagePart):
-                from ringworld_workers.generation.prompts import Image
+    def _messages(self, messages: Sequence[Message]) -> list[Mapping[str, object]]:
+        """The messages, their media encoded.
 
-                parts.append(Image(self._media.read(part.image_url.url, f"{place}.image_url")))
-            elif isinstance(part, InputVideoPart):
-                parts.append(self._clip(part.input_video, f"{place}.input_video"))
-            else:
-                parts.append(self._clip(part.video_url, f"{place}.video_url"))
-        return {"role": role, "content": parts}
+        Raises:
+            ApiError: a medium cannot be had, or all have more frames than the context: it is said
+                at the first frame too many, for a body holds many thousands.
+        """
+        from ringworld_workers.generation.prompts import codes_of
 
-    def _clip(self, video: VideoUrl, place: str) -> Clip:
-        from ringworld_workers.generation.prompts import Clip
+        frame, limit = self._coder.grammar.frame_tokens, self._settings.max_prompt_tokens
+        context = self._coder.context_length
+        most = min(context, limit or context) // frame
+        found: list[Mapping[str, object]] = []
+        left = most
+        for at, message in enumerate(messages):
+            content: list[object] = []
+            given = message.content
+            for number, part in enumerate([given] if isinstance(given, str) else given):
+                if isinstance(part, str | TextPart):
+                    content.append(part if isinstance(part, str) else part.text)
+                    continue
+                place = f"messages.{at}.content.{number}.{part.type}"
+                codes = codes_of(self._medium(part, place, left), self._coder)
+                left -= len(codes)
+                if left < 0:
+                    raise ApiError(
+                        400,
+                        f"{place}: with it the images and videos have more than {most:,} frames. "
+                        f"A frame takes {frame} tokens, and a prompt may have "
+                        f"{min(context, limit or context):,}; send fewer of them, or ask for "
+                        "fewer num_frames",
+                        code="context_length_exceeded",
+                        param=place,
+                    )
+                content.append(codes)
+            found.append({"role": _ROLES.get(message.role, message.role), "content": content})
+        return found
 
-        frame = self._coder.grammar.frame_tokens
-        most = self._coder.context_length // frame
-        if video.num_frames is not None and video.num_frames > most:
-            raise ApiError(
-                400,
-                f"{place}.num_frames={video.num_frames:,}: a frame takes {frame} tokens, and "
-                f"{self._settings.name} was trained for {self._coder.context_length:,}; ask for "
-                f"{most:,} at most",
-                code="context_length_exceeded",
-                param=place,
-            )
-        frames = video.num_frames
-        if video.fps is not None and frames is None:
-            # One more than can be used is refused by its length, before thousands are encoded.
-            frames = most + 1
-        return Clip(self._media.read(video.url, place), fps=video.fps, num_frames=frames)
+    def _medium(self, part: MediaPart, place: str, left: int) -> Medium:
+        """A medium of no more frames than it takes to see that they are too many."""
+        from ringworld_workers.generation.prompts import NUM_FRAMES, Clip, Image
+
+        if isinstance(part, ImagePart):
+            return Image(self._media.read(part.image_url.url, place))
+        video = part.input_video if isinstance(part, InputVideoPart) else part.video_url
+        asked = video.num_frames
+        if asked is None:
+            asked = NUM_FRAMES if video.fps is None else left + 1
+        data = self._media.read(video.url, place)
+        return Clip(data, fps=video.fps, num_frames=min(asked, left + 1))
 
     def _most_tokens(self, prompt: Prompt, request: ChatRequest | CompletionRequest) -> int:
         """Tokens that the answer may have.

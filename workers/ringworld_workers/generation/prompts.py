@@ -68,7 +68,8 @@ class Clip:
 Medium = Image | Clip
 Part = str | Medium
 Message = Mapping[str, object]
-"""``role`` (system, user, assistant) and ``content``: a text, or parts in order."""
+"""``role`` (system, user, assistant) and ``content``: a text, or parts in order: texts, media, or
+their codes."""
 
 
 def prompt_of(parts: Sequence[Part], loaded: Coder) -> Prompt:
@@ -213,7 +214,7 @@ def _turn(number: int, message: Message, loaded: Coder) -> Turn:
 
 
 def _content(number: int, part: object, loaded: Coder) -> Content:
-    if isinstance(part, str):
+    if isinstance(part, str | np.ndarray):
         return part
     if isinstance(part, Image | Clip):
         return codes_of(part, loaded)
