@@ -17,6 +17,8 @@ from ringworld_jobs.units import ContextLength, Tokens, format_tokens
 Percent = Annotated[float, Field(ge=0, le=100)]
 Depths = Annotated[list[Percent], Field(min_length=1)]
 Lengths = Annotated[list[ContextLength], Field(min_length=1)]
+_SHORTEST_AUTO = 256
+"""Least of the lengths that are chosen by themselves: words and answer leave less no text."""
 _CHEAPEST = 64
 """Fewest tokens that question and words could ever take beside the answer."""
 
@@ -82,7 +84,8 @@ class NeedleTask(HaystackTask):
     """
 
     lengths: Lengths | Auto = "auto"
-    """Context lengths. auto: an eighth, a quarter, half and all of the context."""
+    """Context lengths. auto: an eighth, a quarter, half and all of the context, from 256 tokens
+    on."""
     min_accuracy: Share | None = None
     """Least share of right answers, over all lengths and depths, that passes."""
 
@@ -90,7 +93,8 @@ class NeedleTask(HaystackTask):
         """The lengths for a model of some context."""
         if self.lengths != "auto":
             return self.lengths
-        return [context_length // part for part in (8, 4, 2, 1)]
+        parts = [context_length // part for part in (8, 4, 2)]
+        return [part for part in parts if part >= _SHORTEST_AUTO] + [context_length]
 
     def problems(self, context_length: int) -> Iterator[tuple[str, str]]:
         """See ``TaskSpec.problems``."""
