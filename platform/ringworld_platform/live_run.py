@@ -351,7 +351,7 @@ class LiveRun:
 
     def _step(self, record: Record) -> None:
         step = int(record.get("step", 0))
-        rate = record.get("tokens_per_second")
+        rate, loss = record.get("tokens_per_second"), record.get("loss")
         with self._lock:
             smooth = self.record.tokens_per_second
             if isinstance(rate, int | float):
@@ -359,7 +359,7 @@ class LiveRun:
             self._assign(
                 step=step,
                 global_step=int(record.get("global_step", step)),
-                loss=record.get("loss"),
+                loss=loss if loss is not None and math.isfinite(loss) else None,  # JSON has no NaN
                 tokens_per_second=smooth,
                 eta_seconds=self._tokens_left(step) / smooth if smooth else None,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -79,6 +81,17 @@ def test_an_end_keeps_what_has_changed_since_the_last_save(states: Watched, live
     assert (record.checkpoint, record.step, record.error) == (
         "00-1k/step-00000003", 3, "rank 1 fell",
     )  # fmt: skip
+
+
+def test_a_state_is_json_for_any_reader_after_a_step_that_went_wrong(
+    states: Watched, live: LiveRun
+) -> None:
+    step = {"kind": "step", "stage": "1k", "stage_index": 0, "step": 3, "tokens": 3072}
+    live.metrics([{**step, "loss": 2.5}])
+    assert live.status()["loss"] == 2.5
+    live.metrics([{**step, "loss": math.nan}])
+    assert live.status()["loss"] is None
+    assert json.loads(json.dumps(live.status(), allow_nan=False))["step"] == 3
 
 
 class Slow(RunFolder):
