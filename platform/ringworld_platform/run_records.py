@@ -6,7 +6,6 @@ Readers come while a writer is busy and after crashes, so a torn line is skipped
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +157,3 @@ def read_run(folder: Path) -> RunRecords:
         records=read_lines(folder / METRICS_FILE).records,
         events=read_lines(folder / EVENTS_FILE).records,
     )
-
-
-def numbers(record: Mapping[str, Any], skip: frozenset[str]) -> Iterator[tuple[str, float]]:
-    """The plain numbers of a record, identity fields left out."""
-    for key, value in record.items():
-        if key not in skip and isinstance(value, int | float) and not isinstance(value, bool):
-            yield key, float(value)
