@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ringworld_jobs.eval_spec import NEED_DATA, EvalSpec
@@ -62,8 +63,9 @@ def check_generate_job(checked: Checked[GenerateSpec], base: Path, *, check_file
     spec, report = checked.spec, checked.document.report
     if spec is None:
         return
-    if spec.context_length is not None and checked.sound(("context_length",)):
-        for field, message in spec.problems(spec.context_length):
+    if checked.sound(("context_length",), ("to",)):
+        # Without one, it is the model's, which is looked for later.
+        for field, message in spec.problems(spec.context_length or sys.maxsize):
             if checked.sound((field,)):
                 report((field,), message)
     if spec.out is not None and "://" in spec.out and checked.sound(("out",)):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ringworld_jobs.evaluate_base import TaskSpec
 from ringworld_jobs.prompts_file import PromptsError, Target, check_lines, read_prompts
@@ -88,16 +88,10 @@ class GenerateSettings(Spec):
     """Most prompts that may be left without an answer, for a broken medium or for want of room in
     the context. The others are answered all the same."""
 
-    @model_validator(mode="after")
-    def _one_frame(self) -> Self:
-        if self.to == "image" and self.frames not in (None, 1):
-            raise ValueError(
-                f"frames: {self.frames} frames are a video; write to: video, or leave frames out"
-            )
-        return self
-
     def problems(self, context_length: int) -> Iterator[tuple[str, str]]:
         """See ``TaskSpec.problems``."""
+        if self.to == "image" and self.frames not in (None, 1):
+            yield "frames", "an image has one; leave it out, or write to: video"
         if self.to == "text" and self.answer_tokens >= context_length:
             yield (
                 "answer_tokens",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ringworld_jobs.evaluate_spec import EvaluateSpec
-from ringworld_jobs.load import JobSpecError, load_job
+from ringworld_jobs.load import JobSpecError, load_eval, load_job
 
 JOB = """\
 kind: train
@@ -64,3 +64,25 @@ def test_what_is_not_there_is_said_with_its_line(folder: Path) -> None:
     assert f"job.yaml:15: {here}.needle.haystack.files[0] = 'b.txt': no such file" in found
     assert f"job.yaml:15: {here}.needle.haystack.files[1]" in found
     assert f"job.yaml:16: {here}.questions.files[0] = 'asked.jsonl'" in found
+
+
+EVAL = """\
+kind: eval
+name: later
+model: asked-1
+evaluate:
+  needle: {haystack: {files: ["*.txt"]}}
+  questions: {files: [%s]}
+"""
+
+
+def test_a_job_of_evaluations_finds_its_files_too(folder: Path) -> None:
+    (folder / "eval.yaml").write_text(EVAL % "asked.jsonl")
+    evaluate = load_eval(folder / "eval.yaml").evaluate
+    assert isinstance(evaluate, EvaluateSpec)
+    assert evaluate.needle is not None and evaluate.questions is not None
+    assert evaluate.needle.haystack.files == [str(folder / "*.txt")]
+    assert evaluate.questions.files == [str(folder / "asked.jsonl")]
+    (folder / "eval.yaml").write_text(EVAL % "none.jsonl")
+    with pytest.raises(JobSpecError, match=r"eval.yaml:6: evaluate\.questions\.files\[0\] = 'none"):
+        load_eval(folder / "eval.yaml")
