@@ -275,6 +275,9 @@ def test_few_frames_are_spread_over_all_as_lwm_does(film: Path, tmp_path: Path) 
     for number in (1, 2, 7, 23, 24, 99):
         kept = np.linspace(0, 23, number).astype(int) if number < 24 else range(24)
         same(frames_of(film, max_frames=number), [whole[i] for i in kept])
+    # A rate is what somebody asks for: its moments are not listed.
+    often = frames_of(film, max_frames=3, fps=1e12)
+    assert [round(frame.shown, 2) for frame in often] == [0.0, 2.9, 5.9]
     # The same where a container has no index of key frames.
     other = write_film(tmp_path / "film.ts")
     whole = frames_of(other)

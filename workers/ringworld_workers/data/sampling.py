@@ -5,6 +5,7 @@ Nothing here knows of files or codecs: a film is pictures with times, in order.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ MAX_SECONDS = 172_800.0
 """Two days: a broken timestamp further off would be filled up with repeated frames."""
 END_SLACK_SECONDS = 1.0
 """How far a stretch may reach beyond a film's end: captions are rounded to seconds."""
+_MOST_MOMENTS = 1 << 62
 _MAX_RATIO = 8
 """Of a picture's sides: what lies further out is cut before scaling, which would blow it up."""
 
@@ -128,10 +130,17 @@ def spread_moments(sampling: Sampling, last: float) -> list[float]:
 
     They are spread evenly, the first and last included, by linspace cut to whole numbers.
     """
-    times = list(itertools.takewhile(lambda time: time <= last + EPSILON, moments(sampling)))
-    if sampling.max_frames is None or len(times) <= sampling.max_frames:
-        return times
-    return [times[i] for i in np.linspace(0, len(times) - 1, sampling.max_frames).astype(int)]
+    def passed(k: int) -> bool:
+        time = sampling.start + k / sampling.fps
+        return time > last + EPSILON or (sampling.end is not None and time >= sampling.end - EPSILON)
+
+    # Counted without listing them: a rate is what somebody asks for, such as 1e9 a second.
+    count = bisect.bisect_left(range(_MOST_MOMENTS), True, key=passed)
+    if sampling.max_frames is None or count <= sampling.max_frames:
+        numbers = list(range(count))
+    else:
+        numbers = np.linspace(0, count - 1, sampling.max_frames).astype(int).tolist()
+    return [sampling.start + k / sampling.fps for k in numbers]
 
 
 def take(
