@@ -65,6 +65,16 @@ def test_a_conversation_is_spelled_as_training_spells_it(coder: Coder, picture: 
     assert len(trained) == len(asked) + len(coder.tokenizer.encode(" Yes.")) + 1
 
 
+def test_what_a_conversation_is_about_is_spelled_as_a_question_would_be(
+    coder: Coder, picture: Path
+) -> None:
+    for about in (["A story.", Image(picture)], [Image(picture), "A story."], [Image(picture)] * 2):
+        whole = chat_prompt([{"role": "user", "content": [*about, "Who?"]}], coder)
+        opening = opening_prompt(about, coder)
+        assert np.array_equal(opening.tokens, whole.tokens[: len(opening)])
+        assert text_of(whole, coder).removeprefix(text_of(opening, coder)) == " Who? ASSISTANT:"
+
+
 def test_frames_by_rate_and_evenly(coder: Coder, film: Path) -> None:
     assert len(codes_of(Clip(film, fps=4), coder)) == 8
     assert len(codes_of(Clip(film, fps=4, num_frames=3), coder)) == 3

@@ -53,10 +53,13 @@ def opening_prompt(parts: Sequence[Part], coder: Coder) -> Prompt:
     template = coder.template
     text = f"{template.system} {template.user_prefix}".strip()
     drafts: list[DraftPart] = [SpecialPart("bos")]
-    for part in parts:
+    for number, part in enumerate(parts):
         if isinstance(part, str):
             text += f" {part}"
             continue
+        # As the template has it: a clip behind the question's text begins a line.
+        if number and text:
+            text += "\n"
         drafts += [TextPart(text), *_clip(part, coder)]
         text = ""
     prompt = Prompt.of(*spans_of([*drafts, TextPart(text)] if text else drafts, coder))
