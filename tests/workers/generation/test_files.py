@@ -68,6 +68,11 @@ def test_answers_go_on_after_a_kill(tmp_path: Path) -> None:
     path.with_name("answers.jsonl.settings.json").unlink()
     with pytest.raises(RequestError, match="holds 2 lines, and answers.jsonl.settings.json"):
         AnswersFile(path, settings)
+    for foreign in ("my notes", '{"prompt": "a"}\n{"prompt": "b"}', "[" * 9999):
+        path.write_text(foreign)
+        with pytest.raises(RequestError, match="line 1 is no answer of `ringworld generate`"):
+            AnswersFile(path, settings)
+        assert path.read_text() == foreign
     path.write_text("notes\n")
     with pytest.raises(RequestError, match="line 1 is no answer of `ringworld generate`"):
         AnswersFile(path, settings)

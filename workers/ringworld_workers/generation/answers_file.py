@@ -55,7 +55,7 @@ class AnswersFile:
 
     def _check(self, settings: dict[str, Any]) -> None:
         beside = self.path.with_name(self.path.name + SETTINGS_SUFFIX)
-        held = self._read()
+        held = self._read(ours=beside.exists())
         if held:
             try:
                 before = json.loads(beside.read_text(encoding="utf-8"))
@@ -79,21 +79,22 @@ class AnswersFile:
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         temporary.replace(beside)
 
-    def _read(self) -> int:
+    def _read(self, *, ours: bool) -> int:
         """Take in what is there; returns the number of whole lines."""
         if not self.path.exists():
             return 0
         data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
+        # A file that somebody else wrote may end without a newline: nothing is cut off that.
+        whole = data[: data.rfind(b"\n") + 1] if ours else data
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
                 self.done[str(record["id"])] = str(record["digest"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise RequestError(
                     f"{self.path} line {number} is no answer of `ringworld generate`; name "
                     "another --out"
                 ) from None
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
         return len(whole.splitlines())
