@@ -66,10 +66,6 @@ class RunProgress:
             self.new_records += page.items
         self._take(self.new_records)
 
-    def skip_history(self) -> None:
-        """Forget what is new: a display that joins late need not print it all."""
-        self.new_events, self.new_records = [], []
-
     @property
     def ended(self) -> bool:
         """Whether the run is in a terminal state."""
