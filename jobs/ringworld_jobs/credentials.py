@@ -38,10 +38,15 @@ def refuse_secrets(document: Document) -> None:
         _walk(document, document.data, ())
 
 
+def kind_of_secret(text: str) -> str:
+    """What a text looks like that has a credential in it; empty where it does not."""
+    return next((kind for kind, pattern in _VALUES.items() if pattern.search(text)), "")
+
+
 def _walk(document: Document, node: Any, path: KeyPath) -> None:
     if isinstance(node, dict):
         for key, value in list(node.items()):
-            if kind := _kind(key):
+            if kind := kind_of_secret(key):
                 # Gone, so that no later message can list it among the keys.
                 del node[key]
                 document.report(path, f"a key in here looks like {kind}; {_REMEDY}")
@@ -52,7 +57,7 @@ def _walk(document: Document, node: Any, path: KeyPath) -> None:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             _walk(document, value, (*path, index))
-    elif isinstance(node, str) and (kind := _kind(node)):
+    elif isinstance(node, str) and (kind := kind_of_secret(node)):
         _refuse(document, path, f"this looks like {kind}; {_REMEDY}")
 
 
@@ -61,10 +66,6 @@ def _holds_secret(value: Any, path: KeyPath) -> bool:
         return bool(value)
     # A mixture may well name a dataset "token" and give its share.
     return isinstance(value, int | float) and "mixture" not in path
-
-
-def _kind(text: str) -> str:
-    return next((kind for kind, pattern in _VALUES.items() if pattern.search(text)), "")
 
 
 def _refuse(document: Document, path: KeyPath, message: str) -> None:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_MOST_SECONDS = 60.0
 LOCK_FILE = "mlflow.lock"
+SENT_BY_ANOTHER = "another process sends this run at the moment"
 
 State = Literal["off", "starting", "sending", "up to date", "unreachable", "ended"]
 
@@ -170,7 +171,7 @@ class Tracker:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ServerAway("another process sends this run at the moment") from None
+            raise ServerAway(SENT_BY_ANOTHER) from None
 
     def _connect(self) -> Sending:
         from ringworld_platform.mlflow_server import MlflowServer

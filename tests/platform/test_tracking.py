@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import sqlite3
 import threading
 import time
@@ -10,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from ringworld_platform.tracked_run import TrackedRun, flatten
-from ringworld_platform.tracking import Tracker
+from ringworld_platform import head
+from ringworld_platform.cli import app
+from ringworld_platform.tracked_run import IDS_FILE, TrackedRun, flatten
+from ringworld_platform.tracking import LOCK_FILE, Tracker
 
 Recording = dict[str, Callable[..., Any]]
 DEADLINE_SECONDS = 60.0
@@ -196,6 +201,24 @@ def test_an_evaluation_is_sent_with_its_pictures_and_what_is_refused_is_left_out
     kept = [item.path for item in client.list_artifacts(child, "evaluations/00-4k")]
     assert kept == ["evaluations/00-4k/needle.png"]
     assert [item.path for item in client.list_artifacts(child)] == ["evaluations"]
+
+
+def test_a_run_that_sends_by_itself_is_left_to_it(
+    recorded_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "find_running", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    state = recorded_run / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "state": "RUNNING"}))
+    arguments = ["track", "--runs", str(recorded_run.parent), "--timeout", "60"]
+    with (recorded_run / LOCK_FILE).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "is at work, and sends by itself" in done.output
+    done = CliRunner().invoke(app, [*arguments, "--to", "http://me:hunter2@mlflow:5000"])
+    assert done.exit_code == 2 and "MLFLOW_TRACKING_PASSWORD" in done.output
+    assert "hunter2" not in done.output
+    assert not (recorded_run / IDS_FILE).exists()
 
 
 def test_off_starts_no_thread(tmp_path: Path, recording: Recording) -> None:

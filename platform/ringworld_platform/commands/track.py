@@ -39,13 +39,20 @@ def track(
     sends by itself.
     """
     from ringworld_jobs.any_job import load_any_job
+    from ringworld_jobs.credentials import kind_of_secret
     from ringworld_platform.mlflow_errors import one_line
     from ringworld_platform.run_records import SPEC_FILE
     from ringworld_platform.run_state import TERMINAL
     from ringworld_platform.run_states import RunStates
     from ringworld_platform.run_view import find_status, open_view
-    from ringworld_platform.tracking import Tracker, tracking_uri
+    from ringworld_platform.tracking import SENT_BY_ANOTHER, Tracker, tracking_uri
 
+    if to is not None and (kind := kind_of_secret(to)):
+        raise typer.BadParameter(
+            f"this looks like {kind}; MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, take what a server wants to know",
+            param_hint="--to",
+        )
     with open_view(runs, address) as opened:
         found = find_status(opened.view, job)
     folder, run_id = Path(str(found["run_folder"])), str(found["run_id"])
@@ -63,6 +70,10 @@ def track(
         tracker.end(str(found["state"]))
     deadline, told = time.monotonic() + timeout, None
     while tracker.state != "ended" and (ended or tracker.state != "up to date"):
+        if tracker.problem == SENT_BY_ANOTHER and not ended:
+            tracker.abandon()
+            err().print(f"{run_id} is at work, and sends by itself", style="red", markup=False)
+            raise typer.Exit(FAILED)
         if tracker.problem not in (None, told):
             told = tracker.problem
             err().print(f"MLflow at {shown}: {told}; tried again", style="dim", markup=False)
