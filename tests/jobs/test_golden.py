@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ringworld_jobs.any_job import load_any_job
+from ringworld_jobs.document import read_document
 from ringworld_jobs.load import load_job, load_recipe
+from ringworld_jobs.mesh import MeshSize
 from ringworld_jobs.plan import plan_stages
 from ringworld_jobs.resolve import resolved, resolved_yaml, spec_digest
 from ringworld_jobs.spec import JobSpec
@@ -57,7 +60,16 @@ PLANS["quickstart-s3"] = PLANS["quickstart"]
 
 
 def test_the_table_covers_every_job() -> None:
-    assert {path.stem for path in JOBS.glob("*.yaml")} == set(PLANS)
+    kinds = {path.stem: read_document(path).data["kind"] for path in JOBS.glob("*.yaml")}
+    assert {name for name, kind in kinds.items() if kind == "train"} == set(PLANS)
+
+
+@pytest.mark.parametrize("name", ["eval", "generate"])
+def test_jobs_without_stages_load_and_read_back_equal(name: str, tmp_path: Path) -> None:
+    spec = load_any_job(JOBS / f"{name}.yaml", check_files=name == "generate")
+    assert spec.kind == name and spec.mesh_for(2**14) == MeshSize(1, 2)  # type: ignore[union-attr]
+    (tmp_path / "spec.yaml").write_text(resolved_yaml(spec))
+    assert load_any_job(tmp_path / "spec.yaml", check_files=False) == spec
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -21,7 +21,14 @@ from ringworld_jobs.reference import (
     job_page,
     recipe_page,
 )
-from ringworld_jobs.schema import codebook_schema, data_schema, job_schema, main
+from ringworld_jobs.schema import (
+    codebook_schema,
+    data_schema,
+    eval_schema,
+    generate_schema,
+    job_schema,
+    main,
+)
 from ringworld_jobs.spec import StageSpec
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -29,7 +36,9 @@ Validator = jsonschema.Draft202012Validator
 
 
 @pytest.mark.parametrize(
-    "schema", [job_schema(), data_schema(), codebook_schema()], ids=["job", "data", "codebook"]
+    "schema",
+    [job_schema(), eval_schema(), generate_schema(), data_schema(), codebook_schema()],
+    ids=["job", "eval", "generate", "data", "codebook"],
 )
 def test_schemas_are_schemas_with_a_description_for_every_field(schema: dict[str, Any]) -> None:
     Validator.check_schema(schema)
@@ -40,7 +49,13 @@ def test_schemas_are_schemas_with_a_description_for_every_field(schema: dict[str
 
 @pytest.mark.parametrize("path", sorted(JOBS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_file_in_jobs_is_valid_in_an_editor(path: Path) -> None:
-    schemas = {"train": job_schema, "data": data_schema, "codebook": codebook_schema}
+    schemas = {
+        "train": job_schema,
+        "eval": eval_schema,
+        "generate": generate_schema,
+        "data": data_schema,
+        "codebook": codebook_schema,
+    }
     data = read_document(path).data
     assert not list(Validator(schemas[data["kind"]]()).iter_errors(data))
 
