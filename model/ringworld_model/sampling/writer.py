@@ -79,13 +79,14 @@ class Writer:
         if self._state.in_clip:
             count = self._state.clip * grammar.frame_tokens + self._state.place
             self.clip = tokens[len(tokens) - count :]
-        self._prompt = {kind: prompt.ids(kind) for kind in (TEXT, VISION)}
+        # Which ids, not how often: a million tokens would be gone through for each one drawn.
+        self._prompt = {kind: sorted(set(prompt.ids(kind))) for kind in (TEXT, VISION)}
         self._drawn: dict[int, list[int]] = {TEXT: [], VISION: []}
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._stream: TextStream | None = None
         if decode is not None:
             held = (VISION_START,) if grammar.codebook_size else ()
-            before = self._prompt[TEXT] if not self._state.in_clip else grammar.end_ids
+            before = prompt.ids(TEXT) if not self._state.in_clip else grammar.end_ids
             self._stream = TextStream(decode, before=before, stop=settings.stop, held=held)
 
     @property
