@@ -110,7 +110,8 @@ class RunningBatch:
             asked = [(writer.settings, writer.left) for writer in writers]
             terms.append(f"generate, unguided ids {self._unguided_ids}, {asked}")
         if rows is None:
-            rows = self._session.add_rows(len(writers))
+            most = [len(prompt) + one.left for one, prompt in zip(writers, prompts, strict=True)]
+            rows = self._session.add_rows(len(writers), most)
             self._made.update(rows)
         for writer, row, prompt in zip(writers, rows, prompts, strict=True):
             writer.row = row

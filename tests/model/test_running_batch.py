@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from small_models import SMALL
@@ -90,6 +93,40 @@ def on_a_ring(rank: int, world_size: int) -> dict[str, Any]:
 
 def test_all_ranks_go_on_alike(run_gang: Callable[..., list[Any]]) -> None:
     assert run_gang(on_a_ring, 2, timeout=100.0) == [joined()] * 2
+
+
+def test_rows_take_no_more_memory_than_they_may_have_tokens() -> None:
+    session = DecodeSession(model(), max_length=64, chunk=8)
+    batch = RunningBatch(session)
+    batch.add([SHORT, LONG], [HOT, HOT], [Grammar()] * 2, numbers=[0, 1])
+    held = []
+    while batch:
+        batch.read(8)
+        list(batch.draw())
+        held.append(session.held_bytes)
+    assert max(held) <= (len(SHORT) + len(LONG) + 2 * 12) * session.token_bytes
+
+
+def test_another_thread_may_ask_how_much_is_held() -> None:
+    session = DecodeSession(model(), max_length=64)
+    session.add_rows(300)
+    ended, before = threading.Event(), sys.getswitchinterval()
+
+    def ask() -> None:
+        while not ended.is_set():
+            assert session.held_bytes == 0
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(ask)
+            for _ in range(2000):
+                session.drop(session.add_rows(3))
+            ended.set()
+            asking.result(60.0)
+    finally:
+        ended.set()
+        sys.setswitchinterval(before)
 
 
 def test_no_prompt_waits_for_a_long_one() -> None:

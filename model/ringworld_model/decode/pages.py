@@ -70,11 +70,12 @@ class RowCache:
     Attributes:
         first: rank of the row's first block.
         length: tokens of the row, on all ranks together.
+        most: tokens that it may ever have.
     """
 
-    def __init__(self, shape: CacheShape, deal: Deal, rank: int, first: int) -> None:
+    def __init__(self, shape: CacheShape, deal: Deal, rank: int, first: int, most: int) -> None:
         """Hold nothing yet."""
-        self.first, self.length = first, 0
+        self.first, self.length, self.most = first, 0, most
         self._shape, self._deal, self._rank = shape, deal, rank
         self._pages: list[_Page] = []
         self._shared = 0  # tokens that other rows read, too
@@ -83,7 +84,7 @@ class RowCache:
         """This rank's slots of the row's first ``length`` tokens."""
         return self._deal.held(length, self._rank, self.first)
 
-    def reserve(self, length: int, most: int) -> None:
+    def reserve(self, length: int) -> None:
         """Make room for the row's first ``length`` tokens.
 
         The pages that are there stay where they are, so growing copies nothing. A new page has room
@@ -92,13 +93,12 @@ class RowCache:
 
         Args:
             length: tokens of the row.
-            most: tokens that it may ever have.
         """
         begin, first = (self._pages[-1].reach, self._pages[-1].stop) if self._pages else (0, 0)
         if length <= begin:
             return
         spare = min(length - self._shared, MOST_SPARE_SLOTS * self._deal.ring_size)
-        reach = max(length, min(length + spare, most))
+        reach = max(length, min(length + spare, self.most))
         shape = self._shape
         memory = torch.empty(
             (shape.layers, 2, shape.kv_heads, self.held(reach) - first, shape.head_dim),
@@ -140,7 +140,7 @@ class RowCache:
 
     def fork(self) -> RowCache:
         """A second row that begins with this one's tokens, in the same memory."""
-        child = RowCache(self._shape, self._deal, self._rank, self.first)
+        child = RowCache(self._shape, self._deal, self._rank, self.first, self.most)
         child._pages, child.length = self._cut(self.length), self.length
         child._shared = self._shared = self.length
         return child

@@ -123,30 +123,35 @@ class DecodeSession:
     @property
     def held_bytes(self) -> int:
         """Bytes of keys and values that this rank keeps; what rows share counts once."""
-        return sum(dict(each for row in self._rows.values() for each in row.storages()).values())
+        rows = list(self._rows.values())  # another thread may make rows meanwhile
+        return sum(dict(each for row in rows for each in row.storages()).values())
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values; 1 / R of a row's are on this rank."""
         return self._shape.token_bytes
 
-    def add_rows(self, count: int = 1) -> list[int]:
+    def add_rows(self, count: int = 1, most: Sequence[int] | None = None) -> list[int]:
         """Make empty rows; they begin at different ranks, so that short ones are balanced.
+
+        Args:
+            count: of them.
+            most: tokens that each may have, for which room is made; None: max_length.
 
         Returns:
             Their numbers.
         """
         made = range(self._next_row, self._next_row + count)
-        for row in made:
-            first = row % self._ring.size
-            self._rows[row] = RowCache(self._shape, self._deal, self._ring.rank, first)
+        for row, ends in zip(made, most or [self.max_length] * count, strict=True):
+            ring, first = self._ring, row % self._ring.size
+            self._rows[row] = RowCache(self._shape, self._deal, ring.rank, first, ends)
         self._next_row += count
         return list(made)
 
     def reserve(self, row: int, count: int) -> None:
         """Make room for as many tokens more at once, for a prompt that comes in parts."""
         cache = self._row(row)
-        cache.reserve(min(cache.length + count, self.max_length), self.max_length)
+        cache.reserve(min(cache.length + count, self.max_length))
 
     def fork(self, row: int, count: int = 1) -> list[int]:
         """Make rows that go on from where ``row`` is, and share its memory so far.
@@ -248,7 +253,7 @@ class DecodeSession:
         done, total = 0, sum(counts)
         try:
             for cache, start, count in zip(caches, starts, counts, strict=True):
-                cache.reserve(start + count, self.max_length)
+                cache.reserve(start + count)
             for passing in cut_passes(starts, counts, self.chunk):
                 segments = [Segment(caches[at], start, stop) for at, start, stop in passing]
                 places = [(at, starts[at], starts[at] + counts[at]) for at, *_ in passing]
@@ -292,7 +297,7 @@ class DecodeSession:
             terms.append(describe("step", numbers, tokens, modality))
         caches = [self._rows[number] for number in numbers]
         for cache in caches:
-            cache.reserve(cache.length + 1, self.max_length)
+            cache.reserve(cache.length + 1)
         segments = [Segment(cache, cache.length, cache.length + 1) for cache in caches]
         places = [(at, cache.length, cache.length + 1) for at, cache in enumerate(caches)]
         found = torch.empty(
