@@ -59,7 +59,7 @@ class Rank:
     def __init__(self) -> None:
         """Hold nothing yet."""
         self._asker: Any = None
-        self._ended = threading.Event()
+        self._loaded, self._ended = threading.Event(), threading.Event()
         self._why = ""
 
     @ray.method(concurrency_group="work")
@@ -67,12 +67,24 @@ class Rank:
         """Load the model and join the ring."""
         from ringworld_workers.rendezvous import join_rendezvous
 
-        self._asker = _asker(
-            source,
-            shape,
-            rank,
-            lambda: join_rendezvous(host, port, shape.size, _MEETING),
-        )
+        try:
+            self._asker = _asker(
+                source,
+                shape,
+                rank,
+                lambda: join_rendezvous(host, port, shape.size, _MEETING),
+                self._loaded.set,
+            )
+        except Exception as error:
+            self._why = _first_line(error)
+            self._loaded.set()
+            raise
+
+    @ray.method(concurrency_group="watch")
+    def loaded(self) -> str:
+        """Return when the weights are loaded, or cannot be; says why not."""
+        self._loaded.wait()
+        return self._why
 
     @ray.method(concurrency_group="work")
     def call(self, method: str, args: tuple[Any, ...]) -> None:
@@ -153,7 +165,7 @@ class RayRing:
             for rank, actor in enumerate(self._actors, 1)
         ]
         try:
-            self.asker = _asker(source, shape, 0, lambda: self._store)
+            self.asker = _asker(source, shape, 0, lambda: self._store, self._wait_for_all)
             ray.get(loads)
             self.pids: list[int] = ray.get([actor.pid.remote() for actor in self._actors])
         except BaseException as error:
@@ -191,6 +203,13 @@ class RayRing:
         for actor in self._actors:
             ray.kill(actor)
 
+    def _wait_for_all(self) -> None:
+        """Until every rank has its weights. The meeting would wait minutes for one that is lost."""
+        said = ray.get([actor.loaded.remote() for actor in self._actors])
+        for rank, why in enumerate(said, 1):
+            if why:
+                raise RingLost(f"rank {rank} of the ring could not be started: {why}")
+
     def _watched(self, found: Iterator[Any]) -> Iterator[Any]:
         with self._losses():
             yield from found
@@ -221,7 +240,13 @@ class RayRing:
         self._on_lost(self._lost)
 
 
-def _asker(source: ModelSource, shape: RingShape, rank: int, meeting: Callable[[], Any]) -> Asker:
+def _asker(
+    source: ModelSource,
+    shape: RingShape,
+    rank: int,
+    meeting: Callable[[], Any],
+    together: Callable[[], None],
+) -> Asker:
     from ringworld_workers.serving.rank import join_ring
 
     return join_ring(
@@ -233,6 +258,7 @@ def _asker(source: ModelSource, shape: RingShape, rank: int, meeting: Callable[[
         chunk=shape.chunk,
         threads=shape.threads,
         meeting=meeting,
+        together=together,
     )
 
 

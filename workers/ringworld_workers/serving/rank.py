@@ -21,6 +21,7 @@ def join_ring(
     chunk: int,
     threads: int,
     meeting: Callable[[], Store],
+    together: Callable[[], None] = lambda: None,
 ) -> Asker:
     """Load this process's copy of a model, and meet the other ranks.
 
@@ -33,7 +34,8 @@ def join_ring(
         chunk: tokens of a pass over prompts.
         threads: of one operation on the CPU.
         meeting: the store at which the ranks meet, see ``rendezvous``; called if there are several.
+        together: called when the weights are loaded, before the ranks meet, if there are several.
     """
     torch.set_num_threads(threads)
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    return make_asker(source, rank, size, place, dtype, chunk, meeting)
+    return make_asker(source, rank, size, place, dtype, chunk, meeting, together=together)
