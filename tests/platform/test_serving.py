@@ -33,6 +33,7 @@ from ringworld_platform.serving.api_types import ChatRequest
 from ringworld_platform.serving.app import create_app
 from ringworld_platform.serving.asking import Asking
 from ringworld_platform.serving.media import Media
+from ringworld_platform.serving.ray_ring import Rank, RingShape
 from ringworld_platform.serving.service import Service
 from ringworld_platform.serving.settings import ServeSettings, digest_of
 from ringworld_workers.generation.local_ring import LocalRing
@@ -416,6 +417,19 @@ def test_an_answer_has_its_time(ring: Callable[[], LocalRing]) -> None:
         until(lambda: figures(url)["cache_bytes"] == 0)
 
 
+def test_what_is_not_begun_in_time_is_not_made(ring: Callable[[], LocalRing]) -> None:
+    with served(ring, timeout_seconds=0.2) as (url, service):
+        go = threading.Event()
+        try:
+            busy = [service.threads.submit(go.wait, SECONDS) for _ in range(4)]
+            assert post(url, ask())[0] == 504
+            left = service.threads._work_queue.get_nowait()
+            assert left is not None and left.future.cancelled()
+        finally:
+            go.set()
+        assert all(each.result(SECONDS) for each in busy)
+
+
 def test_nobody_is_let_in_without_the_key_nor_answered_before_the_model_is_there() -> None:
     key = "a-key-of-some-length"
     with served(None, key_digest=digest_of(key)) as (url, _):
@@ -449,6 +463,16 @@ def test_a_model_that_cannot_be_loaded_says_why() -> None:
     with served(broken) as (url, service):
         assert service.state == "failed"
         assert "the weights are damaged" in post(url, ask())[2]["error"]["message"]
+
+
+def test_a_rank_that_cannot_load_says_so_before_the_ranks_meet(tmp_path: Path) -> None:
+    source = find_model(str(write_folder(tmp_path / "weights")), Path("runs"))
+    rank, shape = Rank(), RingShape(size=2)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(rank.loaded)
+        with pytest.raises(ValueError, match="no such folder"):
+            rank.load(replace(source, folder="nowhere"), shape, 1, "127.0.0.1", 9)
+        assert "no such folder" in said.result(SECONDS)
 
 
 def test_the_command_refuses_what_is_unsafe(tmp_path: Path) -> None:

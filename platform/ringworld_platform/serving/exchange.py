@@ -81,10 +81,13 @@ class Exchange(Response):
                 self._service.threads, asking.ask, asked
             )
             either: set[asyncio.Future[Any]] = {thread, gone}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not thread.done():
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not thread.done():
+                    raise ClientGone
+            finally:
+                # Also where its time is over: what has not begun is not made for nobody.
                 thread.cancel()
-                raise ClientGone
             ask: Ask = thread.result()
             self._reply.prompt_tokens = len(ask.prompt)
             self._service.metrics.asked(len(ask.prompt))
