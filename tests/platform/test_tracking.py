@@ -23,6 +23,8 @@ Recording = dict[str, Callable[..., Any]]
 DEADLINE_SECONDS = 60.0
 FIRST_STAGE = 24
 """Records of the first stage but its end, at which curves are drawn."""
+TWO_STAGES = 55
+"""Records of two stages: a proof of parity, a crash, and steps that were done again among them."""
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def expected(records: list[dict[str, Any]], name: str, stage: int | None) -> lis
 def test_every_point_arrives_once_and_files_are_kept(
     run_folder: Path, recording: Recording, tmp_path: Path
 ) -> None:
-    records = recording["metrics"]()
+    records = recording["metrics"]()[:TWO_STAGES]
     recording["append"](run_folder / "metrics.jsonl", records)
     (run_folder / "spec.yaml").write_text("kind: train\n")
     (run_folder / "report.html").write_text("<p>report</p>")
@@ -87,7 +89,7 @@ def test_every_point_arrives_once_and_files_are_kept(
 
     saved = TrackedRun.load(run_folder, f"sqlite:///{run_folder / 'mlflow.db'}")
     assert sorted(series(run_folder, saved.parent, "loss")) == expected(records, "loss", None)
-    for stage in range(3):
+    for stage in range(2):
         child = saved.stages[str(stage)]
         for name in ("loss_text", "ring_wait_seconds", "ring_compute_max_seconds"):
             assert sorted(series(run_folder, child, name)) == expected(records, name, stage)
@@ -113,7 +115,6 @@ def test_every_point_arrives_once_and_files_are_kept(
     assert [source.rpartition("/checkpoints/")[2] for source in sources] == [
         "00-4k/step-00000020",
         "01-8k/step-00000020",
-        "02-16k/step-00000020",
     ]
     assert all(source.startswith("file:///") for source in sources)
     assert list((tmp_path / "cwd").iterdir()) == []

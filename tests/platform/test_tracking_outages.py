@@ -22,6 +22,8 @@ from ringworld_platform.tracking import Tracker
 from ringworld_platform.tracking_service import TrackingService
 
 Recording = dict[str, Callable[..., Any]]
+TWO_STAGES = 55
+"""Records of two stages: a proof of parity, a crash, and steps that were done again among them."""
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -71,7 +73,8 @@ def test_a_server_that_is_killed_and_frozen_has_everything_in_the_end(
     from ringworld_platform.cli import app
 
     folder = tmp_path / "runs" / "quickstart-1"
-    spec, records = made_run(folder, recording, server.uri), recording["metrics"]()
+    spec = made_run(folder, recording, server.uri)
+    records = recording["metrics"]()[:TWO_STAGES]
     log, append = folder / "metrics.jsonl", recording["append"]
     tracker = Tracker(folder, spec, "quickstart-1", pace_seconds=0.05)
     tracker.start()
@@ -127,7 +130,7 @@ def test_a_server_that_is_killed_and_frozen_has_everything_in_the_end(
     assert parent.info.start_time == int(records[0]["time"] * 1000)
     assert parent.info.end_time == int(records[-1]["time"] * 1000)
     versions = client.search_model_versions("name = 'quickstart'")
-    assert sorted(v.tags["context_length"] for v in versions) == ["16384", "4096", "8192"]
+    assert sorted(v.tags["context_length"] for v in versions) == ["4096", "8192"]
     by_stage = {v.tags["stage"]: v for v in versions}
     about = by_stage["8k"].tags
     assert about["checkpoint"].endswith("runs/quickstart-1/checkpoints/01-8k/step-00000020")
