@@ -24,9 +24,9 @@ SETTINGS = SamplingSettings(text=GREEDY, vision=DrawSettings(top_k=8), max_new_t
 
 
 @pytest.fixture(scope="module")
-def two(source: ModelSource) -> Iterator[LocalRing]:
-    """A ring of this process and another one."""
-    with LocalRing(source, size=2, device="cpu", chunk=32) as made:
+def three(source: ModelSource) -> Iterator[LocalRing]:
+    """A ring of this process and two others."""
+    with LocalRing(source, size=3, device="cpu", chunk=32) as made:
         yield made
 
 
@@ -51,7 +51,7 @@ def test_an_image_and_a_video(ring: LocalRing, coder: Coder, film: Path) -> None
 
 
 def test_rings_answer_alike_and_survive_what_is_wrong(
-    ring: LocalRing, two: LocalRing, coder: Coder, picture: Path
+    ring: LocalRing, three: LocalRing, coder: Coder, picture: Path
 ) -> None:
     asks = [
         text_ask(parts, coder, replace(SETTINGS, seed=seed), form="plain", max_frames=2)
@@ -59,18 +59,18 @@ def test_rings_answer_alike_and_survive_what_is_wrong(
     ]
     wrong = replace(asks[0], grammar=replace(asks[0].grammar, codes_per_frame=7))
     with pytest.raises(ValueError, match="does not fit"):
-        list(two.call("answer", [wrong]))
-    one, other = asked(ring, asks), asked(two, asks)
+        list(three.call("answer", [wrong]))
+    one, other = asked(ring, asks), asked(three, asks)
     assert [answer.text for answer in one] == [answer.text for answer in other]
     assert [answer.tokens for answer in one] == [answer.tokens for answer in other]
     draw = clip_ask("red", 2, coder, replace(SETTINGS, guidance_scale=3.0), video=True)
-    (first,), (second,) = asked(ring, [draw]), asked(two, [draw])
+    (first,), (second,) = asked(ring, [draw]), asked(three, [draw])
     assert np.array_equal(first.clips[0], second.clips[0])
 
 
-def test_a_conversation_on_a_ring(ring: LocalRing, two: LocalRing, coder: Coder) -> None:
+def test_a_conversation_on_a_ring(ring: LocalRing, three: LocalRing, coder: Coder) -> None:
     said = []
-    for each in (ring, two):
+    for each in (ring, three):
         conversation = Conversation(each, SETTINGS, max_frames=0)
         opening = opening_prompt(["A long story. " * 5], coder)
         conversation.read(opening)
@@ -126,11 +126,16 @@ def test_what_cannot_be_loaded_is_one_error(source: ModelSource) -> None:
         pass
 
 
-def test_a_lost_rank_is_said_and_none_is_left(two: LocalRing, coder: Coder) -> None:
+def test_a_lost_rank_is_said_and_none_is_left(three: LocalRing, coder: Coder) -> None:
     """Last, for the ring is gone then."""
-    (child,) = (p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
-    child.kill()
-    with pytest.raises(RingError, match=r"rank 1 of the ring ended \(exit code -9\)"):
-        asked(two, [text_ask(["Hi"], coder, SETTINGS)])
-    two.close()
-    assert not child.is_running()
+    ranks = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    assert len(ranks) == 2
+    settings = replace(SETTINGS, max_new_tokens=100)
+    events = three.call("answer", [text_ask(["Hi"], coder, settings)])
+    next(events)
+    # The other one hears of broken connections, and ends too.
+    ranks[1].kill()
+    with pytest.raises(RingError, match=r"rank 2 of the ring ended \(exit code -9\)$"):
+        list(events)
+    three.close()
+    assert not any(rank.is_running() for rank in ranks)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ringworld_workers.generation.coder import Coder
 from ringworld_workers.generation.loading import choose_device
 from ringworld_workers.generation.source import ModelSource, RequestError
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS, _ECHO_SECONDS = 5.0, 0.5
 _READY = "ready"
 
 
@@ -197,20 +197,34 @@ class LocalRing:
                 raise RingError(f"rank {rank} of the ring: {said}")
 
     def _lost(self) -> RingError | None:
-        """Why a rank is gone; None: all are there."""
+        """Which rank is gone, and why; None: all are there.
+
+        The ranks beside a lost one end with it, as their connections do: it is the one that was
+        killed, or else the one that says something other than that.
+        """
+        sentinels = [process.sentinel for process in self._processes]
+        if not sentinels or not wait(sentinels, _GRACE_SECONDS):
+            return None
+        found = []
         for rank, (process, pipe) in enumerate(zip(self._processes, self._pipes, strict=True), 1):
-            # One that fails says why, and ends.
-            process.join(_GRACE_SECONDS)
+            process.join(_ECHO_SECONDS)
             if process.exitcode is None:
                 continue
             said = ""
             try:
                 if pipe.poll():
-                    said = f": {pipe.recv()}"
+                    said = str(pipe.recv()).strip()
             except (EOFError, OSError):
                 pass
-            return RingError(f"rank {rank} of the ring ended (exit code {process.exitcode}){said}")
-        return None
+            last = said.splitlines()[-1] if said else ""
+            found.append((process.exitcode == 1, "onnection" in last, rank, last, said))
+        _, _, rank, last, said = min(found)
+        code = self._processes[rank - 1].exitcode
+        lost = RingError(
+            f"rank {rank} of the ring ended (exit code {code}){': ' * bool(last)}{last}"
+        )
+        lost.add_note(said)
+        return lost
 
 
 @contextmanager
