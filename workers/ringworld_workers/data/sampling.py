@@ -130,9 +130,11 @@ def spread_moments(sampling: Sampling, last: float) -> list[float]:
 
     They are spread evenly, the first and last included, by linspace cut to whole numbers.
     """
+
     def passed(k: int) -> bool:
         time = sampling.start + k / sampling.fps
-        return time > last + EPSILON or (sampling.end is not None and time >= sampling.end - EPSILON)
+        over = sampling.end is not None and time >= sampling.end - EPSILON
+        return over or time > last + EPSILON
 
     # Counted without listing them: a rate is what somebody asks for, such as 1e9 a second.
     count = bisect.bisect_left(range(_MOST_MOMENTS), True, key=passed)
