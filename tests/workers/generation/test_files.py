@@ -84,5 +84,7 @@ def test_files_of_frames(tmp_path: Path) -> None:
         write_video(frames, tmp_path / name, 4)
         assert (tmp_path / name).stat().st_size > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.mp4"]
+    with pytest.raises(RequestError, match=r"a.gif/b.mp4 cannot be written: (Not a|File exists)"):
+        write_video(frames, tmp_path / "a.gif" / "b.mp4", 4)
     with pytest.raises(RequestError, match=r"a.avi: a video is written as .mp4, .gif"):
         check_suffix(Path("a.avi"), video=True)

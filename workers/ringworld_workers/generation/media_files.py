@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,6 +39,9 @@ def write_image(pixels: npt.NDArray[np.uint8], path: Path) -> None:
     Args:
         pixels: uint8 [H, W, 3].
         path: with a suffix of ``IMAGE_SUFFIXES``.
+
+    Raises:
+        RequestError: it cannot be written.
     """
     with _whole(path) as temporary:
         Image.fromarray(pixels).save(temporary)
@@ -51,6 +54,9 @@ def write_video(frames: npt.NDArray[np.uint8], path: Path, fps: float) -> None:
         frames: uint8 [F, H, W, 3], H and W even.
         path: with a suffix of ``VIDEO_SUFFIXES``.
         fps: frames shown a second.
+
+    Raises:
+        RequestError: it cannot be written.
     """
     with _whole(path) as temporary:
         if path.suffix.lower() == ".gif":
@@ -80,5 +86,8 @@ def _whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
