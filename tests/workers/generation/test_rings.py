@@ -134,7 +134,7 @@ def test_a_lost_rank_is_said_and_none_is_left(three: LocalRing, coder: Coder) ->
     events = three.call("answer", [text_ask(["Hi"], coder, settings)])
     next(events)
     # The other one hears of broken connections, and ends too.
-    ranks[1].kill()
+    three._processes[1].kill()
     with pytest.raises(RingError, match=r"rank 2 of the ring ended \(exit code -9\)$"):
         list(events)
     three.close()

@@ -220,9 +220,8 @@ class LocalRing:
             found.append((process.exitcode == 1, "onnection" in last, rank, last, said))
         _, _, rank, last, said = min(found)
         code = self._processes[rank - 1].exitcode
-        lost = RingError(
-            f"rank {rank} of the ring ended (exit code {code}){': ' * bool(last)}{last}"
-        )
+        why = f": {last}" if last else ""
+        lost = RingError(f"rank {rank} of the ring ended (exit code {code}){why}")
         lost.add_note(said)
         return lost
 
