@@ -50,7 +50,7 @@ class StageRow:
 
 
 def stage_lines(progress: RunProgress, width: int, rows: int | None = None) -> list[Text]:
-    """A heading and a line a stage.
+    """A heading and a line a stage; nothing where there is no stage.
 
     Args:
         progress: the run.
@@ -58,6 +58,8 @@ def stage_lines(progress: RunProgress, width: int, rows: int | None = None) -> l
         rows: most lines, the heading among them; those far from the stage at hand are summed up.
     """
     found = stage_rows(progress)
+    if not found:
+        return []
     left_out: list[Text] = []
     if rows is not None and len(found) + 1 > max(rows, 2):
         at = next(
@@ -88,7 +90,12 @@ def stage_lines(progress: RunProgress, width: int, rows: int | None = None) -> l
 
 
 def stage_rows(progress: RunProgress) -> list[StageRow]:
-    """A row for each stage of the job, as far as the spec or the records know them."""
+    """A row for each stage of the job, as far as the spec or the records know them.
+
+    None for a job that trains nothing: its state says how far it is.
+    """
+    if progress.spec.get("kind", "train") != "train":
+        return []
     planned = progress.spec.get("stages") or []
     known = int(progress.status.get("num_stages") or 0)
     total = max([len(planned), known, *(index + 1 for index in progress.stages)])

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from ringworld_platform.own_answers import answers_url, write_answers
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_state import JobRecord, RunState
 from ringworld_platform.run_states import RunStates
+from ringworld_platform.stage_lines import stage_lines
 
 
 def job(root: Path, **fields: Any) -> GenerateSpec:
@@ -166,3 +168,8 @@ def test_a_model_that_cannot_answer_is_refused_when_the_job_is_handed_in(tmp_pat
     (tiny / "tokenizer.json").unlink()
     with pytest.raises(PlatformError, match="tokenizer: the text tokenizer of .* not at hand"):
         settled_model(asked, tmp_path)
+
+
+def test_no_stage_is_shown_of_a_job_that_has_none() -> None:
+    progress: Any = SimpleNamespace(spec={"kind": "generate"}, status={"num_stages": 1}, stages={})
+    assert stage_lines(progress, 80) == []
