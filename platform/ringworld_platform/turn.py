@@ -70,12 +70,12 @@ class Turn:
                     self._asked = None
                 elif self._asked is None:
                     self._asked = time.monotonic()
-                self._tell(answer, time.monotonic() - began, part)
+                self._tell(answer, spec.size, time.monotonic() - began, part)
             pause()
         self._preempted = ""
         live.set_fields(place=None, start_seconds=None, waiting_since=None)
 
-    def _tell(self, answer: Answer, waited_seconds: float, part: Part | None) -> None:
+    def _tell(self, answer: Answer, size: int, waited_seconds: float, part: Part | None) -> None:
         """Say why the gang does not start, or give up where nothing can change."""
         wait, live = answer.wait, self._live
         if wait is None:
@@ -83,7 +83,8 @@ class Turn:
         reason = wait.reason
         if part is not None:
             reason = part.waiting(answer.room, reason)
-        if not wait.possible and self._one_shot:
+        # What has just ended may be used for seconds more, and a busy machine takes its time.
+        if not wait.possible and self._one_shot and answer.room < size:
             raise JobFailed(reason)
         if waited_seconds < TELL_SECONDS:
             return
