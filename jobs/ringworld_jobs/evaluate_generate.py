@@ -30,7 +30,7 @@ class TextDrawSpec(Spec):
     """Of so many likeliest tokens; 0: of all."""
     top_p: Probability = 1.0
     """Of the fewest likeliest tokens that hold this share of the probability."""
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Makes tokens that stand there already less likely; 1: it does not."""
     presence_penalty: float = 0.0
     """Taken off the logits of tokens that were drawn already, as OpenAI's."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 
-
 _LIBRARY = ctypes.CDLL(None)
 
 
