@@ -8,13 +8,13 @@ import sys
 import pytest
 
 SCRIPT = """
-import os, signal, sys, time
+import os, signal, sys, time, types
 from ringworld_workers.actor import RingWorker
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))  # as Ray's own does
 worker = RingWorker("m:train", "m:build")
 if "training" in sys.argv:
-    worker._job = object()
+    worker._job = types.SimpleNamespace(device="cpu")
     worker.request_stop()  # by the controller, which has heard of the drained node
 os.kill(os.getpid(), signal.SIGTERM)
 while not any(entry.kind == "event" for entry in worker.drain(0).entries):
