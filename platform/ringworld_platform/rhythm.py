@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FIRST_RANKS_A_SECOND = 33
+FIRST_RANKS_A_SECOND = 28
 """Questions to first ranks, whose records the logs and the state show."""
 OTHER_RANKS_A_SECOND = 40
 SAVES_A_SECOND = 10
-LOOKS_A_SECOND = 100
+LOOKS_A_SECOND = 80
 """Looks of all runs at what is asked of them: to stop, to make way."""
 MOST_SECONDS = 20.0
 MOST_SAVE_SECONDS = 14.0
