@@ -27,6 +27,7 @@ from ringworld_platform.commands import (
     track,
     train,
     train_codebook,
+    validate,
     watch,
 )
 from ringworld_platform.console import Guarded, examples
@@ -99,7 +100,7 @@ def _presets() -> str:
 _add(
     app,
     TRAIN,
-    train.validate,
+    validate.validate,
     "ringworld validate jobs/quickstart.yaml",
     "ringworld validate jobs/quickstart.yaml --resolved   # every default",
     "ringworld validate jobs/lwm-text-7b.yaml --no-files  # plan without the data",
