@@ -7,12 +7,13 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
+
+from ringworld_workers.asked_ring import AskedRing
 
 if TYPE_CHECKING:
     from ringworld_workers.generation.asker import Asker
@@ -119,7 +120,7 @@ _RankActor = ray.remote(  # type: ignore[call-overload]
 )(Rank)
 
 
-class RayRing:
+class RayRing(AskedRing):
     """Actors that hold a model each and share the cache with this process.
 
     They are placed in the placement group of the actor that makes them, and end with it.
@@ -176,26 +177,9 @@ class RayRing:
         if stays:
             threading.Thread(target=self._watch, args=(stays,), name="ranks", daemon=True).start()
 
-    def call(self, method: str, *args: Any, **own: Any) -> Any:
-        """Call a method of ``Asker`` on every rank.
-
-        Args:
-            method: its name.
-            *args: for all ranks; plain data.
-            **own: for this one alone.
-
-        Returns:
-            What it returns here. An iterator must be iterated to its end, or the ring be closed.
-
-        Raises:
-            ValueError: what is asked is wrong; the ring goes on.
-            RingLost: a rank is gone.
-        """
-        with self._losses():
-            for actor in self._actors:
-                actor.call.remote(method, args)
-            found = getattr(self.asker, method)(*args, **own)
-        return self._watched(found) if isinstance(found, Iterator) else found
+    def _tell(self, method: str, args: tuple[Any, ...]) -> None:
+        for actor in self._actors:
+            actor.call.remote(method, args)
 
     def close(self) -> None:
         """End the other ranks, whatever they are doing. May be called twice."""
@@ -210,21 +194,9 @@ class RayRing:
             if why:
                 raise RingLost(f"rank {rank} of the ring could not be started: {why}")
 
-    def _watched(self, found: Iterator[Any]) -> Iterator[Any]:
-        with self._losses():
-            yield from found
-
-    @contextmanager
-    def _losses(self) -> Iterator[None]:
-        """Say which rank was lost, where a collective only says that a connection is."""
-        try:
-            yield
-        except ValueError:
-            raise
-        except (RuntimeError, OSError) as error:
-            if self._actors and self._is_lost.wait(_ECHO_SECONDS) and self._lost is not None:
-                raise self._lost from error
-            raise
+    def _loss(self) -> RingLost | None:
+        heard = bool(self._actors) and self._is_lost.wait(_ECHO_SECONDS)
+        return self._lost if heard else None
 
     def _watch(self, stays: list[Any]) -> None:
         ready, _ = ray.wait(stays, num_returns=1)

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from ringworld_model.decode import DEFAULT_CHUNK
-from ringworld_workers.generation.asker import Asker, make_asker
+from ringworld_workers.asked_ring import AskedRing
+from ringworld_workers.generation.asker import make_asker
 from ringworld_workers.generation.coder import Coder
 from ringworld_workers.generation.loading import choose_device
 from ringworld_workers.generation.source import ModelSource, RequestError
@@ -36,14 +37,8 @@ class RingError(RuntimeError):
     """A rank of the ring is lost; the message says why, as far as it is known."""
 
 
-class LocalRing:
-    """Ranks that hold a model each and share the cache. A context manager.
-
-    Attributes:
-        asker: this process's.
-    """
-
-    asker: Asker
+class LocalRing(AskedRing):
+    """Ranks that hold a model each and share the cache. A context manager."""
 
     def __init__(
         self,
@@ -110,7 +105,7 @@ class LocalRing:
             )
         except BaseException as error:
             known = not isinstance(error, RuntimeError) or isinstance(error, RingError)
-            lost = None if known else self._lost()
+            lost = None if known else self._loss()
             self.close()
             if lost is not None:
                 raise lost from error
@@ -121,43 +116,9 @@ class LocalRing:
         """End the other ranks."""
         self.close()
 
-    def call(self, method: str, *args: Any, **own: Any) -> Any:
-        """Call a method of ``Asker`` on every rank.
-
-        Args:
-            method: its name.
-            *args: for all ranks; plain data.
-            **own: for this one alone.
-
-        Returns:
-            What it returns here. An iterator must be iterated to its end, or the ring be closed.
-
-        Raises:
-            ValueError: what is asked is wrong; the ring goes on.
-            RingError: a rank was lost.
-        """
-        with self._losses():
-            for pipe in self._pipes:
-                pipe.send((method, args))
-            found = getattr(self.asker, method)(*args, **own)
-        return self._watched(found) if isinstance(found, Iterator) else found
-
-    def _watched(self, events: Iterator[Any]) -> Iterator[Any]:
-        with self._losses():
-            yield from events
-
-    @contextmanager
-    def _losses(self) -> Iterator[None]:
-        """Say that a rank was lost, where a collective only says that a connection is."""
-        try:
-            yield
-        except ValueError:
-            raise
-        except (RuntimeError, OSError) as error:
-            lost = self._lost()
-            if lost is None:
-                raise
-            raise lost from error
+    def _tell(self, method: str, args: tuple[Any, ...]) -> None:
+        for pipe in self._pipes:
+            pipe.send((method, args))
 
     def close(self) -> None:
         """End the other ranks, whatever they are doing. May be called twice."""
@@ -196,7 +157,7 @@ class LocalRing:
             if said != _READY:
                 raise RingError(f"rank {rank} of the ring: {said}")
 
-    def _lost(self) -> RingError | None:
+    def _loss(self) -> RingError | None:
         """Which rank is gone, and why; None: all are there.
 
         The ranks beside a lost one end with it, as their connections do: it is the one that was
