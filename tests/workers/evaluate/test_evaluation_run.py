@@ -20,9 +20,9 @@ from ringworld_workers.evaluate.documents import longest_documents
 from ringworld_workers.evaluate.job import EvaluationJob
 from ringworld_workers.evaluate.no_tokenizer import coder_of
 from ringworld_workers.evaluate.perplexity import doubled
-from ringworld_workers.evaluate.run import EvaluationRun, run_evaluation
+from ringworld_workers.evaluate.run import EvaluationRun, run_evaluation, subject_of
 from ringworld_workers.evaluate.short_context import ShortContext
-from ringworld_workers.evaluate.task import EvaluationRing, Item, Record, Subject
+from ringworld_workers.evaluate.task import EvaluationRing, Item, Record
 from ringworld_workers.generation import ModelSource, RequestError, load_model
 from ringworld_workers.mesh import build_mesh
 from ringworld_workers.store.opening import open_store
@@ -171,7 +171,7 @@ def test_any_mesh_gives_the_same_figures_and_a_stop_loses_nothing(
 
 def test_losses_are_those_of_a_dense_model(job: EvaluationJob) -> None:
     loaded = load_model(job.model, coder=coder_of(job.model, "cpu"))
-    subject = _subject(job, loaded)
+    subject = subject_of(job, loaded)
     ring = EvaluationRing(loaded=loaded, group=None, rank=0, size=1, device=torch.device("cpu"))
     task = ShortContext(asked_for(["short_context"]).short_context, subject)  # type: ignore[arg-type]
     facts = {item.id: item.facts for item in task.items()}
@@ -192,22 +192,6 @@ def test_losses_are_those_of_a_dense_model(job: EvaluationJob) -> None:
         assert found == pytest.approx(nll / weight, rel=1e-5)
 
 
-def _subject(job: EvaluationJob, loaded: Any, **changes: Any) -> Subject:
-    return replace(
-        Subject(
-            loaded=loaded,
-            stage_name=job.stage_name,
-            seed=job.seed,
-            context_length=job.context_length,
-            sources=job.sources,
-            mixture=job.mixture,
-            first_mixture=job.first_mixture,
-            first_context_length=job.first_context_length,
-        ),
-        **changes,
-    )
-
-
 def test_short_contexts_are_held_against_the_best_stage_before(job: EvaluationJob) -> None:
     settings = asked_for(["short_context"]).short_context
     assert settings is not None
@@ -222,8 +206,9 @@ def test_short_contexts_are_held_against_the_best_stage_before(job: EvaluationJo
         {"task": "short_context", "items": 6, "loss_at_48": 1.0},  # of other documents
         {"task": "perplexity", "items": 4, "loss_at_48": 1.0},
     ]
-    first = ShortContext(settings, _subject(job, None)).summarize(records)
-    later = ShortContext(settings, _subject(job, None, earlier=earlier)).summarize(records)
+    subject = subject_of(job, None)  # type: ignore[arg-type]
+    first = ShortContext(settings, subject).summarize(records)
+    later = ShortContext(settings, replace(subject, earlier=earlier)).summarize(records)
     assert first == {"worse": 0.0, "loss_at_48": 2.2, "loss_at_192": 2.0}
     assert later["worse"] == pytest.approx(0.1)
     (gate,) = settings.gates()

@@ -21,7 +21,7 @@ from ringworld_workers.evaluate.job import EvaluationJob
 from ringworld_workers.evaluate.no_tokenizer import coder_of
 from ringworld_workers.evaluate.registry import make_tasks
 from ringworld_workers.evaluate.task import EvaluationRing, Item, Record, Subject, Task
-from ringworld_workers.generation import load_model
+from ringworld_workers.generation import LoadedModel, load_model
 from ringworld_workers.generation.loading import DTYPES
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.reporter import Reporter
@@ -57,19 +57,7 @@ def run_evaluation(job: EvaluationJob, mesh: Mesh, reporter: Reporter) -> dict[s
         coder=coder_of(job.model, str(mesh.device)),
         on_tensor=lambda done, total: reporter.phase(f"load {done}/{total}", done),
     )
-    subject = Subject(
-        loaded=loaded,
-        stage_name=job.stage_name,
-        seed=job.seed,
-        context_length=job.context_length,
-        sources=job.sources,
-        mixture=job.mixture,
-        first_mixture=job.first_mixture,
-        first_context_length=job.first_context_length,
-        data=job.data,
-        earlier=job.earlier,
-        files_url=job.files_url,
-    )
+    subject = subject_of(job, loaded)
     ring = EvaluationRing(
         loaded=loaded,
         group=mesh.sequence_parallel_group if mesh.sequence_parallel_size > 1 else None,
@@ -86,6 +74,23 @@ def run_evaluation(job: EvaluationJob, mesh: Mesh, reporter: Reporter) -> dict[s
         done.append(figures)
     reporter.phase("finished", 0)
     return {"status": "finished", "evaluations": done}
+
+
+def subject_of(job: EvaluationJob, loaded: LoadedModel) -> Subject:
+    """What a job's tasks are made with."""
+    return Subject(
+        loaded=loaded,
+        stage_name=job.stage_name,
+        seed=job.seed,
+        context_length=job.context_length,
+        sources=job.sources,
+        mixture=job.mixture,
+        first_mixture=job.first_mixture,
+        first_context_length=job.first_context_length,
+        data=job.data,
+        earlier=job.earlier,
+        files_url=job.files_url,
+    )
 
 
 @dataclass
