@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,7 +22,7 @@ from ringworld_jobs.spec_base import Name, Spec
 from ringworld_jobs.units import ContextLength
 
 
-class ModelJob(Spec):
+class ModelJob(Spec, ABC):
     """A job without stages, on one model; its kind says what is asked."""
 
     kind: str
@@ -60,9 +61,9 @@ class ModelJob(Spec):
         return []
 
     @property
+    @abstractmethod
     def evaluations(self) -> EvaluateSpec:
         """What is asked, by task."""
-        raise NotImplementedError
 
     def mesh_for(self, context_length: int) -> MeshSize:
         """The mesh of its gang: a ring that leaves each worker at most 32Ki tokens of a row, and as
