@@ -109,7 +109,7 @@ def test_no_secret_is_logged() -> None:
         "AWS_SECRET_ACCESS_KEY": "abcd/efgh+1234",
         "HF_TOKEN": "hf_0123456789",
         "SHORT_TOKEN": "false",
-        "AWS_SHARED_CREDENTIALS_FILE": "/home/somebody/.aws",
+        "AWS_SHARED_CREDENTIALS_FILE": "keys/aws-credentials",
         "HOSTNAME": "machine-number-seven",
     }
     recorder = Recorder()
@@ -119,7 +119,7 @@ def test_no_secret_is_logged() -> None:
     try:
         raise OSError("refused hf_0123456789")
     except OSError:
-        logger.exception("in /home/somebody/.aws")
+        logger.exception("in keys/aws-credentials")
 
     first, second, third = lines_of(recorder)
     expected = "with [secret] and [secret], false, on machine-number-seven"
@@ -127,7 +127,7 @@ def test_no_secret_is_logged() -> None:
     assert second["message"] == (
         "https://[secret]@host/x?X-Amz-Signature=[secret]&other=1 s3://bucket/a@b"
     )
-    assert third["message"] == "in /home/somebody/.aws"
+    assert third["message"] == "in keys/aws-credentials"
     assert "hf_0123456789" not in third["traceback"] and HIDDEN in third["traceback"]
 
 
