@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,22 @@ class Project:
     def wait_for_step(self, run_id: str, stage: str, step: int) -> None:
         """Wait until the run has done a step."""
         self.wait_for(f"step {step} of {stage}", lambda: (stage, step) in self.steps(run_id))
+
+    def wait_for_pid(self, run_id: str, stage: str, rank: int, attempt: int = 1) -> int:
+        """Wait until a rank has joined a stage's gang.
+
+        Without a command, whose start takes as long as a small stage does.
+        """
+
+        def pid() -> int | None:
+            for line in self.lines(run_id, f"logs/rank-{rank}.log"):
+                if (line["stage"], line["attempt"]) == (stage, attempt):
+                    if said := re.search(r"\bpid (\d+)\) joined", line["message"]):
+                        return int(said[1])
+            return None
+
+        found: int = self.wait_for(f"rank {rank} in {stage}", pid)
+        return found
 
     def processes(self) -> list[str]:
         """Command lines of all living processes that a command of this project has started."""

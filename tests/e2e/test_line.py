@@ -1,6 +1,6 @@
-"""The whole line through the command: a run, one with a killed worker, one that is interrupted.
+"""The whole line through the command: a run, and one that loses a worker and is interrupted.
 
-All three train the same job; what a user relies on is that they end alike.
+Both train the same job; what a user relies on is that they end alike.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import re
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,7 +24,7 @@ STEPS = [(stage, step + 1) for stage, count in NUM_STEPS.items() for step in ran
 
 @pytest.fixture(scope="module")
 def undisturbed(project: Project) -> tuple[Project, str]:
-    """A run to its end, which the others are compared with."""
+    """A run to its end, which the other is compared with."""
     code, output = project.command("run", "job.yaml")
     assert code == 0, output
     assert "small-1" in output
@@ -183,43 +183,35 @@ def test_prepared_data_is_found_again(undisturbed: tuple[Project, str]) -> None:
     assert len([p for p in (project.folder / "cache").iterdir() if p.is_dir()]) == 1
 
 
-def test_a_killed_worker_changes_nothing(undisturbed: tuple[Project, str]) -> None:
+def test_a_killed_worker_and_an_interrupt_change_nothing(undisturbed: tuple[Project, str]) -> None:
     project, _ = undisturbed
     process = project.start("run", "job.yaml")
+    pid = project.wait_for_pid("small-2", "second", rank=1)
     project.wait_for_step("small-2", "second", 15)
-
-    def victim() -> int | None:
-        workers: list[dict[str, Any]] = project.status("small-2")["workers"]
-        return next((worker["pid"] for worker in workers if worker["rank"] == 1), None)
-
-    pid = project.wait_for("a pid for rank 1", victim)
     os.kill(pid, signal.SIGKILL)
-    code, output = project.finish(process)
-    assert code == 0, output
-    status = project.status("small-2")
-    assert status["attempt"] == 2 and status["state"] == "SUCCEEDED"
-    kinds = [r["kind"] for r in project.lines("small-2", "metrics.jsonl")]
-    assert kinds.count("parity") == 1, "a resume on the same mesh proves nothing again"
-    restarted = [r for r in project.lines("small-2", "metrics.jsonl") if r.get("resumed_from")]
-    assert any(r["stage"] == "second" and r["attempt"] == 2 for r in restarted), output
-    assert_same_training(project, "small-2")
 
+    def goes_on() -> bool:
+        record = project.steps("small-2").get(("second", 40))
+        return record is not None and record["attempt"] == 2
 
-def test_an_interrupted_run_leaves_no_process_and_resumes_to_the_same_end(
-    undisturbed: tuple[Project, str],
-) -> None:
-    project, _ = undisturbed
-    process = project.start("run", "job.yaml")
-    project.wait_for_step("small-3", "second", 15)
+    project.wait_for("step 40 of the second attempt", goes_on)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to every process of the group
     code, output = project.finish(process)
     assert code == 130, output
-    assert "ringworld resume small-3" in output
-    assert project.processes() == []
-    status = project.status("small-3")
+    assert "ringworld resume small-2" in output
+    assert project.processes() == [], "nothing is left behind"
+    status = project.status("small-2")
     assert status["state"] == "STOPPED" and status["checkpoint"].startswith("01-second/")
-    assert ("third", 1) not in project.steps("small-3")
-    code, output = project.command("resume", "small-3")
+    assert ("third", 1) not in project.steps("small-2")
+
+    code, output = project.command("resume", "small-2")
     assert code == 0, output
-    assert_same_training(project, "small-3")
+    status = project.status("small-2")
+    assert status["attempt"] == 3 and status["state"] == "SUCCEEDED"
+    records = project.lines("small-2", "metrics.jsonl")
+    starts = [(r["attempt"], r["stage"]) for r in records if r.get("resumed_from")]
+    assert starts == [(1, "second"), (2, "second"), (3, "second"), (3, "third")], output
+    kinds = [record["kind"] for record in records]
+    assert kinds.count("parity") == 1, "a resume on the same mesh proves nothing again"
+    assert_same_training(project, "small-2")
     assert project.processes() == []

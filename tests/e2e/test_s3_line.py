@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-STEPS = 20
+STEPS = 40
 JOB = """
 kind: train
 name: cloud
@@ -58,9 +58,9 @@ def test_a_run_on_s3_survives_its_worker_and_keeps_its_secrets(
     job = project.folder / "cloud.yaml"
     job.write_text(JOB.replace("STORE", s3_url).replace("STEPS", str(STEPS)))
     process = project.start("run", "cloud.yaml")
-    project.wait_for_step("cloud-1", "only", 7)
-    (victim,) = (w["pid"] for w in project.status("cloud-1")["workers"] if w["rank"] == 1)
+    victim = project.wait_for_pid("cloud-1", "only", rank=1)
     shown = command_lines(project)
+    project.wait_for_step("cloud-1", "only", 7)
     os.kill(victim, signal.SIGKILL)
     code, output = project.finish(process)
     assert code == 0, output

@@ -236,10 +236,11 @@ class RingWorker:
         self._job, self._rank = job, rank
         self._show_gauges(job, rank)
         log.info(
-            "rank %d of %d (%s) joined on %s, %d threads",
+            "rank %d of %d (%s, pid %d) joined on %s, %d threads",
             rank,
             job.world_size,
             job.group_name,
+            os.getpid(),
             job.device,
             num_threads,
         )
