@@ -29,6 +29,9 @@ LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # The smallest that Ray takes; we pass handles and small records through it.
 OBJECT_STORE_BYTES = 78_643_200
 START_SECONDS = 60.0
+# Once a worker lives, the raylet waits half a minute for it and does not ask it: that is not waited
+# for, as whatever lives through a SIGKILL at any moment needs no farewell.
+ASK_SECONDS = 5.0
 STOP_SECONDS = 20.0
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
@@ -269,7 +272,7 @@ def _end_tree(head: psutil.Process) -> None:
     family = [head, *head.children(recursive=True)]
     with contextlib.suppress(psutil.NoSuchProcess):
         head.terminate()
-    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    _, left = psutil.wait_procs(family, timeout=ASK_SECONDS)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
