@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ringworld_model.ring.block_cpu import DIAGONAL_ROWS, KEYS_STEP
+from ringworld_model.ring.dealt_work import DocumentZigzagWork, StripedWork
 from ringworld_model.ring.rectangle import count_layers
-from ringworld_model.ring.work import BlockWork, Pieces, StripedWork, Work, group_runs
+from ringworld_model.ring.work import BlockWork, Pieces, Work, group_runs
 
 # A call of the CPU kernel (forward, backward, merging) takes about as long as 6,300 pairs (fitted
 # to rows of 4Ki to 16Ki tokens in every layout: off by 7 % on average), and a row of keys from
@@ -53,27 +54,35 @@ def bound_cost(work: Work) -> int:
     return int(work.pairs.sum(1).max()) + _padding(work)
 
 
-def bound_striped(
-    document_lengths: Sequence[int], context_length: int, ring_size: int, backend: str
-) -> int:
-    """Return at most what ``count_cost`` of the striped layout is, without making it.
+DEALT = ("document_zigzag", "striped")
+"""Layouts that deal every document to all ranks, see ``bound_dealt``."""
 
-    Counting the stripes of thousands of short documents takes longer than all else, for nothing.
+
+def bound_dealt(
+    name: str, document_lengths: Sequence[int], context_length: int, ring_size: int, backend: str
+) -> int:
+    """Return at most what ``count_cost`` of a layout in ``DEALT`` is, without making it.
+
+    Counting what thousands of short documents cost there takes longer than all else, for nothing.
     """
     length = torch.tensor(document_lengths, dtype=torch.int64)
     some = ring_size * (ring_size + 1) // 2
     few = length * (length + 1) // 2
     if backend == "triton":
         # (query, source) where the query sees a key: each lies in a row of a tile.
-        rest = some + (length - ring_size) * ring_size
+        if name == "striped":
+            rest = some + (length - ring_size) * ring_size
+        else:
+            # A rank's far queries see all sources, its near ones those up to it.
+            rest = (length // (2 * ring_size) * (ring_size**2 + some)).clamp(min=some)
         work = _TILE * torch.where(length <= ring_size, few, rest)
     else:
-        # (rank, source) where the document is a diagonal.
+        # (rank, source) where the document is a rectangle.
         met = torch.where(length < 2 * ring_size, some, ring_size**2)
         met = torch.where(length <= ring_size, few, met)
         work = met * _TILE**2 if backend == "flash" else few + met * _PAIRS_PER_CALL
     padding = -(-context_length // ring_size) - sum(document_lengths) // ring_size
-    return int(work.sum()) // ring_size + _PAIRS_PER_TOKEN * padding
+    return int(torch.maximum(work, few).sum()) // ring_size + _PAIRS_PER_TOKEN * padding
 
 
 def by_step(table: torch.Tensor) -> torch.Tensor:
@@ -101,6 +110,10 @@ def _count_calls(work: Work) -> torch.Tensor:
             came = rows.sum(0).mul_(_PAIRS_PER_ROW)
             cost += came.fill_diagonal_(0)
         return cost
+    if isinstance(work, DocumentZigzagWork):
+        beside = _beside_pairs(work.shares).sum(0)
+        each = work.sum_products(_some, lambda keys: _PAIRS_PER_ROW * keys + _PAIRS_PER_CALL)
+        return cost.add_(each).add_(beside.diag())
     pieces, seen = work.later_pieces()
     calls = _strips(pieces, seen).to(torch.int64)
     cost.index_add_(0, pieces.owner, calls, alpha=_PAIRS_PER_CALL)
@@ -123,9 +136,11 @@ def _count_varlen_calls(work: Work) -> torch.Tensor:
             area += _triangle(rows).sum(0)
             calls |= (rows > 0).any(0)
         return area + _PAIRS_PER_VARLEN_CALL * calls
+    if isinstance(work, DocumentZigzagWork):
+        area = work.sum_products(_sides, _sides) + _triangle(work.shares).sum(0).diag()
+        return area + _PAIRS_PER_VARLEN_CALL * (area > 0)
     pieces, seen = work.later_pieces()
-    side = -(-pieces.length // _TILE) * _TILE
-    area.index_add_(0, pieces.owner, -(-seen // _TILE) * _TILE * side[:, None])
+    area.index_add_(0, pieces.owner, _sides(seen) * _sides(pieces.length)[:, None])
     # The document of most calls decides, for documents share no row.
     first, of = group_runs(pieces.owner, pieces.document, len(work.starts))
     strips = area.new_zeros(len(first), len(area))
@@ -140,6 +155,8 @@ def _count_varlen_calls(work: Work) -> torch.Tensor:
 
 def _count_tiles(work: Work) -> torch.Tensor:
     """One launch a step: the area of the tiles in which some pair is visible."""
+    if isinstance(work, DocumentZigzagWork):
+        return torch.stack([_tiles_of(work, rank) for rank in range(len(work.pairs))]) * _TILE**2
     layout, size = work.layout, work.layout.ring_size
     every = torch.arange(size)
     held = layout.tokens_before(work.ends[-1:], every) if len(work.ends) else every * 0
@@ -165,6 +182,22 @@ def _count_tiles(work: Work) -> torch.Tensor:
     tiles = torch.zeros_like(work.pairs).index_add_(0, rank[far], visits)
     tiles.diagonal()[:] = held.new_zeros(size).index_add(0, rank, own)
     return tiles * _TILE**2
+
+
+def _tiles_of(work: DocumentZigzagWork, rank: int) -> torch.Tensor:
+    """Tiles that a rank's rectangles visit, by source: int64 [R]."""
+    (q0, q1, k0, k1), some = work.sides(rank)
+    room = (work.layout.length >> _TILE_BITS) + 1
+    top, left, bottom, right = (each >> _TILE_BITS for each in (q0, k0, q1 - 1, k1 - 1))
+    rows, columns = bottom - top + 1, right - left + 1
+    visits = rows * columns
+    visits[rank] = (rows * (rows + 1) // 2)[rank]
+    visits *= some
+    # Documents follow one another on both sides: a rectangle's first tile may be the last one of
+    # the rectangle before it.
+    reached = torch.where(some, bottom * room + right, -1).cummax(1).values
+    again = some[:, 1:] & (reached[:, :-1] == (top * room + left)[:, 1:])
+    return visits.sum(1) - again.sum(1)
 
 
 def _first_tokens(work: Work, room: int) -> torch.Tensor:
@@ -241,6 +274,16 @@ def _beside_pairs(rows: torch.Tensor) -> torch.Tensor:
     rest = rows - (leaves - 1) * each
     wasted = ((leaves - 1) * each * (each - 1) + rest * (rest - 1)) // 2
     return wasted + _PAIRS_PER_CALL * (2 * leaves - 1) * (rows > 0)
+
+
+def _some(rows: torch.Tensor) -> torch.Tensor:
+    """Whether there are any."""
+    return (rows > 0).to(torch.int64)
+
+
+def _sides(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of the tiles that hold so many."""
+    return -(-rows // _TILE) * _TILE
 
 
 def _triangle(rows: torch.Tensor) -> torch.Tensor:

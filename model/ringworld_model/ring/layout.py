@@ -1,27 +1,60 @@
 """Layouts: which tokens of a row each rank of a ring holds.
 
-Every layout cuts the row into equal blocks, deals them to the ranks, and keeps each rank's blocks
-in ascending order. Blocks reach past the row's end where its length does not divide: those
-indices are padding.
+All but one cut the row into equal blocks, whatever its documents, and deal them to the ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Protocol
 
 import torch
 
-LAYOUTS = ("contiguous", "zigzag", "block_cyclic", "striped")
+from ringworld_model.ring.document_zigzag import DocumentZigzag
+
+LAYOUTS = ("contiguous", "zigzag", "document_zigzag", "block_cyclic", "striped")
 """Every layout; "auto" tries them in this order, and the first of equals wins."""
 
 BLOCK_CYCLIC_TOKENS = 128
 """Tokens of a block of the block-cyclic layout: the tile of the attention kernels."""
 
 
+class Layout(Protocol):
+    """How one row is dealt to the ranks: every index below ring_size * length to one of them."""
+
+    @property
+    def name(self) -> str:
+        """One of ``LAYOUTS``."""
+
+    @property
+    def ring_size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that each rank holds, padding included."""
+
+    @property
+    def block_tokens(self) -> int:
+        """A document inside one block of so many tokens, counted from index 0, is on one rank."""
+
+    def local_indices(self, rank: int) -> torch.Tensor:
+        """Row index of each token that ``rank`` holds: int64 [length], ascending."""
+
+    def tokens_before(self, index: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        """Tokens before a row index that a rank holds: int64, the broadcast of both shapes."""
+
+    def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        """Row index of a rank's local token: int64, the broadcast of both shapes."""
+
+
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How one row is dealt to the ranks.
+class BlockLayout:
+    """A ``Layout`` of equal blocks, each rank's in ascending order.
+
+    Blocks reach past the row's end where its length does not divide: those indices are padding.
 
     Attributes:
         name: one of ``LAYOUTS``.
@@ -37,7 +70,7 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Tokens that each rank holds, padding included."""
+        """See ``Layout.length``."""
         return self.block_tokens * self.blocks_per_rank
 
     def owners(self) -> torch.Tensor:
@@ -48,7 +81,7 @@ class Layout:
         return ranks.repeat(self.blocks_per_rank)
 
     def local_indices(self, rank: int) -> torch.Tensor:
-        """Row index of each token that ``rank`` holds: int64 [length], ascending."""
+        """See ``Layout.local_indices``."""
         if self.name == "zigzag":
             blocks = torch.tensor([rank, 2 * self.ring_size - 1 - rank])
         else:
@@ -56,7 +89,7 @@ class Layout:
         return (blocks[:, None] * self.block_tokens + torch.arange(self.block_tokens)).flatten()
 
     def tokens_before(self, index: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """Tokens before a row index that a rank holds: int64, the broadcast of both shapes."""
+        """See ``Layout.tokens_before``."""
         tokens, last = self.block_tokens, 2 * self.ring_size - 1
         if self.name == "zigzag":
             near = (index - rank * tokens).clamp(0, tokens)
@@ -66,7 +99,7 @@ class Layout:
         return rounds * tokens + (index - rounds * cycle - rank * tokens).clamp(0, tokens)
 
     def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """Row index of a rank's local token: int64, the broadcast of both shapes."""
+        """See ``Layout.row_index``."""
         turn = local.div(self.block_tokens, rounding_mode="floor")
         if self.name == "zigzag":
             block = torch.where(turn > 0, 2 * self.ring_size - 1 - rank, rank)
@@ -75,11 +108,18 @@ class Layout:
         return block * self.block_tokens + local - turn * self.block_tokens
 
 
-def build_layout(name: str, context_length: int, ring_size: int, multiple: int = 1) -> Layout:
+def build_layout(
+    name: str,
+    document_lengths: Sequence[int],
+    context_length: int,
+    ring_size: int,
+    multiple: int = 1,
+) -> Layout:
     """Return the layout ``name`` of a row of ``context_length`` tokens over ``ring_size`` ranks.
 
     Args:
         name: one of ``LAYOUTS``.
+        document_lengths: tokens of each document; they follow one another from index 0.
         context_length: tokens of the whole row, any length from 1.
         ring_size: number of ranks, from 1.
         multiple: each rank's tokens are padded to a multiple of it, from 1.
@@ -88,16 +128,19 @@ def build_layout(name: str, context_length: int, ring_size: int, multiple: int =
         ValueError: no such layout.
     """
     if name == "contiguous":
-        return Layout(name, ring_size, _padded(context_length, ring_size, multiple), 1)
+        return BlockLayout(name, ring_size, _padded(context_length, ring_size, multiple), 1)
     if name == "zigzag":
         of_a_block = multiple // gcd(multiple, 2)
-        return Layout(name, ring_size, _padded(context_length, 2 * ring_size, of_a_block), 2)
+        return BlockLayout(name, ring_size, _padded(context_length, 2 * ring_size, of_a_block), 2)
+    if name == "document_zigzag":
+        length = _padded(context_length, ring_size, multiple)
+        return DocumentZigzag(document_lengths, ring_size, length)
     if name == "block_cyclic":
         tokens = BLOCK_CYCLIC_TOKENS
         blocks = _padded(context_length, tokens * ring_size, multiple // gcd(multiple, tokens))
-        return Layout(name, ring_size, tokens, blocks)
+        return BlockLayout(name, ring_size, tokens, blocks)
     if name == "striped":
-        return Layout(name, ring_size, 1, _padded(context_length, ring_size, multiple))
+        return BlockLayout(name, ring_size, 1, _padded(context_length, ring_size, multiple))
     raise ValueError(
         f"attention.layout={name!r} is unknown; choose auto or one of {', '.join(LAYOUTS)}"
     )

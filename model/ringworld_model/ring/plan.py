@@ -12,10 +12,11 @@ from typing import Any, SupportsIndex
 
 import torch
 
-from ringworld_model.ring.cost import BACKENDS, bound_cost, bound_striped, by_step, count_cost
+from ringworld_model.ring.cost import BACKENDS, DEALT, bound_cost, bound_dealt, by_step, count_cost
 from ringworld_model.ring.layout import LAYOUTS, build_layout
+from ringworld_model.ring.rectangle import Rectangles
 from ringworld_model.ring.travel import Travel, plan_travel
-from ringworld_model.ring.work import Rectangles, Work, count_work
+from ringworld_model.ring.work import Work, count_work
 
 # How "auto" weighs costs, which are estimates, and balance, which is counted: an imbalance up to
 # the first is as good as none, 5 % more outweigh double the cost, and nothing outweighs more
@@ -167,10 +168,11 @@ def plan_ring(
             may be less than context_length: the rest of the row is padding.
         context_length: tokens of the whole row, any number from 1.
         ring_size: number of places in the ring, any number from 1.
-        layout: "block_cyclic", "contiguous", "zigzag", "striped", or "auto". It counts what each
-            layout costs (when the last rank is done, masked waste, calls, rows that travel,
-            padding), leaves out those that cost over 1.5 times the least, and takes the cheapest
-            whose imbalance is at most 1.12; above that, cost and imbalance are weighed.
+        layout: "block_cyclic", "contiguous", "zigzag", "document_zigzag", "striped", or "auto".
+            It counts what each layout costs (when the last rank is done, masked waste, calls, rows
+            that travel, padding), leaves out those that cost over 1.5 times the least, and takes
+            the cheapest whose imbalance is at most 1.12; above that, cost and imbalance are
+            weighed.
         heads_size: ranks of each place, that share its heads; any number from 1.
         backend: the backend whose cost "auto" counts; nothing else depends on it.
 
@@ -267,12 +269,12 @@ def _choose(
     def plans(name: str) -> list[RingPlan]:
         return [_plan(row, context_length, ring_size, heads_size, name) for row in rows]
 
-    bounds = {
-        name: sum(bound_cost(plan._work) for plan in plans(name))
-        for name in LAYOUTS
-        if name != "striped"
-    }
-    bounds["striped"] = sum(bound_striped(row, context_length, ring_size, backend) for row in rows)
+    def bound(name: str) -> int:
+        if name in DEALT:
+            return sum(bound_dealt(name, row, context_length, ring_size, backend) for row in rows)
+        return sum(bound_cost(plan._work) for plan in plans(name))
+
+    bounds = {name: bound(name) for name in LAYOUTS}
     costs: dict[str, int] = {}
     for name in sorted(LAYOUTS, key=bounds.__getitem__):
         if not costs or bounds[name] <= _NEAR * min(costs.values()):
@@ -318,7 +320,7 @@ def _imbalance(pairs: Sequence[torch.Tensor]) -> Fraction:
 def _plan(
     lengths: tuple[int, ...], context_length: int, ring_size: int, heads_size: int, name: str
 ) -> RingPlan:
-    layout = build_layout(name, context_length, ring_size, heads_size)
+    layout = build_layout(name, lengths, context_length, ring_size, heads_size)
     work = count_work(layout, lengths)
     identity = repr((lengths, context_length, ring_size, heads_size, name))
     return RingPlan(

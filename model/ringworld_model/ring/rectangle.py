@@ -31,6 +31,10 @@ class Rectangle(NamedTuple):
         return rows * (rows + 1) // 2 if self.diagonal else rows * (self.k1 - self.k0)
 
 
+Rectangles = tuple[Rectangle, ...]
+"""What a rank computes at a ring step."""
+
+
 def cover_staircase(strips: Sequence[tuple[int, int, int]], k0: int) -> Iterator[Rectangle]:
     """Cover a staircase by full rectangles, each pair exactly once.
 

@@ -45,15 +45,16 @@ def simulate(
     rows, size, length = group_rows(plans), plans[0].ring_size, plans[0].ring_length
     # The ranks of a place have exchanged their tokens; the heads do not matter to each other.
     ranks = range(size * plans[0].heads_size)
-    held = torch.cat([plans[0].local_indices(rank) for rank in ranks])
-    places = list(held.to(q.device).split(length))
+    held = torch.stack([torch.cat([of.local_indices(rank) for rank in ranks]) for of in plans])
+    held = held.to(q.device)  # [B, size * length]
+    every = torch.arange(len(plans), device=q.device)[:, None]
 
     def spread(whole: torch.Tensor) -> list[torch.Tensor]:
         room = whole.new_full((len(whole), size * length, *whole.shape[2:]), torch.nan)
         for row, of in enumerate(plans):
             real = sum(of.document_lengths)
             room[row, :real] = whole[row, :real]
-        return [room[:, indices] for indices in places]
+        return list(room[every, held].split(length, 1))
 
     def given(rank: int, step: int) -> list[torch.Tensor]:
         """K and V of a step: what has travelled, and of that what the plan names."""
@@ -71,7 +72,7 @@ def simulate(
     all_q, all_k, all_v, all_grad = (spread(whole) for whole in (q, k, v, grad_out))
     exact = accumulator(q.dtype)
     outs, dqs = [], []
-    shares = [torch.zeros((2, *all_k[0].shape), dtype=exact, device=q.device) for _ in places]
+    shares = [torch.zeros((2, *local.shape), dtype=exact, device=q.device) for local in all_k]
     for rank in range(size):
         forward = kernel.forward(rank, rows, all_q[rank], scale)
         for step in range(size):
@@ -84,9 +85,9 @@ def simulate(
             backward.step(step, keys, values, *shares[(rank - step) % size].unbind(0))
         outs.append(out)
         dqs.append(backward.finish().to(q.dtype))
-    order = torch.cat(places).argsort()[: q.shape[1]]
+    order = held.argsort()[:, : q.shape[1]]
     dks, dvs = zip(*shares, strict=True)
-    out, dq, dk, dv = (torch.cat(list(parts), 1)[:, order] for parts in (outs, dqs, dks, dvs))
+    out, dq, dk, dv = (torch.cat(list(parts), 1)[every, order] for parts in (outs, dqs, dks, dvs))
     return out, dq, dk, dv
 
 

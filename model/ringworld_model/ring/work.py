@@ -12,17 +12,18 @@ from typing import NamedTuple
 
 import torch
 
-from ringworld_model.ring.layout import Layout
-from ringworld_model.ring.rectangle import Rectangle, cover_staircase
-
-Rectangles = tuple[Rectangle, ...]
-_DOCUMENTS_AT_ONCE = 1024
+from ringworld_model.ring.dealt_work import DocumentZigzagWork, StripedWork
+from ringworld_model.ring.document_zigzag import DocumentZigzag
+from ringworld_model.ring.layout import BlockLayout, Layout
+from ringworld_model.ring.rectangle import Rectangle, Rectangles, cover_staircase
 
 
 def count_work(layout: Layout, document_lengths: Sequence[int]) -> Work:
     """Return the work of a row whose documents follow one another from index 0."""
     lengths = torch.tensor(document_lengths, dtype=torch.int64)
     ends = lengths.cumsum(0)
+    if isinstance(layout, DocumentZigzag):
+        return DocumentZigzagWork(layout, ends - lengths, ends)
     # One-token blocks would make a piece a token; stripes have a closed form instead.
     kind = StripedWork if layout.name == "striped" else BlockWork
     return kind(layout, ends - lengths, ends)
@@ -58,7 +59,7 @@ class BlockWork:
         pairs: visible (query, key) pairs: int64 [R, R], indexed (rank, source).
     """
 
-    def __init__(self, layout: Layout, starts: torch.Tensor, ends: torch.Tensor) -> None:
+    def __init__(self, layout: BlockLayout, starts: torch.Tensor, ends: torch.Tensor) -> None:
         """Count the pairs.
 
         Args:
@@ -153,74 +154,5 @@ def group_runs(
     return new.nonzero()[:, 0], new.cumsum(0) - 1
 
 
-class StripedWork:
-    """The same of token t on rank t mod R: each document is one diagonal for every (rank, source).
-
-    Local query i and local key j are tokens i * R + rank and j * R + source, so the key is visible
-    from i = j on where source <= rank, and from i = j + 1 on elsewhere.
-    """
-
-    def __init__(self, layout: Layout, starts: torch.Tensor, ends: torch.Tensor) -> None:
-        """Count the pairs.
-
-        Args:
-            layout: a striped one.
-            starts: see ``BlockWork``.
-            ends: see ``BlockWork``.
-        """
-        self.layout, self.starts, self.ends = layout, starts, ends
-        size = layout.ring_size
-        every = torch.arange(size)
-        # First local index at or past a document's start and end, by (document, rank).
-        self._begin = layout.tokens_before(starts[:, None], every)
-        self._end = layout.tokens_before(ends[:, None], every)
-        # Rows n = end - begin - later of a diagonal hold n (n + 1) / 2 pairs, and n is -1 or more,
-        # so that the sum over the documents needs no table by (document, rank, source). Counted
-        # from the document, for its squares to be exact in fp64.
-        later, near = self._later(), self._begin[:, -1:]
-        begin, end = (self._begin - near).double(), (self._end - near).double()
-        linear = end.sum(0)[:, None] - begin.sum(0)[None, :]
-        squares = (end**2).sum(0)[:, None] + (begin**2).sum(0)[None, :] - 2 * end.T @ begin
-        squares += later * (len(starts) - 2 * linear)
-        pairs = (squares + linear - len(starts) * later) / 2
-        self.pairs = pairs.to(torch.int64)
-
-    def _later(self) -> torch.Tensor:
-        every = torch.arange(self.layout.ring_size)
-        return (every[None, :] > every[:, None]).to(torch.int64)
-
-    def diagonals(self) -> list[torch.Tensor]:
-        """Rows of every document's diagonal, some documents at once: int64 [D', rank, source]."""
-        later = self._later()
-        return [
-            (end[:, :, None] - begin[:, None, :] - later).clamp(min=0)
-            for begin, end in zip(
-                self._begin.split(_DOCUMENTS_AT_ONCE),
-                self._end.split(_DOCUMENTS_AT_ONCE),
-                strict=True,
-            )
-        ]
-
-    def rectangles(self, rank: int) -> list[Rectangles]:
-        """See ``BlockWork.rectangles``."""
-        later = self._later()[rank]
-        rows = self._end[:, rank, None] - self._begin - later  # [D, source]
-        source, document = at = (rows.T > 0).nonzero(as_tuple=True)
-        k0, length = self._begin.T[at], rows.T[at]
-        q0 = k0 + later[source]
-        found = [
-            Rectangle(*sides, True)
-            for sides in zip(
-                q0.tolist(),
-                (q0 + length).tolist(),
-                k0.tolist(),
-                (k0 + length).tolist(),
-                strict=True,
-            )
-        ]
-        ends = torch.bincount(source, minlength=self.layout.ring_size).cumsum(0).tolist()
-        return [tuple(found[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-Work = BlockWork | StripedWork
+Work = BlockWork | StripedWork | DocumentZigzagWork
 """The visible part of the attention matrix of one row."""
