@@ -263,7 +263,9 @@ class MemorySpec(Spec):
 class AttentionSpec(Spec):
     """How attention is computed over the ring."""
 
-    layout: Literal["auto", "block_cyclic", "contiguous", "zigzag", "striped"] = "auto"
+    layout: Literal[
+        "auto", "block_cyclic", "contiguous", "zigzag", "document_zigzag", "striped"
+    ] = "auto"
     """Which tokens each worker of a ring holds; auto counts the cost."""
     backend: Literal["auto", "cpu", "flash", "triton", "reference"] = "auto"
     """Kernel of one block; auto takes the fastest that the device and dtype allow, and says
