@@ -8,6 +8,7 @@ import torch
 from ringworld_model.batch import TENSOR_FIELDS, TrainBatch, cut, restore
 from ringworld_model.packing import Example, pack_row, stack_rows
 from ringworld_model.ring import plan_ring
+from ringworld_model.ring.layout import LAYOUTS
 
 
 def rows_of(examples: list[Example], length: int) -> TrainBatch:
@@ -19,7 +20,7 @@ def rows_of(examples: list[Example], length: int) -> TrainBatch:
     )
 
 
-@pytest.mark.parametrize("layout", ["block_cyclic", "contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("length", [97, 640])
 def test_cut_then_restore(

@@ -93,6 +93,7 @@ def run(
 CASES = [
     ("none", "block_cyclic", torch.float64),
     ("attention_saved", "zigzag", torch.float64),
+    ("none", "document_zigzag", torch.float64),
     ("full", "contiguous", torch.float64),
     ("none", "striped", torch.float32),
     ("full", "auto", torch.float32),
@@ -108,7 +109,7 @@ def on_a_grid(rank: int, world_size: int) -> list[tuple[Found, list[int]]]:
     rings = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     places = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     world = dist.group.WORLD
-    splits = [(2, rings[rank % 2], places[rank // 2])] * 4 + [(4, None, world)]
+    splits = [(2, rings[rank % 2], places[rank // 2])] * 5 + [(4, None, world)]
     return [
         run(*case, rank, world_size, world, split)
         for case, split in zip(CASES, splits, strict=True)

@@ -112,7 +112,7 @@ def test_calls_hold_each_rectangle_once_and_no_row_twice(layout):
                         assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped"])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "document_zigzag", "striped"])
 def test_one_long_document_is_a_call_a_step_that_copies_nothing(layout):
     plan = plan_ring([4096], 4096, 4, layout)
     for rank in range(4):

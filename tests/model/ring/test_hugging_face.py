@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ringworld_model.ring import plan_ring
+from ringworld_model.ring.layout import LAYOUTS
 
 EXAMPLE = Path(__file__).parents[3] / "examples/hugging_face.py"
 
@@ -52,7 +53,7 @@ def test_wrong_gradients_fail_the_check(example):
         example.compare({"a": right["a"]}, right)
 
 
-@pytest.mark.parametrize("layout", ["striped", "contiguous", "block_cyclic", "zigzag"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_cut_keeps_positions_and_next_tokens_of_the_documents(example, layout):
     lengths = [5, 1, 300]
     documents = [torch.randint(256, (length,)) for length in lengths]

@@ -100,6 +100,7 @@ def whole_bf16(length, seed):
         (2600, 1, "zigzag"),
         (2048, 2, "zigzag"),
         (4096, 2, "zigzag"),
+        (4095, 2, "document_zigzag"),
         (4700, 2, "block_cyclic"),
         (4096, 4, "contiguous"),
     ],

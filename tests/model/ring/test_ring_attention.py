@@ -66,11 +66,19 @@ CASES = [
     Case("nothing but padding", 5, 64, ((),), (2, 2), 32),
     Case("eight", 8, 1500, ((1, 1250, 127),), (8, 1), 64, "block_cyclic"),
     Case("eight auto", 8, 1031, (MANY + (129,),), (4, 4), 32),
+    Case("alone cut", 1, 70, ((30, 1, 33),), (2, 1), 32, "document_zigzag"),
+    Case("two cuts", 2, 777, ((700, 33), MANY), (4, 1), 32, "document_zigzag"),
+    Case("three cuts", 3, 431, (EDGES,), (2, 2), 64, "document_zigzag"),
+    Case("four cuts", 4, 640, (MANY, (1, 639)), (7, 1), 32, "document_zigzag"),
+    Case("five cuts", 5, 331, ((129, 1, 127, 9),), (2, 2), 32, "document_zigzag"),
+    Case("cut to nothing", 5, 3, ((2, 1),), (2, 1), 32, "document_zigzag"),
+    Case("eight cuts", 8, 563, (MANY + (20,),), (4, 1), 32, "document_zigzag"),
     Case("2x2 dense", 2, 1024, ((1024,),), (4, 4), 64, heads_size=2),
     Case("2x2 two plans", 2, 777, ((700, 33), MANY), (8, 2), 32, "block_cyclic", heads_size=2),
     Case("2x2 one key head", 2, 600, ((300, 1, 128),), (6, 1), 64, "zigzag", heads_size=2),
     Case("3x2 odd", 3, 1001, ((1001,),), (4, 4), 64, "zigzag", heads_size=2),
     Case("3x2 edges", 3, 901, (EDGES + (400,),), (6, 2), 32, "striped", heads_size=2),
+    Case("2x2 cuts", 2, 301, ((128, 1, 129), (300,)), (4, 2), 32, "document_zigzag", heads_size=2),
     Case("2x4 shared key heads", 2, 1100, (MANY + (500,),), (8, 2), 64, heads_size=4),
     Case("2x4 shorter than the ranks", 2, 3, ((2, 1),), (4, 1), 32, "striped", heads_size=4),
     Case("1x4 dense", 1, 515, ((515,),), (8, 4), 64, heads_size=4),
@@ -96,12 +104,13 @@ def whole_inputs(case, dtype):
 
 def run_rank(case, dtype, rank, group, heads_group, stats):
     plans = case.plans()
-    indices = plans[0].local_indices(rank)
+    length = plans[0].local_length
     # Padding is filled with NaN: none of it may reach anything.
     tensors = []
     for whole in whole_inputs(case, dtype):
-        local = whole.new_full((whole.shape[0], len(indices), *whole.shape[2:]), torch.nan)
-        for row, lengths in enumerate(case.documents):
+        local = whole.new_full((whole.shape[0], length, *whole.shape[2:]), torch.nan)
+        for row, (lengths, plan) in enumerate(zip(case.documents, plans, strict=True)):
+            indices = plan.local_indices(rank)
             real = indices < sum(lengths)
             local[row, real] = whole[row, indices[real]]
         tensors.append(local)
@@ -201,14 +210,16 @@ def ranks(run_gang):
 
 def restored(ranks, case, dtype):
     """Whole rows of out, dq, dk, dv from all ranks' parts; padding must be zero."""
-    plan = case.plans()[0]
+    plans = case.plans()
     wholes = []
     for which in range(4):
         locals_ = [ranks[rank][0][case.name, dtype][0][which] for rank in range(case.num_ranks)]
-        shape = (len(case.documents), case.num_ranks * plan.local_length, *locals_[0].shape[2:])
+        length = case.num_ranks * plans[0].local_length
+        shape = (len(case.documents), length, *locals_[0].shape[2:])
         whole = locals_[0].new_full(shape, torch.nan)
         for rank, local in enumerate(locals_):
-            whole[:, plan.local_indices(rank)] = local
+            for row, plan in enumerate(plans):
+                whole[row, plan.local_indices(rank)] = local[row]
         for row, lengths in enumerate(case.documents):
             assert not whole[row, sum(lengths) :].any(), "padding is not zero"
         wholes.append(whole[:, : case.context_length])

@@ -158,10 +158,19 @@ def test_what_travels_suffices(lengths, padding, size, layout):
 
 
 @pytest.mark.parametrize(
-    "way", ["keys_out", "gradients_in", "gradients_out", "home_out", "home_in"]
+    ("way", "layout"),
+    [
+        ("keys_out", "block_cyclic"),
+        ("gradients_in", "block_cyclic"),
+        ("gradients_out", "block_cyclic"),
+        ("home_out", "block_cyclic"),
+        ("home_in", "block_cyclic"),
+        ("keys_out", "document_zigzag"),
+        ("gradients_out", "document_zigzag"),
+    ],
 )
-def test_a_missing_row_is_noticed(way):
-    plan = plan_ring([900, 1, 129], 1040, 4, "block_cyclic")
+def test_a_missing_row_is_noticed(way, layout):
+    plan = plan_ring([900, 1, 129], 1040, 4, layout)
     right = plan.travel(2)
     table = list(getattr(right, way))
     step = next(step for step, spans in enumerate(table) if spans)

@@ -44,6 +44,7 @@ def results():
         "packed, 127 to 129",
         "zigzag, short",
         "striped, short",
+        "zigzag of each document",
         "contiguous, 4 queries a key",
         "block-cyclic, 7 queries a key",
         "head_dim 128",
