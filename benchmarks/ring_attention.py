@@ -34,7 +34,9 @@ import torch.multiprocessing as mp
 from documents import documents_of
 from ring_attention_peers import BACKWARD, FORWARD, Inputs, Method, find_peers, peer, torch_ring
 
-from ringworld_model.ring import RingStats, plan_ring, ring_attention
+from ringworld_model.ring import RingPlan, RingStats, plan_ring, ring_attention
+from ringworld_model.ring.rectangle import Rectangles
+from ringworld_model.ring.varlen import group_rectangles
 
 HEADS, WIDTH, RANKS = 8, 64, 2
 
@@ -66,7 +68,7 @@ def ideal(inputs: Inputs, documents: list[int], rank: int) -> Method:
 def ours(inputs: Inputs, documents: list[int], rank: int, stats: RingStats) -> Method:
     """``ring_attention`` with the layout that auto chooses."""
     length = inputs[0].shape[1]
-    plan = plan_ring(documents, length, RANKS)
+    plan = plan_ring(documents, length, RANKS, backend="cpu")
     indices = plan.local_indices(rank)
     cut = []
     for tensor in inputs:
@@ -206,12 +208,11 @@ def run_case(
     return rows
 
 
-def visited_area(documents: list[int], size: int, layout: str) -> float:
+def visited_area(plan: RingPlan) -> float:
     """Area of the 128 x 128 tiles that hold a visible pair over the visible pairs."""
-    plan = plan_ring(documents, sum(documents), size, layout)
     area = 0
-    for rank in range(size):
-        for step in range(size):
+    for rank in range(plan.ring_size):
+        for step in range(plan.ring_size):
             tiles: set[tuple[int, int]] = set()
             for q0, q1, k0, k1, diagonal in plan.rectangles(rank, step):
                 for row in range(q0 // 128, (q1 - 1) // 128 + 1):
@@ -223,22 +224,32 @@ def visited_area(documents: list[int], size: int, layout: str) -> float:
 
 
 def balance_table() -> list[dict[str, Any]]:
-    """Counted, not timed: balance and tile area of packed 64Ki rows."""
+    """Counted, not timed: of packed 64Ki rows, in the layout that auto takes for each backend."""
     rows = []
     for kind, name in (("short", "72 short"), ("long tail", "11 long-tail")):
         documents = documents_of(kind, 65536)
         for size in (4, 8):
-            plan = plan_ring(documents, 65536, size)
-            rows.append(
-                {
-                    "documents": name,
-                    "ring": size,
-                    "layout": plan.layout,
-                    "balance": plan.imbalance,
-                    "area": visited_area(documents, size, plan.layout),
-                }
-            )
+            for backend in ("triton", "flash", "cpu"):
+                plan = plan_ring(documents, 65536, size, backend=backend)
+                rows.append(
+                    {
+                        "documents": name,
+                        "ring": size,
+                        "backend": backend,
+                        "layout": plan.layout,
+                        "balance": plan.imbalance,
+                        "area": visited_area(plan),
+                        "calls": busiest(plan, lambda found: len(found)),
+                        "flash_calls": busiest(plan, lambda found: len(group_rectangles(found))),
+                    }
+                )
     return rows
+
+
+def busiest(plan: RingPlan, count: Callable[[Rectangles], int]) -> int:
+    """The most calls that a rank makes in a forward pass."""
+    places = range(plan.ring_size)
+    return max(sum(count(plan.rectangles(rank, step)) for step in places) for rank in places)
 
 
 def write(out: Path, result: dict[str, Any]) -> None:
@@ -273,16 +284,21 @@ def write(out: Path, result: dict[str, Any]) -> None:
         lines += ["", "Not run: " + "; ".join(f"{k} ({v})" for k, v in result["missing"].items())]
     lines += [
         "",
-        "Plan, 64Ki tokens, counted: slowest rank a step over the mean; tile area over pairs.",
+        "Plan, 64Ki tokens, counted: slowest rank a step over the mean; calls of the busiest rank;",
+        "for triton, which visits whole tiles, their area over visible pairs.",
         "",
-        "| documents | ring | layout | balance | area |",
-        "| --- | ---: | --- | ---: | ---: |",
+        "| documents | ring | backend | layout | balance | calls | area |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {row['documents']} | {row['ring']} | {row['layout']} | {row['balance']:.3f} "
-        f"| {row['area']:.3f} |"
-        for row in result["balance"]
-    ]
+    calls = {"cpu": "calls", "flash": "flash_calls"}
+    for row in result["balance"]:
+        backend = row["backend"]
+        made = row[calls[backend]] if backend in calls else row["ring"]
+        area = f"{row['area']:.3f}" if backend == "triton" else ""
+        lines.append(
+            f"| {row['documents']} | {row['ring']} | {backend} | {row['layout']} "
+            f"| {row['balance']:.3f} | {made} | {area} |"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

@@ -40,6 +40,7 @@ from ringworld_model.ring.block_flash import FlashKernel
 from ringworld_model.ring.flash_libraries import MAKERS
 from ringworld_model.ring.flash_ops import first_proved
 from ringworld_model.ring.kernel import RingKernel, group_rows
+from ringworld_model.ring.layout import LAYOUTS
 from ringworld_model.ring.reference import dense_attention
 from ringworld_model.ring.simulation import simulate
 from ringworld_model.ring.varlen_op import BlockwiseOp
@@ -279,7 +280,7 @@ def isolation(bench: Bench, name: str, backend: str, kernel: RingKernel) -> None
     # Flash ops sum dq in any order otherwise.
     torch.use_deterministic_algorithms(True)
     try:
-        for layout in ("contiguous", "zigzag", "block_cyclic", "striped"):
+        for layout in LAYOUTS:
             plan = plan_ring(lengths, sum(lengths) + 13, 3, layout)
             before = simulate(plan, *inputs, kernel)
             broken = tuple(tensor.clone() for tensor in inputs)
