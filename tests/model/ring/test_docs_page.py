@@ -34,7 +34,7 @@ def test_the_picture_is_the_layout(line):
     name, *cells = line.split()[:17]
     assert name in LAYOUTS
     cell = BLOCK_CYCLIC_TOKENS if name == "block_cyclic" else 1
-    plan = plan_ring([16 * cell], 16 * cell, 4, name)
+    plan = plan_ring([8 * cell] * 2, 16 * cell, 4, name)
     held = [set((plan.local_indices(rank) // cell).tolist()) for rank in range(4)]
     assert [int(rank) for rank in cells] == [
         next(rank for rank in range(4) if index in held[rank]) for index in range(16)
