@@ -71,12 +71,11 @@ class DocumentZigzag:
         local = (near + far).diff(dim=1)[:-1]
         near, far = near.diff(dim=0), far.diff(dim=0)
         far_at = (self._ends - self._starts)[:, None] - far[:, 1:]
-        self.chunks = Chunks(local, near[:, :-1], near.diff(dim=1), far_at, far.diff(dim=1))
-        # Those of a (document, rank) side by side: one look-up, for there may be many.
-        self._table = torch.stack(self.chunks, 2).flatten(0, 1)
+        near_at = near[:, :-1].contiguous()
+        self.chunks = Chunks(local, near_at, near.diff(dim=1), far_at, far.diff(dim=1))
 
     def local_indices(self, rank: int) -> torch.Tensor:
-        """Row index of each token that ``rank`` holds: int64 [length], ascending."""
+        """See ``Layout.local_indices``."""
         _, near_at, near, far_at, far = (each[:, rank] for each in self.chunks)
         begin = (torch.stack((near_at, far_at), 1) + self._starts[:, None]).flatten()
         tokens = torch.stack((near, far), 1).flatten()
@@ -85,9 +84,12 @@ class DocumentZigzag:
             torch.arange(self.length)
         )
 
-    def tokens_before(self, index: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """Tokens before a row index that a rank holds: int64, the broadcast of both shapes."""
-        document = torch.searchsorted(self._ends[:-1], index, right=True)
+    def tokens_before(
+        self, index: torch.Tensor, rank: torch.Tensor, document: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See ``Layout.tokens_before``."""
+        if document is None:
+            document = torch.searchsorted(self._ends[:-1], index, right=True)
         local, near_at, near, far_at, far = self._chunks_of(document, rank)
         inside = index - self._starts[document]
         zero = inside.new_zeros(())
@@ -95,7 +97,7 @@ class DocumentZigzag:
         return local + near + (inside - far_at).clamp(zero, far)
 
     def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """Row index of a rank's local token: int64, the broadcast of both shapes."""
+        """See ``Layout.row_index``."""
         # As many tokens of a document as of a striped row, where this would be the token's index.
         striped = local * self.ring_size + rank
         document = torch.searchsorted(self._ends[:-1], striped, right=True)
@@ -108,4 +110,8 @@ class DocumentZigzag:
     def _chunks_of(self, document: torch.Tensor, rank: torch.Tensor) -> Chunks:
         """The chunks of each document and rank, of the broadcast of both shapes."""
         at = document * self.ring_size + rank
-        return Chunks(*self._table.index_select(0, at.flatten()).view(*at.shape, -1).unbind(-1))
+        # As torch's own indexing does, for a fifth of the time: there may be very many.
+        found = [
+            each.flatten().index_select(0, at.flatten()).view(at.shape) for each in self.chunks
+        ]
+        return Chunks(*found)

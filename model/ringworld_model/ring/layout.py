@@ -43,8 +43,16 @@ class Layout(Protocol):
     def local_indices(self, rank: int) -> torch.Tensor:
         """Row index of each token that ``rank`` holds: int64 [length], ascending."""
 
-    def tokens_before(self, index: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """Tokens before a row index that a rank holds: int64, the broadcast of both shapes."""
+    def tokens_before(
+        self, index: torch.Tensor, rank: torch.Tensor, document: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tokens before a row index that a rank holds: int64, the broadcast of all shapes.
+
+        Args:
+            index: of the row, up to its end.
+            rank: whose tokens.
+            document: in which the index is, or which ends there, where it need not be looked up.
+        """
 
     def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """Row index of a rank's local token: int64, the broadcast of both shapes."""
@@ -88,7 +96,9 @@ class BlockLayout:
             blocks = rank + self.ring_size * torch.arange(self.blocks_per_rank)
         return (blocks[:, None] * self.block_tokens + torch.arange(self.block_tokens)).flatten()
 
-    def tokens_before(self, index: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    def tokens_before(
+        self, index: torch.Tensor, rank: torch.Tensor, document: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See ``Layout.tokens_before``."""
         tokens, last = self.block_tokens, 2 * self.ring_size - 1
         if self.name == "zigzag":

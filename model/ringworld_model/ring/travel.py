@@ -62,7 +62,7 @@ def plan_travel(layout: Layout, document_lengths: tuple[int, ...], rank: int) ->
     if size == 1 or len(starts) == 0:
         return Travel(*(((),) * size,) * 6)
     every = torch.arange(size)
-    last, holds = _last_tokens(layout, starts, ends)  # [R, D]
+    last = _last_tokens(layout, starts, ends, spread)  # [R, D]
     # All tables by (step, document). What a rank needs of a document ends at its last token, and
     # what several need at the furthest of theirs.
     source = (rank - every) % size
@@ -80,36 +80,31 @@ def plan_travel(layout: Layout, document_lengths: tuple[int, ...], rank: int) ->
     away = torch.maximum(torch.minimum(torch.cat((none, near[:-1])), rest), ahead)
     onto = torch.cat((rest[1:], starts[None]))
     begin = starts.expand(size, -1)
-    low = torch.stack((begin, begin, begin, begin, onward, torch.minimum(away, onto)))
-    high = torch.stack((needed, later, arrived, onward, present, away))
-    owner = torch.stack((source,) * 5 + (torch.full_like(source, rank),))  # [6, R]
-    moves = (low < high) & holds[owner]
-    # At step 0 the rank's own keys leave, and nothing else happens.
-    moves[torch.tensor([0, 2, 3, 4, 5]), 0] = False
-    way, step, _ = at = moves.nonzero(as_tuple=True)
-    whose = owner[way, step]
-    spans = _spans(
-        way * size + step,
-        layout.tokens_before(low[at], whose),
-        layout.tokens_before(high[at], whose),
-        6 * size,
+    visiting = torch.stack((begin, needed, later, arrived, onward, present))
+    begin, needed, later, arrived, onward, present = layout.tokens_before(
+        visiting, source[:, None], spread
     )
+    own = torch.stack((torch.minimum(away, onto), away))
+    kept, away = layout.tokens_before(own, torch.tensor(rank), spread)
+    low = torch.stack((begin, begin, begin, begin, onward, kept))
+    high = torch.stack((needed, later, arrived, onward, present, away))
+    # At step 0 the rank's own keys leave, and nothing else happens.
+    high[torch.tensor([0, 2, 3, 4, 5]), 0] = 0
+    spans = _spans(low.flatten(0, 1), high.flatten(0, 1))
     return Travel(*(tuple(spans[first : first + size]) for first in range(0, 6 * size, size)))
 
 
 def _last_tokens(
-    layout: Layout, starts: torch.Tensor, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each rank's part of each document ends.
+    layout: Layout, starts: torch.Tensor, ends: torch.Tensor, documents: torch.Tensor
+) -> torch.Tensor:
+    """Row index after each rank's last token of each document: int64 [R, D].
 
-    Returns:
-        int64 [R, D]: row index after the rank's last token of the document, its start where the
-            rank holds none of it; bool [R, D]: whether it holds any.
+    The document's start where the rank holds none of it.
     """
     every = torch.arange(layout.ring_size)[:, None]
-    held = layout.tokens_before(ends, every)
-    holds = held > layout.tokens_before(starts, every)
-    return torch.where(holds, layout.row_index((held - 1).clamp(min=0), every) + 1, starts), holds
+    held = layout.tokens_before(ends, every, documents)
+    holds = held > layout.tokens_before(starts, every, documents)
+    return torch.where(holds, layout.row_index((held - 1).clamp(min=0), every) + 1, starts)
 
 
 def count_rows(spans: Spans) -> int:
@@ -117,15 +112,15 @@ def count_rows(spans: Spans) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def _spans(
-    keys: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, num_keys: int
-) -> list[Spans]:
-    """Spans of each key, where ``keys`` ascend: touching ranges merged, empty ones dropped."""
+def _spans(starts: torch.Tensor, stops: torch.Tensor) -> list[Spans]:
+    """Spans of each row of [N, D], ascending: touching ranges merged, empty ones dropped."""
     real = starts < stops
-    keys, starts, stops = keys[real], starts[real], stops[real]
-    apart = torch.ones(len(keys) + 1, dtype=torch.bool)
-    apart[1:-1] = (keys[1:] != keys[:-1]) | (starts[1:] != stops[:-1])
+    ends = real.sum(1).cumsum(0)
+    starts, stops = starts[real], stops[real]
+    apart = torch.ones(len(starts) + 1, dtype=torch.bool)
+    apart[1:-1] = starts[1:] != stops[:-1]
+    apart[ends] = True
     first, last = apart[:-1], apart[1:]
     ranges = zip(starts[first].tolist(), stops[last].tolist(), strict=True)
-    counts = torch.bincount(keys[first], minlength=num_keys).tolist()
-    return [tuple(islice(ranges, count)) for count in counts]
+    counts = torch.nn.functional.pad(first.cumsum(0), (1, 0))[ends].diff(prepend=ends.new_zeros(1))
+    return [tuple(islice(ranges, count)) for count in counts.tolist()]
