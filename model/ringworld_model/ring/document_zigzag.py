@@ -75,7 +75,7 @@ class DocumentZigzag:
         self.chunks = Chunks(local, near_at, near.diff(dim=1), far_at, far.diff(dim=1))
 
     def local_indices(self, rank: int) -> torch.Tensor:
-        """See ``Layout.local_indices``."""
+        """See ``BlockLayout.local_indices``."""
         _, near_at, near, far_at, far = (each[:, rank] for each in self.chunks)
         begin = (torch.stack((near_at, far_at), 1) + self._starts[:, None]).flatten()
         tokens = torch.stack((near, far), 1).flatten()
@@ -87,7 +87,7 @@ class DocumentZigzag:
     def tokens_before(
         self, index: torch.Tensor, rank: torch.Tensor, document: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See ``Layout.tokens_before``."""
+        """See ``BlockLayout.tokens_before``; looks up what is not told of the documents."""
         if document is None:
             document = torch.searchsorted(self._ends[:-1], index, right=True)
         local, near_at, near, far_at, far = self._chunks_of(document, rank)
@@ -97,7 +97,7 @@ class DocumentZigzag:
         return local + near + (inside - far_at).clamp(zero, far)
 
     def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """See ``Layout.row_index``."""
+        """See ``BlockLayout.row_index``."""
         # As many tokens of a document as of a striped row, where this would be the token's index.
         striped = local * self.ring_size + rank
         document = torch.searchsorted(self._ends[:-1], striped, right=True)

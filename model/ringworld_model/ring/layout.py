@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
 
 import torch
 
@@ -21,53 +20,16 @@ BLOCK_CYCLIC_TOKENS = 128
 """Tokens of a block of the block-cyclic layout: the tile of the attention kernels."""
 
 
-class Layout(Protocol):
-    """How one row is dealt to the ranks: every index below ring_size * length to one of them."""
-
-    @property
-    def name(self) -> str:
-        """One of ``LAYOUTS``."""
-
-    @property
-    def ring_size(self) -> int:
-        """Number of ranks."""
-
-    @property
-    def length(self) -> int:
-        """Tokens that each rank holds, padding included."""
-
-    @property
-    def block_tokens(self) -> int:
-        """A document inside one block of so many tokens, counted from index 0, is on one rank."""
-
-    def local_indices(self, rank: int) -> torch.Tensor:
-        """Row index of each token that ``rank`` holds: int64 [length], ascending."""
-
-    def tokens_before(
-        self, index: torch.Tensor, rank: torch.Tensor, document: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Tokens before a row index that a rank holds: int64, the broadcast of all shapes.
-
-        Args:
-            index: of the row, up to its end.
-            rank: whose tokens.
-            document: in which the index is, or which ends there, where it need not be looked up.
-        """
-
-    def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """Row index of a rank's local token: int64, the broadcast of both shapes."""
-
-
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """A ``Layout`` of equal blocks, each rank's in ascending order.
+    """Equal blocks, dealt to the ranks, each rank's in ascending order.
 
     Blocks reach past the row's end where its length does not divide: those indices are padding.
 
     Attributes:
         name: one of ``LAYOUTS``.
         ring_size: number of ranks.
-        block_tokens: tokens of a block.
+        block_tokens: tokens of a block; a document inside one is on one rank.
         blocks_per_rank: blocks that each rank holds.
     """
 
@@ -78,7 +40,7 @@ class BlockLayout:
 
     @property
     def length(self) -> int:
-        """See ``Layout.length``."""
+        """Tokens that each rank holds, padding included."""
         return self.block_tokens * self.blocks_per_rank
 
     def owners(self) -> torch.Tensor:
@@ -89,7 +51,7 @@ class BlockLayout:
         return ranks.repeat(self.blocks_per_rank)
 
     def local_indices(self, rank: int) -> torch.Tensor:
-        """See ``Layout.local_indices``."""
+        """Row index of each token that ``rank`` holds: int64 [length], ascending."""
         if self.name == "zigzag":
             blocks = torch.tensor([rank, 2 * self.ring_size - 1 - rank])
         else:
@@ -99,7 +61,13 @@ class BlockLayout:
     def tokens_before(
         self, index: torch.Tensor, rank: torch.Tensor, document: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See ``Layout.tokens_before``."""
+        """Tokens before a row index that a rank holds: int64, the broadcast of all shapes.
+
+        Args:
+            index: of the row, up to its end.
+            rank: whose tokens.
+            document: in which the index is, or which ends there; blocks need not know.
+        """
         tokens, last = self.block_tokens, 2 * self.ring_size - 1
         if self.name == "zigzag":
             near = (index - rank * tokens).clamp(0, tokens)
@@ -109,13 +77,17 @@ class BlockLayout:
         return rounds * tokens + (index - rounds * cycle - rank * tokens).clamp(0, tokens)
 
     def row_index(self, local: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-        """See ``Layout.row_index``."""
+        """Row index of a rank's local token: int64, the broadcast of both shapes."""
         turn = local.div(self.block_tokens, rounding_mode="floor")
         if self.name == "zigzag":
             block = torch.where(turn > 0, 2 * self.ring_size - 1 - rank, rank)
         else:
             block = turn * self.ring_size + rank
         return block * self.block_tokens + local - turn * self.block_tokens
+
+
+Layout = BlockLayout | DocumentZigzag
+"""How one row is dealt to the ranks."""
 
 
 def build_layout(
