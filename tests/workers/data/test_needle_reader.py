@@ -71,6 +71,14 @@ def test_each_question_is_answered_by_its_needle_and_answers_alone_carry_loss(re
     assert len(texts) == 70, "no two documents are alike"
 
 
+def test_the_tokenizer_learns_what_is_hidden_and_asked(recipe: Path) -> None:
+    wider = RECIPE.replace("vocabulary_size: 300", "vocabulary_size: 400")
+    recipe.write_text(wider.replace("{city} has {number}", "{city} keeps beneath {number}"))
+    tokenizer = load_tokenizer(build(recipe, recipe.parent / "cache").dir)
+    for words in ("USER", " USER", " ASSISTANT", " keeps", " beneath"):
+        assert len(tokenizer.encode(words)) <= 2, words
+
+
 def test_the_same_documents_however_the_work_is_cut(recipe: Path) -> None:
     """Each depends on the seed and its own number alone."""
     first = build(recipe, recipe.parent / "one")

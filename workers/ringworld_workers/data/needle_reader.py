@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from ringworld_jobs.chat_words import ASSISTANT_PREFIX, USER_PREFIX
 from ringworld_jobs.recipe_needles import NeedlesDataset
 from ringworld_workers.data.chat_template import Turn
 from ringworld_workers.data.draft import Draft, Refused, WorkItem
@@ -23,8 +24,6 @@ from ringworld_workers.evaluate.needle_prompt import Wording
 
 _ITEM_DOCUMENTS = 64
 """Documents of an item at most: a lost task makes so many anew."""
-_WORDING_TEXTS = 64
-"""Needles and questions that a tokenizer learns from."""
 
 
 class NeedleReader:
@@ -60,18 +59,15 @@ class NeedleReader:
         ]
 
     def training_texts(self, item: WorkItem) -> Iterator[str]:
-        """The item's file, and at the first how needles and questions are worded."""
-        random_ = random.Random(f"{self._spec.seed} words")
-        if item.number == 0:
-            cities = draw_cities(random_, _WORDING_TEXTS, self._spec.made_up)
-            numbers = draw_numbers(
-                random_, _WORDING_TEXTS, self._spec.format.digits, evaluated=False
-            )
-            words = self._spec.format
-            yield " ".join(
-                f"{words.needle_of(city, number)} {words.question_of([city], of_many=False)}"
-                for city, number in zip(cities, numbers, strict=True)
-            )
+        """Needles and questions as such documents have them, and the item's file."""
+        words = self._spec.format
+        for number in range(_ITEM_DOCUMENTS):
+            random_ = random.Random(f"{self._spec.seed} words {item.number} {number}")
+            (city,) = draw_cities(random_, 1, self._spec.made_up)
+            (code,) = draw_numbers(random_, 1, words.digits, evaluated=False)
+            yield words.needle_of(city, code)
+            question, answer = words.question_of([city], of_many=False), words.answer_of(city, code)
+            yield f"{USER_PREFIX} {question} {ASSISTANT_PREFIX} {answer}"
         for part in parts(item.file, format_of(item.file)):
             whole = WorkItem(item.dataset, 0, item.file, part.start, part.stop, part.first)
             for found in documents(whole, format_of(item.file), self._spec.haystack.text_field):

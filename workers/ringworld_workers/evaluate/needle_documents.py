@@ -142,7 +142,8 @@ def _document(
         answer = spec.format.answer_of(needle.city, needle.number)
         used += len(wording.tail(question)) + len(wording.within(f" {answer}")) + _END
         if turn and spec.format.template == "chat":
-            used += len(wording.within(f" {wording.template.user_prefix}"))
+            # It follows an eos, without a space.
+            used += len(wording.within(wording.template.user_prefix))
         turns.append((question, answer))
     # A tokenizer that marks words marks a later turn's, too.
     used += len(turns) * wording.tokenizer.marks_words
