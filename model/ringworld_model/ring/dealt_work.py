@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import compress, repeat
 
 import torch
 
@@ -131,14 +131,14 @@ class DocumentZigzagWork:
     def rectangles(self, rank: int) -> list[Rectangles]:
         """See ``BlockWork.rectangles``."""
         sides, some = self.sides(rank)
-        columns = (side[some].tolist() for side in sides)
-        counts = some.sum(1).tolist()
-        diagonal = chain.from_iterable(
-            repeat(source == rank, count) for source, count in enumerate(counts)
-        )
         # What Rectangle(...) does, for half the time: there may be very many.
-        found = map(partial(tuple.__new__, Rectangle), zip(*columns, diagonal, strict=True))
-        return [tuple(islice(found, count)) for count in counts]
+        make = partial(tuple.__new__, Rectangle)
+        found = []
+        for source in range(self.layout.ring_size):
+            columns = (side[source].tolist() for side in sides)
+            each = zip(*columns, repeat(source == rank), strict=False)
+            found.append(tuple(map(make, compress(each, some[source].tolist()))))
+        return found
 
     def sides(self, rank: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The rectangles of ``rank``: q0, q1, k0, k1, int64 [R, D], and which hold any pair."""

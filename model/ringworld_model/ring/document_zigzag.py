@@ -29,13 +29,13 @@ class Chunks(NamedTuple):
 class DocumentZigzag:
     """Every document in 2R nearly equal chunks: rank r holds chunk r and chunk 2R - 1 - r of each.
 
-    The tokens of the row are counted out to 2R chunks in turn, as cards are: token t counts for the
-    near chunk of rank t mod 2R, or from R on for the far chunk of rank t mod 2R - R. That says how
-    long the chunks of each document are; which tokens they hold follows from their order, near
-    chunks by rank, then far chunks from the last rank back. So a rank holds as many tokens of each
-    document as of a striped row, no rank ever gets more than a token ahead of another, and of the
-    odd tokens of its documents near and far chunks get every other one: were it always the same
-    one, short documents would put the ring out of balance.
+    The tokens of the row are counted out as cards are: with c = t mod 2R, token t is one more for
+    the near chunk of rank c, or from c = R on for the far chunk of rank c - R. That says how long
+    the chunks of each document are; which tokens they hold follows from their order, near chunks by
+    rank, then far chunks from the last rank back. So a rank holds as many tokens of each document
+    as of a striped row, no rank ever gets more than a token ahead of another, and near and far
+    chunks get the odd tokens of documents in turn: were it always the same ones, short documents
+    would put the ring out of balance.
 
     What follows the documents is dealt as one more.
 
