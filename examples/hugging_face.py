@@ -162,7 +162,7 @@ def rank_main(rank: int, ranks: int, rows: list[list[bytes]], store: str, check:
     for step, row in enumerate(rows, 1):
         documents = [torch.tensor(list(document)) for document in row]
         lengths = [len(document) for document in row]
-        plan = plan_ring(lengths, sum(lengths), ranks)
+        plan = plan_ring(lengths, sum(lengths), ranks, backend="cpu")
         optimizer.zero_grad()
         loss = backward(
             model,

@@ -174,7 +174,8 @@ def plan_ring(
             the cheapest whose imbalance is at most 1.12; above that, cost and imbalance are
             weighed.
         heads_size: ranks of each place, that share its heads; any number from 1.
-        backend: the backend whose cost "auto" counts; nothing else depends on it.
+        backend: the backend whose cost "auto" counts; nothing else depends on it. "auto": as for
+            "cpu", but without document_zigzag, for which a kernel of tiles may pay twice.
 
     Raises:
         ValueError: an impossible length or size, or an unknown layout.
@@ -274,15 +275,17 @@ def _choose(
             return sum(bound_dealt(name, row, context_length, ring_size, backend) for row in rows)
         return sum(bound_cost(plan._work) for plan in plans(name))
 
-    bounds = {name: bound(name) for name in LAYOUTS}
+    # A kernel of tiles may pay twice for what suits rectangles; who names no backend may have one.
+    layouts = [name for name in LAYOUTS if backend != "auto" or name != "document_zigzag"]
+    bounds = {name: bound(name) for name in layouts}
     costs: dict[str, int] = {}
-    for name in sorted(LAYOUTS, key=bounds.__getitem__):
+    for name in sorted(layouts, key=bounds.__getitem__):
         if not costs or bounds[name] <= _NEAR * min(costs.values()):
             costs[name] = sum(count_cost(plan._work, backend) for plan in plans(name))
     near = [name for name in costs if costs[name] <= _NEAR * min(costs.values())]
     imbalances = {name: _imbalance([plan.pairs for plan in plans(name)]) for name in costs}
     best = min(
-        (name for name in LAYOUTS if name in near),
+        (name for name in layouts if name in near),
         key=lambda name: costs[name] * max(Fraction(1), imbalances[name] / _BALANCED) ** _WEIGHT,
     )
     unit = max(1, costs[best])
@@ -294,7 +297,7 @@ def _choose(
 
     others = ", ".join(
         compared(name)
-        for name in sorted(LAYOUTS, key=lambda name: costs.get(name, bounds[name]))
+        for name in sorted(layouts, key=lambda name: costs.get(name, bounds[name]))
         if name != best
     )
     if imbalances[best] <= _BALANCED:

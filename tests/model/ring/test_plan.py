@@ -180,9 +180,11 @@ def test_costs_count_what_the_rectangles_need(row, ring_size, layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_auto_weighs_cost_and_balance(backend):
     for lengths in ([4096], packed(30, 4096, 2), [100, 3000], [1] * 500, [4000, 90, 6], [2000] * 2):
-        plans = {name: plan_ring(lengths, 4096, 3, name) for name in LAYOUTS}
+        # Who names no backend may have one of tiles.
+        left_out = ["document_zigzag"] if backend == "auto" else []
+        plans = {n: plan_ring(lengths, 4096, 3, n) for n in LAYOUTS if n not in left_out}
         costs = {name: count_cost(plan._work, backend) for name, plan in plans.items()}
-        near = [name for name in LAYOUTS if costs[name] <= 1.5 * min(costs.values())]
+        near = [name for name in plans if costs[name] <= 1.5 * min(costs.values())]
 
         def weighed(name, plans=plans, costs=costs):
             return costs[name] * max(1, plans[name].imbalance / 1.12) ** 16
@@ -203,7 +205,7 @@ def test_auto_is_balanced_where_a_layout_can_be(seed, ring_size):
 
 def test_balance_is_preferred_to_a_little_less_cost():
     lengths = packed(4, 4096, 1)
-    plan = plan_ring(lengths, 4096, 2)
+    plan = plan_ring(lengths, 4096, 2, backend="cpu")
     assert plan.layout == "document_zigzag" and plan.imbalance <= 1.01
     cheaper = plan_ring(lengths, 4096, 2, "contiguous")
     assert cheaper.imbalance > 1.2
@@ -220,8 +222,8 @@ def test_auto_balances_packed_documents(lengths, backend, ring_size):
     plan = plan_ring(lengths, 65536, ring_size, backend=backend)
     assert plan.imbalance <= 1.12
     assert plan_ring(lengths, 65536, ring_size, "zigzag").imbalance > 1.5
-    if backend == "triton":
-        # Only there does a tile cost the same however few of its pairs are visible.
+    if backend in ("triton", "auto"):
+        # There, or perhaps there, a tile costs the same however few of its pairs are visible.
         places = range(ring_size)
         tiles = sum(visited(plan.rectangles(rank, step)) for rank in places for step in places)
         assert tiles * 128**2 <= 1.25 * int(plan.pairs.sum())
