@@ -148,6 +148,17 @@ def test_training_documents_keep_their_length_and_the_evaluations_secrets(
         assert [turn["role"] for turn in chat["messages"]] == ["user", "assistant"] * 2
 
 
+def test_needles_of_short_documents_stand_at_either_end_and_between(
+    books: Path, tokenizer: TextTokenizer
+) -> None:
+    haystack = HaystackSpec(files=["*.txt"])
+    spec = NeedleDocumentsSpec(documents=60, tokens=400, needles=1, questions=1, haystack=haystack)
+    contexts = [document.context for document in make_documents(spec, books, tokenizer)]
+    first = sum(context.startswith("The special magic") for context in contexts)
+    last = sum(context.rstrip(" .")[-7:].isdigit() for context in contexts)
+    assert first >= 3 and last >= 3 and 60 - first - last >= 3
+
+
 def test_plain_documents_are_lines_in_lwms_form(books: Path) -> None:
     spec = NeedleDocumentsSpec(
         documents=1,

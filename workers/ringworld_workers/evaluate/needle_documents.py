@@ -148,7 +148,7 @@ def _document(
     # A tokenizer that marks words marks a later turn's, too.
     used += len(turns) * wording.tokenizer.marks_words
     haystack = haystacks.draw(max(1, spec.tokens - used), seed)
-    hidden = wording.hide(haystack, needles, spec.tokens - used)
+    hidden = wording.hide(haystack, needles, spec.tokens - used, place=Haystack.nearest)
     return NeedleDocument(_text(hidden, wording), tuple(turns), spec.tokens)
 
 

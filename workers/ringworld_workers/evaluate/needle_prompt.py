@@ -6,7 +6,7 @@ the words that it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +88,21 @@ class Wording:
         """Ids of a text within a longer one."""
         return encode_within(self.tokenizer, [text])[0]
 
-    def hide(self, haystack: Haystack, needles: Sequence[Needle], tokens: int) -> Hidden:
+    def hide(
+        self,
+        haystack: Haystack,
+        needles: Sequence[Needle],
+        tokens: int,
+        *,
+        place: Callable[[Haystack, float], int] = Haystack.place,
+    ) -> Hidden:
         """Needles in as much of a haystack as makes so many tokens together.
 
         Args:
             haystack: at least as long.
             needles: at least one.
             tokens: of haystack and needles.
+            place: where a depth is.
 
         Raises:
             ValueError: the needles alone have more.
@@ -103,7 +111,7 @@ class Wording:
         texts = [self.format.needle_of(needle.city, needle.number) for needle in ordered]
         encoded = encode_within(self.tokenizer, texts)
         cut = haystack.cut(self._left(tokens, encoded))
-        places = [cut.place(needle.depth) for needle in ordered]
+        places = [place(cut, needle.depth) for needle in ordered]
         if places[0] == 0:
             # What a chat says begins with a space, not with a line's end.
             texts[0] = " " + texts[0].lstrip()
@@ -111,8 +119,7 @@ class Wording:
             before = len(cut.tokens)
             cut = haystack.cut(self._left(tokens, encoded))
             places = [
-                len(cut.tokens) if place == before else min(place, len(cut.tokens))
-                for place in places
+                len(cut.tokens) if at == before else min(at, len(cut.tokens)) for at in places
             ]
         return Hidden(cut, tuple(ordered), tuple(texts), tuple(map(tuple, encoded)), tuple(places))
 
