@@ -11,12 +11,18 @@ import pytest
 from autoscaling_cluster import autoscaling_cluster
 from mini_jobs import mini_client, mini_job, wait_until, worker_environment
 
+from ringworld_platform.client import Client
 from ringworld_platform.errors import JobTooLarge
 from ringworld_platform.run_states import RunStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 WAIT_SECONDS = 120.0
+
+
+def asking(client: Client, run_id: str) -> list[int]:
+    """Which events tell of asking for nodes ahead."""
+    return [event["seq"] for event in client.events(run_id) if event["kind"] == "prewarm"]
 
 
 def test_nodes_come_before_the_stage_that_wants_them_and_go_after_it(tmp_path: Path) -> None:
@@ -43,6 +49,7 @@ def test_nodes_come_before_the_stage_that_wants_them_and_go_after_it(tmp_path: P
             "it says what it waits for",
         )
         wait_until(lambda: cluster.requested() == 2, "two nodes are asked for", WAIT_SECONDS)
+        wait_until(lambda: asking(client, run_id), "it says so")
         owner = RunStates(tmp_path).get(run_id).owner
         assert owner is not None
         os.kill(owner.pid, signal.SIGKILL)
@@ -58,7 +65,7 @@ def test_nodes_come_before_the_stage_that_wants_them_and_go_after_it(tmp_path: P
         final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
         assert final["state"] == "SUCCEEDED", final
         events = client.events(run_id)
-        asked = [event["seq"] for event in events if event["kind"] == "prewarm"]
+        asked = asking(client, run_id)
         (done,) = [event["seq"] for event in events if event["text"] == "stage 1k is done"]
         assert len(asked) == 2 and max(asked) < done, events
         assert not [e for e in events if e.get("state") == "WAITING" and e["seq"] > done], events

@@ -128,7 +128,7 @@ def test_what_cannot_be_loaded_is_one_error(source: ModelSource) -> None:
 
 def test_a_lost_rank_is_said_and_none_is_left(three: LocalRing, coder: Coder) -> None:
     """Last, for the ring is gone then."""
-    ranks = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    ranks = [psutil.Process(process.pid) for process in three._processes]
     assert len(ranks) == 2
     settings = replace(SETTINGS, max_new_tokens=100)
     events = three.call("answer", [text_ask(["Hi"], coder, settings)])
