@@ -19,7 +19,19 @@ from ringworld_workers.log_lines import log_line
 
 COMMANDS = (
     *("validate", "run", "submit", "stop", "resume", "status", "list", "watch", "logs", "report"),
-    *("events", "doctor", "up", "down", "data", "parity", "dev", "plan"),
+    *(
+        "events",
+        "doctor",
+        "up",
+        "down",
+        "data",
+        "parity",
+        "dev",
+        "plan",
+        "generate",
+        "chat",
+        "serve",
+    ),
 )
 IN_GROUPS = {"data": "build", "dev": "s3"}
 """A command of each group."""

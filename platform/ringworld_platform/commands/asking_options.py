@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ringworld_model.sampling.settings import DrawSettings, SamplingSettings
 
 MODEL = (
-    "RUN[/STAGE[/STEP]], s3://BUCKET/PREFIX/RUN, or a folder of weights (exported, or Hugging "
-    "Face's)."
+    "RUN, RUN/STAGE or RUN/STAGE/STEP, s3://BUCKET/PREFIX/RUN, or a folder of weights (exported, "
+    "or Hugging Face's)."
 )
 ModelPlace = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Temperature = Annotated[
