@@ -73,9 +73,12 @@ def test_each_question_is_answered_by_its_needle_and_answers_alone_carry_loss(re
 
 def test_the_tokenizer_learns_what_is_hidden_and_asked(recipe: Path) -> None:
     wider = RECIPE.replace("vocabulary_size: 300", "vocabulary_size: 400")
-    recipe.write_text(wider.replace("{city} has {number}", "{city} keeps beneath {number}"))
+    words = "{city} keeps beneath {number}"
+    recipe.write_text(
+        wider.replace("{city} has {number}", words) + "        user_prefix: 'QUESTIONER:'\n"
+    )
     tokenizer = load_tokenizer(build(recipe, recipe.parent / "cache").dir)
-    for words in ("USER", " USER", " ASSISTANT", " keeps", " beneath"):
+    for words in ("QUESTIONER", " ASSISTANT", " keeps", " beneath"):
         assert len(tokenizer.encode(words)) <= 2, words
 
 

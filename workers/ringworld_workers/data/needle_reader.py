@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ringworld_jobs.chat_words import ASSISTANT_PREFIX, USER_PREFIX
 from ringworld_jobs.recipe_needles import NeedlesDataset
-from ringworld_workers.data.chat_template import Turn
+from ringworld_workers.data.chat_template import ChatTemplate, Turn
 from ringworld_workers.data.draft import Draft, Refused, WorkItem
 from ringworld_workers.data.files import DataError
 from ringworld_workers.data.text_sources import Document, documents, format_of, parts
@@ -20,7 +19,7 @@ from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
 from ringworld_workers.evaluate.cities import draw_cities, draw_numbers
 from ringworld_workers.evaluate.haystack import haystack_files
 from ringworld_workers.evaluate.needle_documents import NeedleDocument, make_documents
-from ringworld_workers.evaluate.needle_prompt import Wording
+from ringworld_workers.evaluate.needle_prompt import Wording, template_of
 
 _ITEM_DOCUMENTS = 64
 """Documents of an item at most: a lost task makes so many anew."""
@@ -60,14 +59,14 @@ class NeedleReader:
 
     def training_texts(self, item: WorkItem) -> Iterator[str]:
         """Needles and questions as such documents have them, and the item's file."""
-        words = self._spec.format
+        words, chat = self._spec.format, template_of(self._spec.format, ChatTemplate())
         for number in range(_ITEM_DOCUMENTS):
             random_ = random.Random(f"{self._spec.seed} words {item.number} {number}")
             (city,) = draw_cities(random_, 1, self._spec.made_up)
             (code,) = draw_numbers(random_, 1, words.digits, evaluated=False)
             yield words.needle_of(city, code)
             question, answer = words.question_of([city], of_many=False), words.answer_of(city, code)
-            yield f"{USER_PREFIX} {question} {ASSISTANT_PREFIX} {answer}"
+            yield f"{chat.user_prefix} {question} {chat.assistant_prefix} {answer}"
         for part in parts(item.file, format_of(item.file)):
             whole = WorkItem(item.dataset, 0, item.file, part.start, part.stop, part.first)
             for found in documents(whole, format_of(item.file), self._spec.haystack.text_field):

@@ -46,6 +46,15 @@ class NeedlePrompt:
     depths: tuple[float, ...]
 
 
+def template_of(format_: NeedleFormat, known: ChatTemplate) -> ChatTemplate:
+    """The words of a conversation: the format's, and those known for what it leaves open."""
+    return ChatTemplate(
+        known.system if format_.system is None else format_.system,
+        known.user_prefix if format_.user_prefix is None else format_.user_prefix,
+        known.assistant_prefix if format_.assistant_prefix is None else format_.assistant_prefix,
+    )
+
+
 class Wording:
     """A needle test's words in a model's tokens."""
 
@@ -63,15 +72,8 @@ class Wording:
             template: of the conversations that the model was trained on, for what ``format_``
                 leaves open; None: LWM's.
         """
-        known = template or ChatTemplate()
         self.format, self.tokenizer = format_, tokenizer
-        self.template = ChatTemplate(
-            known.system if format_.system is None else format_.system,
-            known.user_prefix if format_.user_prefix is None else format_.user_prefix,
-            known.assistant_prefix
-            if format_.assistant_prefix is None
-            else format_.assistant_prefix,
-        )
+        self.template = template_of(format_, template or ChatTemplate())
         opening = ""
         if format_.template == "chat":
             opening = " ".join(filter(None, (self.template.system, self.template.user_prefix)))
