@@ -104,7 +104,8 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
     assert failure["time"] - killed < 5.0
     stacks = (Path(final["run_folder"]) / failure["evidence"] / "stacks.txt").read_text()
     assert "===== rank 0" in stacks and "all_reduce" in stacks
-    assert lost_worker(1, "", RuntimeError(stacks)).unexplained
+    # What Ray says of the lost one; the other rank's stacks hold any words.
+    assert lost_worker(1, "", RuntimeError(stacks.split("===== rank 1")[1])).unexplained
     again = [r for r in client.metrics(run_id).items if r["kind"] == "step" and r["attempt"] == 2]
     assert again[0]["step"] > 1, "it starts at the checkpoint, not over"
     assert again[0]["time"] - killed < WAIT_SECONDS
