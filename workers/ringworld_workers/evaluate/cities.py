@@ -54,8 +54,16 @@ EVALUATED_NUMBERS = 7
 """Numbers that this divides belong to evaluations, all others to training documents: whether it
 does depends on every digit, so that no digit gives a training number away."""
 
-_CONSONANTS = "b c d f g h k l m n p r s t v z br dr kr st tr".split()
-_VOWELS = "a e i o u".split()
+_ONSETS = (
+    [""] * 4 + "b c ch d f g gh h j k kh l m n p ph qu r s sh t th v w y z".split() * 2
+    + "bl br cl cr dr fl fr gl gr kr pl pr sc sk sl sm sn sp st str sw tr tb".split()
+)  # fmt: skip
+_VOWELS = "a e i o u".split() * 4 + "ai ao au ea ee ei eu ia ie io iu oo ou ua ue ui y".split()
+_CODAS = [
+    ""
+] * 12 + "b c ck d g gh h k l ll m n nd ng nk nn ns p r rd rg rs s ss st t th w x z".split()
+_LONGEST = 12
+"""Letters of a made-up name: no evaluated city's has more."""
 
 
 def draw_numbers(random_: random.Random, count: int, digits: int, evaluated: bool) -> list[str]:
@@ -108,11 +116,22 @@ def draw_cities(random_: random.Random, count: int, made_up: float | None = None
 
 
 def _made_up(random_: random.Random) -> Iterator[str]:
-    """Names of two or three syllables that are no evaluated city's."""
+    """Names that are no evaluated city's, with letters in orders as varied as those of real ones.
+
+    Half begin as one of the training cities and end as another; half are syllables. A model
+    learns to write only what it is asked to write: a piece of a name that no training document
+    asks for stays unwritten in an evaluation too.
+    """
     taken = {name.lower() for name in EVALUATED}
     while True:
-        count = random_.choice((2, 2, 3))
-        name = "".join(random_.choice(_CONSONANTS) + random_.choice(_VOWELS) for _ in range(count))
-        name += random_.choice(("", "", "n", "r", "s", "x", "l", "nd"))
-        if name not in taken:
-            yield name.capitalize()
+        if random_.random() < 0.5:
+            first, last = random_.sample(TRAINED, 2)
+            name = first[: random_.randint(2, len(first) - 1)]
+            name += last[-random_.randint(1, len(last) - 1) :]
+        else:
+            name = "".join(
+                random_.choice(_ONSETS) + random_.choice(_VOWELS) + random_.choice(_CODAS)
+                for _ in range(random_.choice((1, 2, 2, 3)))
+            ).capitalize()
+        if 3 <= len(name) <= _LONGEST and name.lower() not in taken:
+            yield name
