@@ -51,8 +51,9 @@ class Curves:
     validations: dict[int, Record]
 
     def values(self, name: str) -> Values:
-        """[N] one metric, NaN where a step does not have it."""
-        return np.array([float(step.get(name, np.nan)) for step in self.steps], dtype=Number)
+        """[N] one metric, NaN where a step does not have it, or it was no finite number."""
+        found = [step.get(name) for step in self.steps]
+        return np.array([np.nan if value is None else value for value in found], dtype=Number)
 
     def part(self, span: Span) -> slice:
         """Positions of a stage's steps."""
@@ -68,7 +69,9 @@ class Curves:
             record = self.validations.get(span.stage_index, {})
             starts = (name.removeprefix(prefix) for name in record if name.startswith(prefix))
             losses = {
-                start: float(record[f"{prefix}{start}"]) for start in sorted(map(int, starts))
+                start: float(record[f"{prefix}{start}"])
+                for start in sorted(map(int, starts))
+                if record[f"{prefix}{start}"] is not None
             }
             if losses:
                 found[span] = losses

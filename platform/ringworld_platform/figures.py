@@ -79,7 +79,8 @@ def _draw_loss(axes: Axes, curves: Curves) -> None:
         scored = {
             span: record
             for span in curves.spans
-            if (record := curves.validations.get(span.stage_index)) and f"loss_{name}" in record
+            if (record := curves.validations.get(span.stage_index))
+            and record.get(f"loss_{name}") is not None
         }
         axes.plot(
             [span.last for span in scored],

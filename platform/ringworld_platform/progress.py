@@ -91,10 +91,10 @@ class RunProgress:
         return [float(step[name]) for step in last if step.get(name) is not None]
 
     def last(self, name: str) -> float | None:
-        """The newest value of one metric."""
+        """The newest value of one metric; NaN where it was no finite number."""
         for step in reversed(self.steps):
             if name in step:
-                return float(step[name])
+                return math.nan if step[name] is None else float(step[name])
         return None
 
     def _take(self, records: Iterable[dict[str, Any]]) -> None:

@@ -161,7 +161,7 @@ def _stage(run: RunRecords, all_steps: Sequence[Record], index: int, name: str) 
     validation = next((r for r in reversed(records) if r.get("kind") == "validation"), {})
     saved = [r for r in records if r.get("kind") in ("checkpoint", "stage_end")]
     keys = [r.get("key") or r.get("checkpoint") for r in saved]
-    rates = [float(step["tokens_per_second"]) for step in steps if "tokens_per_second" in step]
+    rates = [float(rate) for step in steps if (rate := step.get("tokens_per_second")) is not None]
     context = start.get("context_length") or parse_count(spec.get("context_length", 0))
     return StageResult(
         index=index,
@@ -185,7 +185,7 @@ def _stage(run: RunRecords, all_steps: Sequence[Record], index: int, name: str) 
 
 def _modality(modality: str, steps: Sequence[Record], validation: Record) -> ModalityResult | None:
     name = f"loss_{modality}"
-    losses = [float(step[name]) for step in steps if name in step]
+    losses = [float(step[name]) for step in steps if step.get(name) is not None]
     if not losses:
         return None
     ends = max(1, min(ENDS, len(losses) // 2))  # the two ends share no step

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,7 +101,7 @@ class RunFolder:
         """Add lines to the metric log.
 
         A step's ``sample_ids`` go to the log of samples instead, and the ``report`` of a proof of
-        parity to its own file.
+        parity to its own file. A figure that is no finite number is null, here as in all logs.
         """
         lines, samples = [], []
         for record in records:
@@ -202,7 +203,22 @@ class RunFolder:
 
 
 def _line(record: Record) -> bytes:
-    return json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
+    try:
+        text = json.dumps(record, separators=(",", ":"), default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_plain(record), separators=(",", ":"), default=str, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither NaN nor Infinity, and strict readers stop at them: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -14,12 +16,16 @@ import pytest
 from rich.console import Console
 
 from ringworld_platform.curves import curves_of, running_mean
+from ringworld_platform.display import PlainDisplay, compact_view
 from ringworld_platform.formatting import bytes_text, duration, quantity
 from ringworld_platform.plots import write_plots
+from ringworld_platform.progress import RunProgress
 from ringworld_platform.proofs import is_proved, keep_proof, read_proofs
 from ringworld_platform.report import build_report, render_terminal, write_report
 from ringworld_platform.run_folder import RunFolder
 from ringworld_platform.run_records import read_lines, read_run
+from ringworld_platform.run_view import FolderView
+from ringworld_platform.watch_screen import VIEWS, Look, screen
 
 Recording = dict[str, Callable[..., Any]]
 
@@ -152,6 +158,32 @@ def test_text_only_runs_show_text_only(recorded_run: Path, recording: Recording)
     report = build_report(recorded_run)
     assert {r.modality for stage in report.stages for r in stage.modalities} == {"text"}
     assert "loss" in {plot.name for plot in write_plots(report.run)}
+
+
+def test_a_figure_that_was_no_number_is_left_out(recorded_run: Path, recording: Recording) -> None:
+    records = recording["metrics"]()
+    last = max(r["step"] for r in records if r["kind"] == "step" and r["stage_index"] == 0)
+    for record in records:
+        scored = record["kind"] == "validation" and record["stage_index"] == 1
+        if scored or (record["kind"] == "step" and record["step"] == last):
+            record |= {name: None for name in record if name.startswith("loss")}
+            record |= {"tokens_per_second": None}
+    (recorded_run / "metrics.jsonl").unlink()
+    recording["append"](recorded_run / "metrics.jsonl", records)
+    report = build_report(recorded_run)
+    second = next(r for r in report.stages[1].modalities if r.modality == "text")
+    assert second.validation is None and math.isfinite(second.last)
+    assert {"loss", "position"} <= {plot.name for plot in write_plots(report.run)}
+    progress = RunProgress(FolderView(recorded_run.parent), recorded_run.name)
+    progress.poll()
+    assert math.isnan(progress.last("loss") or 0.0)
+    assert max(dict(progress.points("loss"))) < max(dict(progress.points("step_seconds")))
+    console = Console(width=100, file=io.StringIO())
+    console.print(compact_view(progress))
+    for view in range(len(VIEWS)):
+        console.print(screen(progress, Look(view), 100, 40))
+    display = PlainDisplay(console)
+    display.update(progress)
 
 
 def test_the_terminal_table_fits_80_columns(recorded_run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,6 +201,27 @@ def test_folder_mends_torn_lines_and_goes_on_counting(tmp_path: Path) -> None:
     assert again.log(0).items == ["first", "second"]
     assert (folder.path / "spec.yaml").read_text() == "name: job\n"
     assert json.loads((folder.path / "samples.jsonl").read_text())["sample_ids"] == ["a"]
+
+
+def test_logs_are_strict_json_whatever_a_figure_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "job-1")
+    folder.open("name: job\n")
+    odd = {"loss": math.nan, "grad_norm": -math.inf, "ring": {"wait": [math.inf, 1.5]}}
+    folder.append_metrics([{"kind": "step", "stage": "s", "step": 1, **odd}])
+    folder.append_event("gate", "it is nan", figure=math.nan)
+    folder.append_answers("evaluations/00-s.jsonl", [{"kind": "answer", "nll": math.nan}])
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    def strict(name: str) -> dict[str, Any]:
+        text = (folder.path / name).read_text(encoding="utf-8")
+        return dict(json.loads(text, parse_constant=refuse))
+
+    found = {"loss": None, "grad_norm": None, "ring": {"wait": [None, 1.5]}}
+    assert strict("metrics.jsonl") == {"kind": "step", "stage": "s", "step": 1, **found}
+    assert strict("events.jsonl")["figure"] is None
+    assert strict("evaluations/00-s.jsonl")["nll"] is None
 
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class ShortContext:
                 for found in self._subject.earlier
                 if found.get("task") == self.name
                 and found.get("items") == len(records)
-                and f"loss_at_{length}" in found
+                and found.get(f"loss_at_{length}") is not None
             ]
             if before:
                 worse.append(loss / min(before) - 1)
