@@ -69,6 +69,10 @@ def generate(
         )
         batch.read(on_chunk=on_chunk)
         while batch:
-            yield from batch.draw(cancelled)
+            for event in batch.draw(cancelled):
+                if event.end == "failed":
+                    other = "the first rank of the ring could not draw a token; see its error"
+                    raise ValueError(event.problem or other)
+                yield event
     finally:
         batch.close()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ringworld_model.batch import TEXT, VISION
 from ringworld_model.decode import DecodeSession, NextLogits
 from ringworld_model.sampling.answer import Event
-from ringworld_model.sampling.grammar import Grammar
+from ringworld_model.sampling.grammar import Allowed, Grammar
 from ringworld_model.sampling.guidance import guided
 from ringworld_model.sampling.prompt import Prompt, padded
 from ringworld_model.sampling.settings import SamplingSettings
@@ -20,7 +20,7 @@ from ringworld_model.sampling.text_stream import Decode
 from ringworld_model.sampling.writer import Writer
 from ringworld_model.tokens import Span
 
-_CANCELLED, _FAILED, _READING = -1, -2, -3
+_CANCELLED, _FAILED, _READING, _BROKEN = -1, -2, -3, -4
 """What the drawing rank sends in place of a token."""
 Cancelled = Callable[[], Collection[int]]
 Place = tuple[NextLogits, int]
@@ -78,6 +78,7 @@ class RunningBatch:
         self._places: dict[int, Place] = {}
         self._steps: list[tuple[int, int, int]] = []
         self._made: set[int] = set()
+        self._problems: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Rows that are read or written."""
@@ -159,10 +160,12 @@ class RunningBatch:
             pause: asked by the first rank alone; the answer is ``paused`` on all.
 
         Yields:
-            An event for each row that is read or cancelled; a row's last has its ``end``.
+            An event for each row that is read or cancelled; a row's last has its ``end``. A row
+            whose next token cannot be drawn, as its logits are NaN, ends as ``failed``; the others
+            go on.
 
         Raises:
-            ValueError: on every rank: the logits are NaN.
+            ValueError: on every rank but the first, which raises what it is: nothing was drawn.
         """
         self._step()
         self._add_unguided()
@@ -170,7 +173,10 @@ class RunningBatch:
         for writer, token in zip(writers, self._choose(writers, cancelled, pause), strict=True):
             if token == _READING:
                 continue
-            event = writer.cancel() if token == _CANCELLED else writer.take(token)
+            if token == _FAILED:
+                event = writer.fail(self._problems.pop(writer.number, ""))
+            else:
+                event = writer.cancel() if token == _CANCELLED else writer.take(token)
             if event.end is None:
                 self._steps.append((writer.row, token, event.modality))
             if writer.unguided is not None and event.end is None and writer.guided:
@@ -189,6 +195,7 @@ class RunningBatch:
         for row in self._session.rows:
             self._drop(row)
         self._reading, self._writers, self._steps, self._places = [], [], [], {}
+        self._problems = {}
 
     def _drop(self, row: int) -> None:
         if row in self._made:
@@ -267,7 +274,7 @@ class RunningBatch:
         """The next token of each row, drawn on the first rank and sent to all."""
         ring = self._session.ring
         problem: Exception | None = None
-        tokens, paused = [_FAILED] * len(writers), False
+        tokens, paused = [_BROKEN] * len(writers), False
         if ring.rank == 0:
             try:
                 gone = cancelled() if cancelled is not None else ()
@@ -286,8 +293,8 @@ class RunningBatch:
         self.paused = bool(paused)
         if problem is not None:
             raise problem
-        if _FAILED in tokens:
-            raise ValueError("the first rank of the ring could not draw a token; see its error")
+        if _BROKEN in tokens:
+            raise ValueError("the first rank of the ring could not draw; see its error")
         return tokens
 
     def _drawn(self, gone: Collection[int]) -> list[int]:
@@ -316,8 +323,17 @@ class RunningBatch:
                 here = logits[writer.row]
                 if writer.guided and writer.unguided is not None:
                     here = guided(here, logits[writer.unguided], writer.settings.guidance_scale)
-                tokens.append(writer.choose(may, here))
+                tokens.append(self._choice(writer, may, here))
         return tokens
+
+    def _choice(self, writer: Writer, allowed: Allowed, logits: Tensor) -> int:
+        """A row's next token; what goes wrong there is that row's alone."""
+        try:
+            return writer.choose(allowed, logits)
+        # Whatever it was, the rows beside it have done nothing wrong.
+        except Exception as error:
+            self._problems[writer.number] = str(error) or type(error).__name__
+            return _FAILED
 
 
 def _forced(ids: Sequence[int] | None) -> bool:

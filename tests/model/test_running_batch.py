@@ -85,14 +85,46 @@ def test_a_row_that_joins_is_written_as_if_it_were_alone() -> None:
     assert found["held"] == 0 and found["rows"] == []
 
 
+def broken(group: Any = None) -> dict[str, Any]:
+    """Two rows, of which the second holds a token whose weights are damaged."""
+    built = model()
+    built.text_embed.weight.data[9] = float("nan")
+    session = DecodeSession(built, group, max_length=64, chunk=8)
+    batch = RunningBatch(session)
+    batch.add([SHORT, LONG], [HOT, HOT], [Grammar()] * 2, numbers=[0, 1])
+    events: list[Event] = []
+    held = []
+    while batch:
+        batch.read(64)
+        events.extend(batch.draw())
+        held.append(session.rows)
+    answers = collect(events, 2)
+    return {
+        "tokens": [event.token for event in events if event.prompt == 0],
+        "ends": [answer.end for answer in answers],
+        "problem": [event.problem for event in events if event.end == "failed"],
+        "rows": [len(rows) for rows in held],
+        "held": session.held_bytes,
+    }
+
+
+def test_a_row_that_cannot_go_on_ends_alone() -> None:
+    found = broken()
+    assert found["tokens"] == alone(model(), SHORT) and 9 not in found["tokens"]
+    assert found["ends"] == ["length", "failed"] and "NaN" in found["problem"][0]
+    assert found["rows"] == [1] * 11 + [0] and found["held"] == 0
+
+
 def on_a_ring(rank: int, world_size: int) -> dict[str, Any]:
     import torch.distributed as dist
 
-    return joined(dist.group.WORLD)
+    return {"joined": joined(dist.group.WORLD), "broken": broken(dist.group.WORLD)}
 
 
 def test_all_ranks_go_on_alike(run_gang: Callable[..., list[Any]]) -> None:
-    assert run_gang(on_a_ring, 2, timeout=100.0) == [joined()] * 2
+    here, other = run_gang(on_a_ring, 2, timeout=100.0)
+    assert here["joined"] == other["joined"] == joined()
+    assert here["broken"] == broken() and other["broken"] == broken() | {"problem": [""]}
 
 
 def test_rows_take_no_more_memory_than_they_may_have_tokens() -> None:

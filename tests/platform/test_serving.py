@@ -457,6 +457,24 @@ def test_a_ring_that_is_lost_ends_what_is_in_flight(ring: Callable[[], LocalRing
         assert (status, reply["error"]["code"]) == (503, "ring_lost") and headers["Retry-After"]
 
 
+def test_a_row_that_cannot_be_drawn_ends_alone(ring: Callable[[], LocalRing]) -> None:
+    made = ring()
+    damaged = made.asker.loaded.tokenizer.encode("Q")
+    made.asker.loaded.model.text_embed.weight.data[damaged] = float("nan")
+    bad: Any = ask(messages=[{"role": "user", "content": "Q"}])
+    with served(lambda: made) as (url, service):
+        with client_of(url).chat.completions.create(model=NAME, **LONG, stream=True) as stream:
+            next(iter(stream))
+            status, _, reply = post(url, bad)
+            assert (status, reply["error"]["code"]) == (500, "engine_error")
+            assert reply["error"]["type"] == "server_error" and "NaN" in reply["error"]["message"]
+            with pytest.raises(openai.APIError, match="NaN"):
+                list(client_of(url).chat.completions.create(**bad, stream=True))
+            assert service.ready()[0].running == 1
+            assert [next(stream).choices[0].finish_reason for _ in range(5)] == [None] * 5
+        until(lambda: figures(url)["cache_bytes"] == 0)
+
+
 def test_a_model_that_cannot_be_loaded_says_why() -> None:
     def broken() -> Any:
         raise ValueError("the weights are damaged")

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-End = Literal["stop", "length", "cancelled"]
-"""Why a row ended: a stop text or id, no more tokens, or its asker."""
+End = Literal["stop", "length", "cancelled", "failed"]
+"""Why a row ended: a stop text or id, no more tokens, its asker, or no token could be drawn."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,12 +19,13 @@ class Event:
 
     Attributes:
         prompt: which prompt, from 0.
-        token: the id; None where a row ends without one (cancelled).
+        token: the id; None where a row ends without one (cancelled, failed).
         modality: 0 text, 1 vision: the id's space.
         text: text that has become certain; it may lag behind the tokens.
         frame: int32 [C], the codes of the frame that this token ends; None within one.
         clip_done: whether the frame is its clip's last.
         end: why the row ends with this token; None: it goes on.
+        problem: why no token could be drawn; empty where one was. Of the first rank alone.
     """
 
     prompt: int
@@ -34,6 +35,7 @@ class Event:
     frame: NDArray[np.int32] | None = None
     clip_done: bool = False
     end: End | None = None
+    problem: str = ""
 
 
 @dataclass(slots=True)

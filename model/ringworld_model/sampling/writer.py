@@ -124,6 +124,11 @@ class Writer:
         text = self._stream.finish() if self._stream else ""
         return Event(self.number, None, TEXT, text, end="cancelled")
 
+    def fail(self, problem: str) -> Event:
+        """End the row as no token could be drawn; what was held back of its text is left out."""
+        self.end = "failed"
+        return Event(self.number, None, TEXT, end="failed", problem=problem)
+
     def take(self, token: int) -> Event:
         """Go on with a token that was allowed, and say what has become of it."""
         before, grammar = self._state, self._grammar

@@ -43,6 +43,10 @@ class EngineClosed(RuntimeError):
     """The engine answers no more; the message says why."""
 
 
+class NotDrawn(RuntimeError):
+    """No next token could be drawn for this request alone; the message says why."""
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A request on its way.
@@ -119,7 +123,7 @@ class Engine:
         Args:
             ask: that fits the context; its settings bound the answer.
             deliver: called from the engine's thread; the last call has an event with an ``end``, or
-                an exception.
+                an exception: ``EngineClosed``, ``NotDrawn`` or why it cannot be admitted.
 
         Raises:
             EngineClosed: it answers no more.
@@ -252,7 +256,12 @@ class Engine:
             with self._changed:
                 ended = its[-1].end is not None
                 ticket = self._running.pop(number, None) if ended else self._running.get(number)
-            if ticket is not None:
+            if ticket is None:
+                continue
+            if its[-1].end == "failed":
+                log.error("request %d has no next token: %s", number, its[-1].problem)
+                ticket.deliver(NotDrawn(its[-1].problem))
+            else:
                 ticket.deliver(its)
 
     def _end(self, tickets: Iterable[Ticket], error: Exception) -> None:
