@@ -141,6 +141,14 @@ class NeedleDocumentsSpec(Spec):
                 f"questions {self.questions} is above needles {self.needles}; each question asks "
                 f"for another needle, so lower it or hide more"
             )
+        # How many words take is known with a tokenizer only; but none takes no token.
+        least = 1 + self.needles + 3 * self.questions
+        if self.tokens < least:
+            raise ValueError(
+                f"tokens {self.tokens} is below {least}, which the bos, {self.needles} needles and "
+                f"{self.questions} questions with answer and eos take at the very least; raise it, "
+                "or hide and ask less"
+            )
         return self
 
 

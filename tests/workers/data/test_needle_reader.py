@@ -100,8 +100,13 @@ def test_a_haystack_that_is_not_there_is_said(recipe: Path) -> None:
 
 def test_needles_that_leave_no_room_are_said(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("tokens: 400", "tokens: 90"))
+    phases: list[str] = []
     with pytest.raises(DataError, match=r"datasets.found.make: .*raise the length"):
-        build(recipe, recipe.parent / "cache")
+        build(recipe, recipe.parent / "cache", lambda phase, done, total: phases.append(phase))
+    assert "train tokenizer" in phases and "read and tokenize" not in phases, "said at once"
+    recipe.write_text(RECIPE.replace("tokens: 400", "tokens: 9"))
+    with pytest.raises(JobSpecError, match="found.make.* tokens 9 is below 10,.*raise it"):
+        load_recipe(recipe)
 
 
 def test_plain_words_are_refused_with_the_way_that_takes_them(recipe: Path) -> None:

@@ -22,7 +22,7 @@ from ringworld_workers.data.files import DataError
 from ringworld_workers.data.frame_vocabulary import FrameVocabulary
 from ringworld_workers.data.inputs import Inputs
 from ringworld_workers.data.phases import Phases
-from ringworld_workers.data.readers import Means, credits_of, make_readers
+from ringworld_workers.data.readers import Means, check_readers, credits_of, make_readers
 from ringworld_workers.data.shard_format import FORMAT_VERSION, META_FILE, read_meta
 from ringworld_workers.data.task_files import read_report
 from ringworld_workers.data.tokenizer import (
@@ -99,7 +99,9 @@ class Build:
         vocabulary = Vocabulary(describe_tokenizer(tokenizer), frames.description)
         (file,) = [path for name in STORED_NAMES if (path := tokenizer_folder / name).is_file()]
         means = replace(means, tokenizer_file=file)
-        self._examples(make_readers(self._recipe, means), tokenizer_folder, vocabulary)
+        readers = make_readers(self._recipe, means)
+        check_readers(readers.values())
+        self._examples(readers, tokenizer_folder, vocabulary)
         result = self._folder / "result"
         for source in (tokenizer_folder, frames.folder):
             shutil.copytree(source, result, dirs_exist_ok=True)

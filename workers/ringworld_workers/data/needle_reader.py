@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ringworld_workers.data.text_sources import Document, documents, format_of, 
 from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
 from ringworld_workers.evaluate.cities import draw_cities, draw_numbers
 from ringworld_workers.evaluate.haystack import haystack_files
-from ringworld_workers.evaluate.needle_documents import NeedleDocument, make_documents
+from ringworld_workers.evaluate.needle_documents import NeedleDocument, check_room, make_documents
 from ringworld_workers.evaluate.needle_prompt import Wording, template_of
 
 _ITEM_DOCUMENTS = 64
@@ -73,6 +74,15 @@ class NeedleReader:
                 if isinstance(found, Document):
                     yield found.text
 
+    def check(self) -> None:
+        """Tell at once what else would be told once the haystack is read; see ``check_readers``.
+
+        Raises:
+            DataError: needles and questions leave a haystack no room.
+        """
+        with self._named():
+            check_room(self._spec, _tokenizer(self._tokenizer_file))
+
     def drafts(self, item: WorkItem) -> Iterator[Draft | Refused]:
         """The examples of the item's numbers.
 
@@ -92,8 +102,13 @@ class NeedleReader:
             yield Draft(name, name, template.parts(turns))
 
     def _made(self, tokenizer: TextTokenizer, numbers: Iterable[int]) -> Iterator[NeedleDocument]:
-        try:
+        with self._named():
             yield from make_documents(self._spec, self._base, tokenizer, numbers)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:  # DataError is one
             raise DataError(f"datasets.{self._name}.make: {error}") from error
 

@@ -5,7 +5,7 @@ Readers are imported as they are needed: a recipe of text loads no video library
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +92,18 @@ def _needed(name: str, media: MediaStore | None) -> MediaStore:
     if media is None:
         raise DataError(f"datasets.{name}: needs a codebook; add `codebook:` to the recipe")
     return media
+
+
+def check_readers(readers: Iterable[DatasetReader]) -> None:
+    """Ask each what it can tell before anything is read, but with a tokenizer.
+
+    Raises:
+        DataError: what is to be made cannot be.
+    """
+    for reader in readers:
+        check = getattr(reader, "check", None)
+        if callable(check):
+            check()
 
 
 def media_of(reader: DatasetReader, item: WorkItem) -> Iterator[MediaUse]:

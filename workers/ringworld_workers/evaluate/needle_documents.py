@@ -25,6 +25,8 @@ BYTES = "bytes"
 _BYTE_PIECES = 258
 _END = 1
 """The eos after an answer."""
+_CHECKED = 64
+"""Documents whose needles are counted before a build."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,21 @@ class NeedleDocument:
         return {"fields": ",".join(layout), **record}
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a document hides and asks.
+
+    Attributes:
+        needles: what is hidden.
+        turns: questions, with their instructions, and answers.
+        used: tokens of all but the haystack and the needles.
+    """
+
+    needles: list[Needle]
+    turns: tuple[tuple[str, str], ...]
+    used: int
+
+
 def make_documents(
     spec: NeedleDocumentsSpec,
     base: Path,
@@ -88,7 +105,7 @@ def make_documents(
     haystacks = Haystacks(spec.haystack, base, tokenizer)
     wording = Wording(spec.format, tokenizer)
     for number in range(spec.documents) if numbers is None else numbers:
-        yield _document(spec, f"{spec.seed} document {number}", haystacks, wording)
+        yield _document(spec, _seed(spec, number), haystacks, wording)
 
 
 def write_documents(
@@ -125,9 +142,27 @@ def find_tokenizer(place: str) -> TextTokenizer:
     return train_tokenizer([], _BYTE_PIECES) if place == BYTES else load_tokenizer(Path(place))
 
 
-def _document(
-    spec: NeedleDocumentsSpec, seed: str, haystacks: Haystacks, wording: Wording
-) -> NeedleDocument:
+def check_room(spec: NeedleDocumentsSpec, tokenizer: TextTokenizer) -> None:
+    """Count what is hidden and asked, without any haystack: it takes moments, a build minutes.
+
+    Args:
+        spec: of the documents; the first few are looked at, and all are nearly alike.
+        tokenizer: that the model is trained with.
+
+    Raises:
+        ValueError: ``tokens`` is too short for the needles and questions.
+    """
+    wording = Wording(spec.format, tokenizer)
+    for number in range(min(spec.documents, _CHECKED)):
+        asked = _asked(spec, _seed(spec, number), wording)
+        wording.room(asked.needles, spec.tokens - asked.used)
+
+
+def _seed(spec: NeedleDocumentsSpec, number: int) -> str:
+    return f"{spec.seed} document {number}"
+
+
+def _asked(spec: NeedleDocumentsSpec, seed: str, wording: Wording) -> _Asked:
     random_ = random.Random(seed)
     cities = draw_cities(random_, spec.needles, spec.made_up)
     numbers = draw_numbers(random_, spec.needles, spec.format.digits, evaluated=False)
@@ -147,9 +182,17 @@ def _document(
         turns.append((question, answer))
     # A tokenizer that marks words marks a later turn's, too.
     used += len(turns) * wording.tokenizer.marks_words
-    haystack = haystacks.draw(max(1, spec.tokens - used), seed)
-    hidden = wording.hide(haystack, needles, spec.tokens - used, place=Haystack.nearest)
-    return NeedleDocument(_text(hidden, wording), tuple(turns), spec.tokens)
+    return _Asked(needles, tuple(turns), used)
+
+
+def _document(
+    spec: NeedleDocumentsSpec, seed: str, haystacks: Haystacks, wording: Wording
+) -> NeedleDocument:
+    asked = _asked(spec, seed, wording)
+    room = spec.tokens - asked.used
+    haystack = haystacks.draw(max(1, room), seed)
+    hidden = wording.hide(haystack, asked.needles, room, place=Haystack.nearest)
+    return NeedleDocument(_text(hidden, wording), asked.turns, spec.tokens)
 
 
 def _text(hidden: Hidden, wording: Wording) -> str:

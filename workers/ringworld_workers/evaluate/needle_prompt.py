@@ -125,6 +125,15 @@ class Wording:
             ]
         return Hidden(cut, tuple(ordered), tuple(texts), tuple(map(tuple, encoded)), tuple(places))
 
+    def room(self, needles: Sequence[Needle], tokens: int) -> int:
+        """How many of so many tokens needles leave to a haystack.
+
+        Raises:
+            ValueError: they have more themselves.
+        """
+        texts = [self.format.needle_of(needle.city, needle.number) for needle in needles]
+        return self._left(tokens, encode_within(self.tokenizer, texts))
+
     def prompt(
         self, haystack: Haystack, needles: Sequence[Needle], question: str, tokens: int
     ) -> NeedlePrompt:
