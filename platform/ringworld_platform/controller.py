@@ -16,8 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ringworld_jobs.any_job import load_any_job, parse_job
-from ringworld_jobs.problem import JobSpecError
+from ringworld_jobs.any_job import parse_job
 from ringworld_jobs.resolve import spec_digest
 from ringworld_platform.adoption import Adoption
 from ringworld_platform.capacity import cluster
@@ -31,9 +30,9 @@ from ringworld_platform.job_runner import JobRunner
 from ringworld_platform.live_run import LiveRun
 from ringworld_platform.prewarmer import Prewarmer
 from ringworld_platform.run_changes import ask_to_stop, fresh_start, stopped
-from ringworld_platform.run_claims import check_store
+from ringworld_platform.run_claims import check_store, spec_kept_in
 from ringworld_platform.run_folder import Page, RunFolder
-from ringworld_platform.run_records import SPEC_FILE, read_spec
+from ringworld_platform.run_records import read_spec
 from ringworld_platform.run_state import JobRecord, RunState
 from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
@@ -189,7 +188,9 @@ class Controller:
             if not (record.terminal or ended_here or record.abandoned() or record.moved_to):
                 by = f" in the hands of {record.owner}" if record.owner else ""
                 raise RunConflictError(f"{record.run_id} is {record.state}{by}; it needs no resume")
-            _check_store_of(record)
+            spec = spec_kept_in(Path(record.run_folder))
+            if spec is not None:
+                check_store(spec)
             if runner is not None:
                 runner.join(RELEASE_SECONDS)
             states.update(record.run_id, partial(fresh_start, older, request))
@@ -282,12 +283,3 @@ class Controller:
 
     def _own_list(self) -> str:
         return f"{self._config.runs_root}/.controllers/{self._config.controller_id}.json"
-
-
-def _check_store_of(record: JobRecord) -> None:
-    """Refuse to go on with a run whose checkpoints could not be written."""
-    try:
-        spec = load_any_job(Path(record.run_folder) / SPEC_FILE, check_files=False)
-    except JobSpecError:
-        return  # said where the run is begun
-    check_store(spec)

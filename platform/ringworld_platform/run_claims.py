@@ -12,8 +12,10 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from ringworld_jobs.any_job import Job
+from ringworld_jobs.any_job import Job, load_any_job
+from ringworld_jobs.problem import JobSpecError
 from ringworld_platform.errors import PlatformError, StoreRefused
 from ringworld_platform.run_records import CHECKPOINTS_FOLDER, SPEC_FILE, STATE_FILE
 from ringworld_platform.run_state import JobRecord
@@ -50,6 +52,14 @@ def check_store(spec: Job) -> None:
         open_store(url).check_writable()
     except StoreError as error:
         raise StoreRefused(f"checkpoint.store {url} cannot be used: {error.reason}") from error
+
+
+def spec_kept_in(run_folder: Path) -> Job | None:
+    """A run's resolved spec; None where it cannot be read, which is said where the run begins."""
+    try:
+        return load_any_job(run_folder / SPEC_FILE, check_files=False)
+    except JobSpecError:
+        return None
 
 
 class RunClaims:

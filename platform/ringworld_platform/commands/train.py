@@ -113,6 +113,7 @@ def resume(
     """
     from ringworld_platform import cluster, head
     from ringworld_platform.client import Client
+    from ringworld_platform.run_claims import check_store, on_s3, spec_kept_in
     from ringworld_platform.run_view import FolderView, find_status
 
     url = _run_url(job, store)
@@ -123,7 +124,12 @@ def resume(
         out().print(f"{run_id} continues", style="bold")
         out().print(_follow_up(run_id))
         return
-    name = url or str(find_status(FolderView(runs), job)["run_id"])
+    name = url
+    if name is None:
+        found = find_status(FolderView(runs), job)
+        name, spec = str(found["run_id"]), spec_kept_in(Path(found["run_folder"]))
+        if spec is not None and on_s3(spec):
+            check_store(spec)  # before Ray takes its time to start, as `run` does
     err().print(f"starting Ray on this machine to continue {name}", style="dim")
     _one_shot(runs.absolute(), lambda client: client.resume(name, older=older), cpus, dashboard)
 
