@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ringworld_platform.commands import asking_options as options
+from ringworld_platform.commands.idle_options import refuse_idle
 from ringworld_platform.commands.options import DEFAULT_RUNS, Runs
 from ringworld_platform.console import err
 
@@ -17,9 +18,24 @@ if TYPE_CHECKING:
     from ringworld_platform.commands.generating import FileRequest
 
 DEFAULT_BATCH = 8
+_OF_TEXT = (
+    "save",
+    "max_tokens",
+    "max_frames",
+    "stop",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "media_first",
+)
+"""Parameters that mean nothing to what is drawn."""
 
 
 def generate(
+    context: typer.Context,
     model: options.ModelPlace,
     prompt: Annotated[
         str | None,
@@ -115,6 +131,12 @@ def generate(
         raise typer.BadParameter("with --prompts, the lines say what is asked")
     if not prompts and not (prompt or image or video or target):
         raise typer.BadParameter("nothing is asked; give a PROMPT, --image, --video or --prompts")
+    _refuse_idle(context, "--to-image" if to_image else "--to-video" if to_video else "")
+    if not prompts:
+        refuse_idle(context, ["batch"], "is of many questions, and there are no --prompts")
+        if not target and not video:
+            why = "is of a video, and there is no --video to ask about and no --to-video"
+            refuse_idle(context, ["frames", "fps"], why)
     if guidance is None:
         guidance = IMAGE_GUIDANCE if to_image else 1.0
     if vision_top_k is None:
@@ -163,6 +185,16 @@ def generate(
         )
         with rings() as opened:
             answer_one(opened, ask, request, coder)
+
+
+def _refuse_idle(context: typer.Context, target: str) -> None:
+    """Refuse options that do nothing beside ``--to-image`` or ``--to-video``."""
+    if target:
+        why = f"is of answers in text, and {target} draws"
+        refuse_idle(context, _OF_TEXT, why, f"leave it out, or {target}")
+    if target == "--to-image":
+        why = "is of a video, and --to-image draws one frame"
+        refuse_idle(context, ["frames", "fps"], why, "leave it out, or take --to-video")
 
 
 def _check(request: FileRequest, many: bool) -> None:
