@@ -195,7 +195,6 @@ class EvaluationPart:
 
     def job(self, mesh: MeshSize, device: Device) -> EvaluationJob:
         """See ``Part.job``."""
-        # They know torch, without which a controller starts sooner.
         from ringworld_workers.evaluate.job import EvaluationJob
 
         live, asked, model = self._live, self._asked, self._model

@@ -91,7 +91,7 @@ def find_run_model(
         UnknownRunError, CheckpointError, StoreError: as ``find_model``.
     """
     from ringworld_workers.checkpoint_tools.choose import choose_newest, manifest_of
-    from ringworld_workers.export import held_config
+    from ringworld_workers.checkpoint_tools.held_config import held_config
     from ringworld_workers.generation.source import ModelSource
     from ringworld_workers.store.opening import open_store
 

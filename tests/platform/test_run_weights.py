@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil, prod
@@ -212,3 +214,20 @@ def test_a_run_on_s3_is_not_asked_offline(job: Write) -> None:
     assert "write model.preset" in said
     path = job(f"{{preset: debug, init_from: 'run:{url}'}}")
     assert load_job(path, find_run=find_run_in_folder).model.init_from == f"run:{url}"
+
+
+def test_a_controller_finds_a_runs_model_without_torch(job: Write, tmp_path: Path) -> None:
+    """What evaluates a stage asks for its model: torch would cost seconds, and 300 MB."""
+    fill("file://runs", job)
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from ringworld_platform import controller\n"
+        "from ringworld_platform.model_places import find_model\n"
+        "from ringworld_workers.evaluate.job import EvaluationJob\n"
+        "print(find_model('runs/walk-10', Path('runs')).label, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "walk-10/1k/40 False\n", done.stderr

@@ -16,7 +16,8 @@ from ringworld_model.vision.patch_codebook import PatchCodebook
 from ringworld_workers.data.chat_template import ChatTemplate
 from ringworld_workers.data.tokenizer import train_tokenizer
 from ringworld_workers.evaluate.task import EvaluationRing, Subject
-from ringworld_workers.generation import LoadedModel, ModelSource
+from ringworld_workers.generation.loading import LoadedModel
+from ringworld_workers.generation.source import ModelSource
 
 CONTEXT_LENGTH = 1024
 

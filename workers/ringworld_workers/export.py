@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ringworld_jobs.spec import JobSpec
-from ringworld_model.config import SPARE_VISION_IDS, ModelConfig
-from ringworld_model.hf_layout import parameter_shapes
 from ringworld_model.hf_save import MAX_SHARD_BYTES, write_pretrained
 from ringworld_model.hf_sink import Sink
 from ringworld_model.vision.frame_tokenizer import load_frame_tokenizer
-from ringworld_workers.checkpoint.layout import CheckpointError, CheckpointRef, Manifest
+from ringworld_workers.checkpoint.layout import CheckpointRef
 from ringworld_workers.checkpoint.range_reader import RangeReader
 from ringworld_workers.checkpoint_tools.choose import manifest_of
+from ringworld_workers.checkpoint_tools.held_config import held_config
 from ringworld_workers.data.tokenizer import TextTokenizer, load_tokenizer
 from ringworld_workers.engine.base import OwnedRange
 from ringworld_workers.generation.folder import CODEBOOK, write_about
@@ -112,26 +110,3 @@ def _write_vocabulary(
         load_frame_tokenizer(codebook).save(place)
     if about:
         write_about(folder, about)
-
-
-def held_config(spec: JobSpec, manifest: Manifest, ref: CheckpointRef) -> ModelConfig:
-    """The shape of a checkpoint's model: the spec's, with tables as large as the checkpoint's.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model.
-    """
-    held = manifest.tensors
-    config = replace(
-        spec.model.config(),
-        text_vocab_size=held.get("text_embed.weight", (1,))[0],
-        vision_codebook_size=held.get("vision_embed.weight", (SPARE_VISION_IDS,))[0]
-        - SPARE_VISION_IDS,
-    )
-    wanted = parameter_shapes(config)
-    for name in sorted(held.keys() | wanted.keys()):
-        if held.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"checkpoint {ref.key} is of another model than its spec: parameter {name} is "
-                f"{held.get(name, 'absent')} in it and {wanted.get(name, 'absent')} in the spec's"
-            )
-    return config

@@ -23,7 +23,8 @@ from ringworld_workers.evaluate.perplexity import doubled
 from ringworld_workers.evaluate.run import EvaluationRun, run_evaluation, subject_of
 from ringworld_workers.evaluate.short_context import ShortContext
 from ringworld_workers.evaluate.task import EvaluationRing, Item, Record
-from ringworld_workers.generation import ModelSource, RequestError, load_model
+from ringworld_workers.generation.loading import load_model
+from ringworld_workers.generation.source import ModelSource, RequestError
 from ringworld_workers.mesh import build_mesh
 from ringworld_workers.store.opening import open_store
 

@@ -23,7 +23,7 @@ from ringworld_workers.evaluate.job import EvaluationJob
 from ringworld_workers.evaluate.own_prompts import OwnPrompts, request_of
 from ringworld_workers.evaluate.run import run_evaluation
 from ringworld_workers.evaluate.task import Record, Subject
-from ringworld_workers.generation import load_model
+from ringworld_workers.generation.loading import load_model
 from ringworld_workers.generation.media_files import write_video
 from ringworld_workers.generation.source import RequestError
 from ringworld_workers.mesh import build_mesh

@@ -13,12 +13,18 @@ from ringworld_model.sampling.prompt import Prompt
 from ringworld_model.sampling.settings import SamplingSettings
 from ringworld_model.tokens import frames_of
 from ringworld_workers.data.chat_template import Turn
-from ringworld_workers.generation import RequestError, chat_prompt, load_coder, prompt_of
 from ringworld_workers.generation.asks import clip_ask, text_ask
-from ringworld_workers.generation.coder import Coder
+from ringworld_workers.generation.coder import Coder, load_coder
 from ringworld_workers.generation.conversation import opening_prompt
-from ringworld_workers.generation.prompts import Clip, Image, codes_of, spans_of
-from ringworld_workers.generation.source import ModelSource
+from ringworld_workers.generation.prompts import (
+    Clip,
+    Image,
+    chat_prompt,
+    codes_of,
+    prompt_of,
+    spans_of,
+)
+from ringworld_workers.generation.source import ModelSource, RequestError
 
 SETTINGS = SamplingSettings()
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from ringworld_jobs.evaluate_spec import EvaluateSpec
 from ringworld_jobs.spec import DataSpec
-from ringworld_workers.evaluate.task import Record
 from ringworld_workers.generation.source import ModelSource
+from ringworld_workers.reporter import Record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,7 @@ from ringworld_workers.evaluate.job import EvaluationJob
 from ringworld_workers.evaluate.no_tokenizer import coder_of
 from ringworld_workers.evaluate.registry import make_tasks
 from ringworld_workers.evaluate.task import EvaluationRing, Item, Record, Subject, Task
-from ringworld_workers.generation import LoadedModel, load_model
-from ringworld_workers.generation.loading import DTYPES
+from ringworld_workers.generation.loading import DTYPES, LoadedModel, load_model
 from ringworld_workers.mesh import Mesh
 from ringworld_workers.reporter import Reporter
 

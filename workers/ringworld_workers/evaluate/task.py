@@ -23,7 +23,7 @@ from ringworld_model.sampling.prompt import Prompt
 from ringworld_model.sampling.settings import DrawSettings, SamplingSettings
 
 if TYPE_CHECKING:
-    from ringworld_workers.generation import LoadedModel
+    from ringworld_workers.generation.loading import LoadedModel
 
 Record = dict[str, Any]
 """One item's answer as JSON: ``id``, its facts, the answer, the score."""
