@@ -161,6 +161,35 @@ class StartTimes:
         return max(self._seen, default=FIRST_GUESS_SECONDS) + MARGIN_SECONDS
 
 
+class EvaluationPace:
+    """When the evaluations of a stage will end, from how long those of the stage before took."""
+
+    def __init__(self) -> None:
+        """None was seen yet; they are taken to take no time."""
+        self._of: int | None = None
+        self._began = 0.0
+        self.expected_seconds = 0.0
+        """How long those of a stage take."""
+
+    def see(self, of: int | None, now: float) -> None:
+        """Look at a run.
+
+        Args:
+            of: the stage that is being evaluated, in whatever attempt; None: none is.
+            now: monotonic seconds.
+        """
+        if of == self._of:
+            return
+        if self._of is not None:
+            self.expected_seconds = now - self._began
+        self._of, self._began = of, now
+
+    @property
+    def end(self) -> float:
+        """When those at hand are expected to be done, in monotonic seconds."""
+        return self._began + self.expected_seconds
+
+
 class StagePace:
     """When a stage will end, from when its steps were seen; what comes between them counts too."""
 

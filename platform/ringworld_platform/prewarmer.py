@@ -23,6 +23,7 @@ from ringworld_platform.prewarm import (
     EARLIER,
     NOTHING,
     Coming,
+    EvaluationPace,
     Request,
     StagePace,
     StartTimes,
@@ -108,6 +109,7 @@ class Prewarmer:
         self._autoscaler = autoscaler or RayAutoscaler()
         self._starts = StartTimes()
         self._paces: dict[str, StagePace] = {}
+        self._evaluations: dict[str, EvaluationPace] = {}
         self._begins: dict[str, _Begin] = {}
         self._held = NOTHING
         self._asked: float | None = None
@@ -155,7 +157,7 @@ class Prewarmer:
         """
         holdings, asks = self._line.standing()
         lives = {live.run_id: live for live in self._runs()}
-        for known in (self._paces, self._begins, self._waits):
+        for known in (self._paces, self._evaluations, self._begins, self._waits):
             for run_id in known.keys() - lives.keys():
                 del known[run_id]
         comings = [
@@ -206,18 +208,21 @@ class Prewarmer:
         if lead == "off":
             return None
         done = record.stages_done
+        evaluation = self._evaluations.setdefault(run_id, EvaluationPace())
+        evaluated = record.evaluated if _is_evaluated(spec, record.evaluated, done) else None
+        evaluation.see(evaluated, now)
         if holding is not None:
-            if done + 1 >= len(spec.stages):
-                self._begins.pop(run_id, None)
-                return None
-            pace = self._paces.setdefault(run_id, StagePace())
-            pace.see((done, record.attempt, record.prepared is None), record.step, now)
-            moment = pace.end(spec.stages[done].num_steps)
+            index = done if evaluated is not None else done + 1
+            moment: float | None = None
+            if index < len(spec.stages):
+                moment = evaluation.end if evaluated is not None else self._end(live, now)
             if moment is None:
                 self._begins.pop(run_id, None)
                 return None
+            if evaluated is None and any(spec.stages[done].evaluations.tasks()):
+                moment += evaluation.expected_seconds
             has = sum(holding.places.values())
-            self._begins[run_id] = _Begin(done + 1, moment, has, holding.bundle)
+            self._begins[run_id] = _Begin(index, moment, has, holding.bundle)
         begin = self._begins.get(run_id)
         if begin is None or begin.index not in (done, done + 1):
             return None
@@ -230,6 +235,13 @@ class Prewarmer:
             return None
         order = (-record.priority, record.submitted, run_id)
         return Coming(run_id, order, sizes, begin.bundle, left, lead_seconds, asked)
+
+    def _end(self, live: LiveRun, now: float) -> float | None:
+        """When the training of the stage at hand is expected to end; None: it is too early."""
+        record = live.record
+        pace = self._paces.setdefault(live.run_id, StagePace())
+        pace.see((record.stages_done, record.attempt, record.prepared is None), record.step, now)
+        return pace.end(live.spec.stages[record.stages_done].num_steps)
 
     def _see_request(self, request: Request, holdings: Mapping[str, Holding], now: float) -> None:
         """Learn how long the nodes took that the request was for."""
@@ -254,6 +266,11 @@ class Prewarmer:
         for run_id in self._waits.keys() & holdings.keys():
             began, last = self._waits.pop(run_id)
             self._starts.add(last - began)
+
+
+def _is_evaluated(spec: JobSpec, index: int, done: int) -> bool:
+    """Whether a stage is among those that are trained, and asks for evaluations."""
+    return index < done and any(spec.stages[index].evaluations.tasks())
 
 
 def _sizes(spec: JobSpec, index: int) -> list[int]:

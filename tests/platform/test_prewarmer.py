@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mini_jobs import mini_job, wait_until
 
+from ringworld_jobs.spec import JobSpec
 from ringworld_platform.capacity import Cluster, NodeRoom
 from ringworld_platform.job_queue import PLAN_SECONDS, JobQueue
 from ringworld_platform.prewarm import FIRST_GUESS_SECONDS, MARGIN_SECONDS
@@ -48,7 +49,8 @@ class World:
     def add(self, name: str, prewarm: str = "auto", **fields: Any) -> Any:
         spec = mini_job(self.folder, name, **{"stages": STAGES, "prewarm": prewarm, **fields})
         record = SimpleNamespace(
-            stages_done=0, attempt=1, prepared={}, step=0, priority=0, submitted=self.now
+            **{"stages_done": 0, "evaluated": 0, "attempt": 1, "prepared": {}, "step": 0},
+            **{"priority": 0, "submitted": self.now},
         )
         self.runs[name] = SimpleNamespace(
             run_id=name,
@@ -201,3 +203,44 @@ def test_what_an_earlier_controller_left_is_cleared_and_the_own_at_the_end(world
     wait_until(lambda: world.cleared, "it looks for what was left")
     world.prewarmer.close()
     assert world.requests == [2, 0]
+
+
+def evaluated(spec: JobSpec, *indices: int) -> JobSpec:
+    data = spec.model_dump(mode="json", exclude_none=True)
+    for index in indices:
+        data["stages"][index]["evaluate"] = ["needle"]
+    return JobSpec.model_validate(data)
+
+
+def test_evaluations_before_the_next_stage_keep_its_nodes_and_are_counted(world: World) -> None:
+    stages = (("1k", 1, 100), ("4k", 2, 100), ("8k", 3, 100))
+    record = world.add("a", prewarm="30s", stages=stages)
+    world.runs["a"].spec = evaluated(world.runs["a"].spec, 0, 1)
+    world.take("a", 1)
+    world.train("a", 71)
+    assert world.requests == [2], "how long the first one takes, nobody knows"
+    world.there = 2
+    world.train("a", 29)
+    record.stages_done = 1
+    for _ in range(20):
+        world.pass_time(1.0)
+    assert world.requests == [2], "they are there when the evaluation ends"
+    record.evaluated, record.step = 1, 0
+    world.line.pause("a")
+    world.take("a", 2)
+    assert world.requests == [2, 0]
+
+    world.train("a", 85)
+    assert world.requests == [2, 0], "15 s of training, and 20 s of evaluation"
+    world.train("a", 8)
+    assert world.requests == [2, 0, 3]
+    world.train("a", 7)
+    record.stages_done = 2
+    for _ in range(25):
+        world.pass_time(1.0)
+    assert world.requests == [2, 0, 3]
+    record.evaluated, record.step = 2, 0
+    world.line.pause("a")
+    world.there = 3
+    world.take("a", 3)
+    assert world.requests == [2, 0, 3, 0]
