@@ -6,14 +6,12 @@ R ring size, D documents. ``source`` is the rank whose keys and values are at ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from itertools import compress, repeat
 
 import torch
 
 from ringworld_model.ring.document_zigzag import DocumentZigzag
 from ringworld_model.ring.layout import BlockLayout
-from ringworld_model.ring.rectangle import Rectangle, Rectangles
+from ringworld_model.ring.rectangle import Rectangles
 
 _DOCUMENTS_AT_ONCE = 1024
 
@@ -73,18 +71,9 @@ class StripedWork:
         source, document = at = (rows.T > 0).nonzero(as_tuple=True)
         k0, length = self._begin.T[at], rows.T[at]
         q0 = k0 + later[source]
-        found = [
-            Rectangle(*sides, True)
-            for sides in zip(
-                q0.tolist(),
-                (q0 + length).tolist(),
-                k0.tolist(),
-                (k0 + length).tolist(),
-                strict=True,
-            )
-        ]
-        ends = torch.bincount(source, minlength=self.layout.ring_size).cumsum(0).tolist()
-        return [tuple(found[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        sides = torch.stack((q0, q0 + length, k0, k0 + length), 1)
+        counts = torch.bincount(source, minlength=self.layout.ring_size).tolist()
+        return [Rectangles(part, True) for part in sides.split(counts)]
 
 
 Measure = Callable[[torch.Tensor], torch.Tensor]
@@ -131,14 +120,8 @@ class DocumentZigzagWork:
     def rectangles(self, rank: int) -> list[Rectangles]:
         """See ``BlockWork.rectangles``."""
         sides, some = self.sides(rank)
-        # What Rectangle(...) does, for half the time: there may be very many.
-        make = partial(tuple.__new__, Rectangle)
-        found = []
-        for source in range(self.layout.ring_size):
-            columns = (side[source].tolist() for side in sides)
-            each = zip(*columns, repeat(source == rank), strict=False)
-            found.append(tuple(map(make, compress(each, some[source].tolist()))))
-        return found
+        parts = torch.stack(sides, 2)[some].split(some.sum(1).tolist())
+        return [Rectangles(part, source == rank) for source, part in enumerate(parts)]
 
     def sides(self, rank: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The rectangles of ``rank``: q0, q1, k0, k1, int64 [R, D], and which hold any pair."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -31,8 +33,30 @@ class Rectangle(NamedTuple):
         return rows * (rows + 1) // 2 if self.diagonal else rows * (self.k1 - self.k0)
 
 
-Rectangles = tuple[Rectangle, ...]
-"""What a rank computes at a ring step."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Rectangles:
+    """What a rank computes at a ring step: full rectangles, or diagonal ones.
+
+    A table, and each ``Rectangle`` made for who walks through it: of a thousand documents on 64
+    ranks there are 64,000, which would take longer to make than all else of a plan, and as objects
+    that stay would be looked at by Python's garbage collector time and again.
+
+    Attributes:
+        sides: q0, q1, k0 and k1 of each: int64 [N, 4]. Do not write to it.
+        diagonal: whether all of them are diagonal; else none is.
+    """
+
+    sides: torch.Tensor
+    diagonal: bool
+
+    def __len__(self) -> int:
+        """Number of rectangles."""
+        return len(self.sides)
+
+    def __iter__(self) -> Iterator[Rectangle]:
+        """Each of them."""
+        columns = (side.tolist() for side in self.sides.unbind(1))
+        return map(Rectangle._make, zip(*columns, repeat(self.diagonal), strict=False))
 
 
 def cover_staircase(strips: Sequence[tuple[int, int, int]], k0: int) -> Iterator[Rectangle]:

@@ -8,15 +8,12 @@ from the plan alone.
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from ringworld_model.ring.layout import Layout
-
-Spans = tuple[tuple[int, int], ...]
-"""Ranges [start, stop) of local rows, ascending, apart, and none of them empty."""
+from ringworld_model.ring.spans import Spans
 
 
 class Travel(NamedTuple):
@@ -60,7 +57,8 @@ def plan_travel(layout: Layout, document_lengths: tuple[int, ...], rank: int) ->
     spread = (starts // block < (ends - 1) // block).nonzero()[:, 0]
     starts, ends = starts[spread], ends[spread]
     if size == 1 or len(starts) == 0:
-        return Travel(*(((),) * size,) * 6)
+        nothing = Spans(torch.empty(0, 2, dtype=torch.int64))
+        return Travel(*((nothing,) * size,) * 6)
     every = torch.arange(size)
     last = _last_tokens(layout, starts, ends, spread)  # [R, D]
     # All tables by (step, document). What a rank needs of a document ends at its last token, and
@@ -107,11 +105,6 @@ def _last_tokens(
     return torch.where(holds, layout.row_index((held - 1).clamp(min=0), every) + 1, starts)
 
 
-def count_rows(spans: Spans) -> int:
-    """Rows in all of ``spans``."""
-    return sum(stop - start for start, stop in spans)
-
-
 def _spans(starts: torch.Tensor, stops: torch.Tensor) -> list[Spans]:
     """Spans of each row of [N, D], ascending: touching ranges merged, empty ones dropped."""
     real = starts < stops
@@ -121,6 +114,6 @@ def _spans(starts: torch.Tensor, stops: torch.Tensor) -> list[Spans]:
     apart[1:-1] = starts[1:] != stops[:-1]
     apart[ends] = True
     first, last = apart[:-1], apart[1:]
-    ranges = zip(starts[first].tolist(), stops[last].tolist(), strict=True)
+    bounds = torch.stack((starts[first], stops[last]), 1)
     counts = torch.nn.functional.pad(first.cumsum(0), (1, 0))[ends].diff(prepend=ends.new_zeros(1))
-    return [tuple(islice(ranges, count)) for count in counts.tolist()]
+    return [Spans(part) for part in bounds.split(counts.tolist())]

@@ -15,7 +15,7 @@ import torch
 from ringworld_model.ring.dealt_work import DocumentZigzagWork, StripedWork
 from ringworld_model.ring.document_zigzag import DocumentZigzag
 from ringworld_model.ring.layout import BlockLayout, Layout
-from ringworld_model.ring.rectangle import Rectangle, Rectangles, cover_staircase
+from ringworld_model.ring.rectangle import Rectangles, cover_staircase
 
 
 def count_work(layout: Layout, document_lengths: Sequence[int]) -> Work:
@@ -129,19 +129,22 @@ class BlockWork:
         firsts, of = group_runs(source, document[piece], len(self.starts))
         q1[:-1] = torch.where(of[1:] == of[:-1], q0[piece][1:], q1[:-1])
         strips = zip(q0[piece].tolist(), q1.tolist(), k1[at].tolist(), strict=True)
-        found: list[list[Rectangle]] = [[] for _ in range(size)]
+        sides: list[int] = []
+        counts = [0] * size
         for keys, first_key, count in zip(
             source[firsts].tolist(), k0[at][firsts].tolist(), of.bincount().tolist(), strict=True
         ):
-            found[keys].extend(cover_staircase(list(islice(strips, count)), first_key))
+            before = len(sides)
+            for each in cover_staircase(list(islice(strips, count)), first_key):
+                sides.extend(each[:4])
+            counts[keys] += (len(sides) - before) // 4
+        table = torch.tensor(sides, dtype=torch.int64).view(-1, 4)
+        found = [Rectangles(part, False) for part in table.split(counts)]
         # The same tokens on both sides: local order is row order, so a document is one square.
-        bounds = layout.tokens_before(torch.cat((self.starts[:1], self.ends)), own).tolist()
-        found[rank] = [
-            Rectangle(start, end, start, end, True)
-            for start, end in zip(bounds, bounds[1:], strict=False)
-            if start < end
-        ]
-        return [tuple(rectangles) for rectangles in found]
+        bounds = layout.tokens_before(torch.cat((self.starts[:1], self.ends)), own)
+        squares = torch.stack((bounds[:-1], bounds[1:]), 1).repeat(1, 2)
+        found[rank] = Rectangles(squares[bounds[:-1] < bounds[1:]], True)
+        return found
 
 
 def group_runs(

@@ -15,13 +15,19 @@ from ringworld_model.ring.kernel import RowGroup
 from ringworld_model.ring.layout import LAYOUTS
 from ringworld_model.ring.parcel import Load, Pool, add, as_pair, empty_parcel, pack, unpack
 from ringworld_model.ring.reference import dense_attention
-from ringworld_model.ring.travel import count_rows
+from ringworld_model.ring.spans import Spans
 
 
 def rows_of(spans):
     assert all(start < stop for start, stop in spans)
-    assert all(one[1] < other[0] for one, other in zip(spans, spans[1:], strict=False))
-    return {row for start, stop in spans for row in range(start, stop)}
+    assert all(one[1] < other[0] for one, other in pairwise(spans))
+    rows = [row for start, stop in spans for row in range(start, stop)]
+    assert spans.rows == len(rows) and spans.index(torch.device("cpu")).tolist() == rows
+    return set(rows)
+
+
+def spans_of(*ranges):
+    return Spans(torch.tensor(ranges, dtype=torch.int64).view(-1, 2))
 
 
 def needed(plan, rank, step):
@@ -175,7 +181,7 @@ def test_a_missing_row_is_noticed(way, layout):
     table = list(getattr(right, way))
     step = next(step for step, spans in enumerate(table) if spans)
     (start, stop), *rest = table[step]
-    table[step] = ((start + 1, stop), *rest)
+    table[step] = spans_of((start + 1, stop), *rest)
     broken = right._replace(**{way: tuple(table)})
     with mock.patch.dict(plan._travels, {2: broken}):
         assert wrong(plan) > 1e-3
@@ -190,11 +196,9 @@ def packed(num_documents, total, seed):
 def sent(plan):
     """Shares of K/V and of gradient rows that are sent; R (R - 1) and R * R cuts are all."""
     travels = [plan.travel(rank) for rank in range(plan.ring_size)]
-    keys = sum(count_rows(spans) for travel in travels for spans in travel.keys_out)
+    keys = sum(spans.rows for travel in travels for spans in travel.keys_out)
     gradients = sum(
-        count_rows(spans)
-        for travel in travels
-        for spans in (*travel.gradients_out, *travel.home_out)
+        spans.rows for travel in travels for spans in (*travel.gradients_out, *travel.home_out)
     )
     size, cut = plan.ring_size, plan.local_length
     return keys / (size * (size - 1) * cut), gradients / (size * size * cut)
@@ -228,7 +232,7 @@ def test_travel_is_cached_and_refuses_strange_ranks():
 
 def test_parcels_carry_the_rows_and_nothing_else():
     k, v = torch.arange(2 * 2 * 6 * 1 * 3.0).view(2, 2, 6, 1, 3).unbind(0)
-    loads = [Load(slice(0, 1), ((1, 2), (4, 6))), Load(slice(1, 2), ())]
+    loads = [Load(slice(0, 1), spans_of((1, 2), (4, 6))), Load(slice(1, 2), spans_of())]
     parcel = pack((k, v), loads)
     assert parcel.shape == empty_parcel(k, k.dtype, loads).shape == (2 * 3 * 3,)
     room = torch.full_like(k, -1), torch.full_like(v, -1)
@@ -240,12 +244,33 @@ def test_parcels_carry_the_rows_and_nothing_else():
     add(parcel, total, loads)
     assert torch.equal(total[1][0, 4:], v[0, 4:]) and not total[1][1].any()
     # All rows, in one piece already: no copy; apart: one copy; both read back alike.
-    complete = [Load(slice(0, 2), ((0, 6),))]
+    complete = [Load(slice(0, 2), spans_of((0, 6)))]
     whole = pack((k, v), complete)
     assert whole.data_ptr() == k.data_ptr()
     copied = pack((k.clone(), v.clone()), complete)
     assert torch.equal(whole, copied)
     assert torch.equal(unpack(copied, room, complete)[1], v)
+
+
+@pytest.mark.parametrize("apart", [2, 40])
+def test_many_spans_travel_as_few_do(apart):
+    # Of 200 tokens: 100 spans of one row, more than are copied one by one; and 5 of 20.
+    spans = spans_of(*((start, start + apart // 2) for start in range(0, 200, apart)))
+    rows = spans.index(torch.device("cpu"))
+    # Two rows of the batch, and some of the heads: not contiguous.
+    k, v, total_k, total_v = torch.randn(4, 3, 200, 4, 2)[:, :, :, 1:3].unbind(0)
+    loads = [Load(slice(0, 2), spans), Load(slice(2, 3), spans_of((7, 9)))]
+    parcel = pack((k, v), loads)
+    assert torch.equal(parcel[: 2 * 100 * 4].view(2, 100, 2, 2), k[:2, rows])
+    room = torch.full_like(k, -1), torch.full_like(v, -1)
+    before = total_v.clone()
+    unpack(parcel, room, loads)
+    add(parcel, (total_k, total_v), loads)
+    expected, added = torch.full_like(v, -1), before.clone()
+    for part, of in ((slice(0, 2), rows), (slice(2, 3), torch.tensor([7, 8]))):
+        expected[part, of] = v[part, of]
+        added[part, of] = before[part, of] + v[part, of]
+    assert torch.equal(room[1], expected) and torch.equal(total_v, added)
 
 
 def test_a_pool_lends_what_was_given_back():
@@ -259,7 +284,7 @@ def test_a_pool_lends_what_was_given_back():
     assert [lent.unique().tolist() for lent in (first, second, third)] == [[0], [1], [2]]
     # A parcel is a part of what was lent, a pair the whole of it; either gives all of it back.
     pool.give(third)
-    parcel = empty_parcel(like, dtype, [Load(slice(0, 2), ((1, 3),))], pool)
+    parcel = empty_parcel(like, dtype, [Load(slice(0, 2), spans_of((1, 3)))], pool)
     assert parcel.data_ptr() == third.data_ptr()
     pool.give(parcel, None, like.new_empty(0), as_pair(second, like)[0], as_pair(first, like)[1])
     again = {pool.take(like, dtype).data_ptr() for _ in range(3)}
