@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from ringworld_model.ring.plan import RingPlan
-from ringworld_model.ring.rectangle import Rectangle
+from ringworld_model.ring.rectangle import Rectangle, Rectangles
+from ringworld_model.ring.spans import rows_in
 from ringworld_model.ring.upload import upload
 
 MANY_CALLS = 8
@@ -120,31 +119,35 @@ def varlen_calls(
     return calls
 
 
-def group_rectangles(rectangles: Iterable[Rectangle]) -> list[list[Rectangle]]:
+def group_rectangles(rectangles: Rectangles) -> list[Rectangles]:
     """Group the rectangles of one ring step into calls, each group ordered by its queries.
 
     Each goes into the first group that takes it. Documents do not meet, so there are as many groups
     as the most divided document needs.
     """
+    if len(rectangles) == 0:
+        return []
+    before, after = rectangles.sides[:-1], rectangles.sides[1:]
+    if bool((before[:, 1::2] <= after[:, ::2]).all()):
+        # Mostly so: each document is one rectangle, and none need be looked at by itself.
+        return [rectangles]
     groups: list[_Group] = []
     for rectangle in rectangles:
         if not any(group.take(rectangle) for group in groups):
             groups.append(_Group(rectangle))
-    return [group.rectangles for group in groups]
+    return [Rectangles(group.sides(), rectangles.diagonal) for group in groups]
 
 
 class _Group:
     def __init__(self, rectangle: Rectangle) -> None:
-        self.rectangles = [rectangle]
+        self._rectangles = [rectangle]
         self._by_key = [(rectangle.k0, rectangle.k1)]
 
     def take(self, new: Rectangle) -> bool:
-        if new.diagonal != self.rectangles[0].diagonal:
-            return False
         by_key, keys = self._by_key, (new.k0, new.k1)
         key_at = bisect_left(by_key, keys)
-        at = bisect_left(self.rectangles, new)
-        before, after = self.rectangles[at - 1 : at], self.rectangles[at : at + 1]
+        at = bisect_left(self._rectangles, new)
+        before, after = self._rectangles[at - 1 : at], self._rectangles[at : at + 1]
         if (
             (before and before[0].q1 > new.q0)
             or (after and after[0].q0 < new.q1)
@@ -152,42 +155,38 @@ class _Group:
             or (key_at < len(by_key) and by_key[key_at][0] < new.k1)
         ):
             return False
-        self.rectangles.insert(at, new)
+        self._rectangles.insert(at, new)
         by_key.insert(key_at, keys)
         return True
+
+    def sides(self) -> torch.Tensor:
+        return torch.tensor([each[:4] for each in self._rectangles])
 
 
 def _rounded(count: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
-def _call(group: Sequence[Rectangle], num_rows: int, device: torch.device) -> VarlenCall:
-    queries = [(rectangle.q0, rectangle.q1) for rectangle in group]
-    keys = [(rectangle.k0, rectangle.k1) for rectangle in group]
+def _call(group: Rectangles, num_rows: int, device: torch.device) -> VarlenCall:
+    queries, keys = group.sides.split(2, dim=1)
+    lengths = [bounds.diff(dim=1)[:, 0] for bounds in (queries, keys)]
+    longest_queries, longest_keys = (int(of.max()) for of in lengths)
+    cu_queries, cu_keys = (_cumulative(of, num_rows, device) for of in lengths)
     return VarlenCall(
         _tokens(queries, device),
         _tokens(keys, device),
-        Sequences(
-            _cumulative(queries, num_rows, device),
-            _cumulative(keys, num_rows, device),
-            max(stop - start for start, stop in queries),
-            max(stop - start for start, stop in keys),
-            group[0].diagonal,
-        ),
+        Sequences(cu_queries, cu_keys, longest_queries, longest_keys, group.diagonal),
     )
 
 
-def _tokens(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tokens:
-    start, stop = ranges[0][0], ranges[-1][1]
-    if all(one[1] == other[0] for one, other in zip(ranges, ranges[1:], strict=False)):
+def _tokens(bounds: torch.Tensor, device: torch.device) -> Tokens:
+    """The tokens of ranges [start, stop), int64 [N, 2]."""
+    start, stop = int(bounds[0, 0]), int(bounds[-1, 1])
+    if torch.equal(bounds[:-1, 1], bounds[1:, 0]):
         return Tokens(start, stop, None)
-    index = torch.cat([torch.arange(*one) for one in ranges])
-    return Tokens(start, stop, upload(index, device))
+    return Tokens(start, stop, upload(rows_in(bounds), device))
 
 
-def _cumulative(
-    ranges: Sequence[tuple[int, int]], num_rows: int, device: torch.device
-) -> torch.Tensor:
-    lengths = [stop - start for start, stop in ranges] * num_rows
-    bounds = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    return upload(bounds, device)
+def _cumulative(lengths: torch.Tensor, num_rows: int, device: torch.device) -> torch.Tensor:
+    bounds = torch.nn.functional.pad(lengths.repeat(num_rows).cumsum(0), (1, 0))
+    return upload(bounds.to(torch.int32), device)
