@@ -236,6 +236,8 @@ def test_ctrl_c_ends_a_chat_on_a_ring(model: Path, tmp_path: Path) -> None:
         children = psutil.Process(process.pid).children()
         ranks = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(ranks) == 1
+        # Nor would a ring that is killed leave a file.
+        assert not list(tmp_path.glob("ringworld-*"))
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -245,7 +247,7 @@ def test_ctrl_c_ends_a_chat_on_a_ring(model: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert not alive and not list(tmp_path.glob("ringworld-ring-*"))
+    assert not alive and not list(tmp_path.glob("ringworld-*"))
 
 
 def _spec(config: Any) -> JobSpec:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,12 @@ from ringworld_workers.generation.asker import make_asker
 from ringworld_workers.generation.coder import Coder
 from ringworld_workers.generation.loading import choose_device
 from ringworld_workers.generation.source import ModelSource, RequestError
+from ringworld_workers.rendezvous import join_rendezvous, open_rendezvous
 
 _GRACE_SECONDS, _ECHO_SECONDS = 5.0, 0.5
+_HOST, _MEETING = "127.0.0.1", timedelta(minutes=5)
+"""Where the ranks meet: a port leaves nothing behind when all of them are killed, as files would.
+"""
 _READY = "ready"
 
 
@@ -77,6 +79,7 @@ class LocalRing(AskedRing):
         self._coder, self._on_tensor = coder, on_tensor
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._store: dist.Store | None = None
 
     def __enter__(self) -> LocalRing:
         """Start the other ranks, load the weights on all of them, and join.
@@ -86,10 +89,10 @@ class LocalRing(AskedRing):
                 loaded.
             RingError: a rank ended while it was being started.
         """
-        self._scratch = tempfile.TemporaryDirectory(prefix="ringworld-ring-")
         try:
-            self._start()
             if self._size > 1:
+                self._store, port = open_rendezvous(_HOST, self._size, _MEETING)
+                self._start(port)
                 _limit_threads(self._size)
             self.asker = make_asker(
                 self._source,
@@ -98,7 +101,7 @@ class LocalRing(AskedRing):
                 _place(self._device, 0),
                 self._dtype,
                 self._chunk,
-                partial(_meeting, self._scratch.name, self._size),
+                self._meeting,
                 coder=self._coder,
                 on_tensor=self._on_tensor,
                 together=self._wait_for_all,
@@ -130,17 +133,20 @@ class LocalRing(AskedRing):
             process.join(_GRACE_SECONDS)
         if self._size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-        self._pipes, self._processes = [], []
-        self._scratch.cleanup()
+        self._pipes, self._processes, self._store = [], [], None
 
-    def _start(self) -> None:
+    def _meeting(self) -> dist.Store:
+        assert self._store is not None  # opened where there are several ranks
+        return self._store
+
+    def _start(self, port: int) -> None:
         context = multiprocessing.get_context("spawn")
         told = (self._source, self._size, self._device, self._dtype, self._chunk)
         with _interrupts_held():
             for rank in range(1, self._size):
                 here, there = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(rank, there, *told, self._scratch.name), daemon=True
+                    target=_serve, args=(rank, there, *told, port), daemon=True
                 )
                 process.start()
                 there.close()
@@ -207,10 +213,6 @@ def _place(device: str, rank: int) -> torch.device:
     return torch.device(device, rank) if device == "cuda" else torch.device(device)
 
 
-def _meeting(scratch: str, size: int) -> dist.Store:
-    return dist.FileStore(str(Path(scratch, "store")), size)
-
-
 def _serve(
     rank: int,
     pipe: Connection,
@@ -219,14 +221,14 @@ def _serve(
     device: str,
     dtype: str,
     chunk: int,
-    scratch: str,
+    port: int,
 ) -> None:
     """Another rank: do what the first one says, until it is gone."""
     _limit_threads(size)
     try:
         asker = make_asker(
             *(source, rank, size, _place(device, rank), dtype, chunk),
-            partial(_meeting, scratch, size),
+            lambda: join_rendezvous(_HOST, port, size, _MEETING),
             together=lambda: pipe.send(_READY),
         )
         while True:
