@@ -1,6 +1,6 @@
 """What rings that are asked share, whatever their other ranks are: one call on every rank.
 
-Not in ``generation``, which imports torch: the platform's ring is made of this, too.
+No torch here: the platform's ring is made of this, too.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -108,11 +107,6 @@ class Rank:
         self._ended.wait()
         return self._why
 
-    @ray.method(concurrency_group="watch")
-    def pid(self) -> int:
-        """Of its process."""
-        return os.getpid()
-
 
 # Ray's own annotations leave out concurrency groups.
 _RankActor = ray.remote(  # type: ignore[call-overload]
@@ -127,7 +121,6 @@ class RayRing(AskedRing):
 
     Attributes:
         asker: this process's part.
-        pids: of the other ranks' processes.
     """
 
     asker: Asker
@@ -168,7 +161,6 @@ class RayRing(AskedRing):
         try:
             self.asker = _asker(source, shape, 0, lambda: self._store, self._wait_for_all)
             ray.get(loads)
-            self.pids: list[int] = ray.get([actor.pid.remote() for actor in self._actors])
         except BaseException as error:
             self.close()
             if isinstance(error, ray.exceptions.RayError):

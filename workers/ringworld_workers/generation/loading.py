@@ -32,11 +32,6 @@ class LoadedModel(Coder):
 
     model: WorldModel
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.text_embed.weight.device
-
 
 def choose_device(name: str = "auto") -> torch.device:
     """``auto``: the GPU where there is one, else the CPU; anything else as torch takes it.

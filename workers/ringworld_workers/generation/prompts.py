@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ringworld_jobs.recipe import CropSpec
 from ringworld_model.batch import TEXT, VISION
 from ringworld_model.sampling.prompt import Prompt
 from ringworld_model.tokens import Span, vision_tokens
@@ -40,11 +38,9 @@ class Image:
 
     Attributes:
         data: path of a file, or its bytes.
-        crop: part of the picture that is used; None: all of it.
     """
 
     data: Path | str | bytes
-    crop: CropSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +52,11 @@ class Clip:
         fps: frames taken a second; None: ``num_frames`` of the whole, evenly.
         num_frames: most frames, spread evenly from the first to the last; None: all that ``fps``
             gives, and without ``fps`` ``NUM_FRAMES``.
-        crop: part of the picture that is used; None: all of it.
     """
 
     data: Path | str | bytes
     fps: float | None = None
     num_frames: int | None = None
-    crop: CropSpec | None = None
 
 
 Medium = Image | Clip
@@ -170,13 +164,13 @@ def codes_of(medium: Medium, loaded: Coder) -> npt.NDArray[np.int32]:
 
 def _sampling(medium: Medium) -> Sampling:
     if isinstance(medium, Image):
-        return Sampling(_EVEN_FPS, 1, crop=medium.crop)
+        return Sampling(_EVEN_FPS, 1)
     for name, value in (("fps", medium.fps), ("num_frames", medium.num_frames)):
         if value is not None and not 0 < value < float("inf"):
             raise RequestError(f"{_name(medium)}: {name}={value}: give a number above 0")
     if medium.fps is None:
-        return Sampling(_EVEN_FPS, medium.num_frames or NUM_FRAMES, crop=medium.crop)
-    return Sampling(medium.fps, medium.num_frames, crop=medium.crop)
+        return Sampling(_EVEN_FPS, medium.num_frames or NUM_FRAMES)
+    return Sampling(medium.fps, medium.num_frames)
 
 
 def _name(medium: Medium) -> str:
@@ -221,7 +215,3 @@ def _content(number: int, part: object, loaded: Coder) -> Content:
     raise RequestError(
         f"message {number} holds a part of type {type(part).__name__}, expected text, Image or Clip"
     )
-
-
-Form = Literal["chat", "plain"]
-"""Whether a question stands in the chat template or bare."""
