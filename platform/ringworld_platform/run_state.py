@@ -182,18 +182,20 @@ class JobRecord(BaseModel):
         return not (self.terminal or held or self.moved_to)
 
     def to_status(self) -> dict[str, Any]:
-        """What ``status --json`` prints."""
+        """What ``status --json`` prints; ``left``: unfinished, and nobody goes on with it here."""
         status = self.model_dump(mode="json", exclude=set(_HIDDEN))
+        abandoned, moved = self.abandoned(), bool(self.moved_to and not self.terminal)
+        status["left"] = abandoned or moved
         if self.waiting_since is not None and not self.terminal:
             minutes = int(time.time() - self.waiting_since) // 60
             if minutes:
                 status["reason"] += f"; waiting {minutes} min"
-        if self.abandoned():
+        if abandoned:
             name = self.store or self.run_id
             status["reason"] = (
                 f"no controller runs it any more; `ringworld resume {name}` continues it"
             )
-        elif self.moved_to and not self.terminal:
+        elif moved:
             status["reason"] = (
                 f"goes on elsewhere: {self.moved_to}; "
                 f"`ringworld status {self.store}` asks its store"

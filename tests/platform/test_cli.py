@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from ringworld_platform import head
 from ringworld_platform.cli import app
+from ringworld_platform.left_alone import LeftAlone
 from ringworld_workers.log_lines import log_line
 
 COMMANDS = (
@@ -210,6 +211,32 @@ def test_events_are_a_table_or_json(in_runs: Path) -> None:
     assert bad.exit_code == 2 and "write 10min or 2h" in " ".join(bad.stderr.split())
     (in_runs / "events.jsonl").write_text('{"seq": 1, "torn\n[]\n')
     assert "no events yet" in ringworld("events").stderr
+
+
+@pytest.mark.parametrize("command", ["events", "logs", "watch"])
+def test_an_abandoned_run_is_not_followed_for_ever(
+    in_runs: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("ringworld_platform.left_alone.GRACE_SECONDS", 0.2)
+    state = in_runs / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "state": "RUNNING"}))
+    follow = [] if command == "watch" else ["-f"]
+    done = ringworld(command, "quickstart-1", *follow)
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.stderr.split())
+    assert "quickstart-1 has not ended, and is followed no longer: no controller runs it" in told
+    assert "`ringworld resume quickstart-1` continues it" in told
+    assert command == "logs" or "going back to step 10 of 8k" in done.stdout
+
+
+def test_a_run_is_left_alone_only_where_that_lasts() -> None:
+    now = [0.0]
+    alone = LeftAlone(10.0, lambda: now[0])
+    found = []
+    for moment, left in ((0, True), (9, True), (9.5, False), (12, True), (21, True), (22, True)):
+        now[0] = float(moment)
+        found.append(alone.seen({"left": left}))
+    assert found == [False, False, False, False, False, True], "a controller came in between"
 
 
 def test_watch_without_a_terminal_prints_lines(in_runs: Path) -> None:

@@ -73,7 +73,9 @@ def workers(count: int, **more: Any) -> list[dict[str, Any]]:
     ]
 
 
-RUNNING = {"state": "RUNNING", "eta_seconds": 75.0, "step": 13, "updated": 4e9}
+OWNER = {"controller": "c", "host": "elsewhere", "pid": 1, "beat": 4e9}
+"""Beats for longer than any test."""
+RUNNING = {"state": "RUNNING", "eta_seconds": 75.0, "step": 13, "updated": 4e9, "owner": OWNER}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Follow = Annotated[
-    bool, typer.Option("-f", "--follow", help="Go on until the run ends; Ctrl-C leaves.")
+    bool,
+    typer.Option(
+        "-f", "--follow", help="Go on until the run ends, or is abandoned; Ctrl-C leaves."
+    ),
 ]
 Stage = Annotated[str | None, typer.Option("--stage", metavar="STAGE", help="Only of this stage.")]
 
@@ -172,14 +175,19 @@ def _nothing_logged(opened: OpenView, run_id: str, reader: LogReader) -> str:
 
 
 def _looks(opened: OpenView, run_id: str, follow: bool) -> Iterable[int]:
-    """Once a look at the run; the last one after it has ended."""
+    """Once a look at the run; the last one after it has ended, or nobody goes on with it."""
+    from ringworld_platform.left_alone import LeftAlone, farewell
     from ringworld_platform.run_state import TERMINAL
 
-    look = 0
+    look, alone = 0, LeftAlone()
     while True:
-        ended = opened.view.status(run_id)["state"] in TERMINAL
+        status = opened.view.status(run_id)
+        ended, left = status["state"] in TERMINAL, alone.seen(status)
         yield look
         if ended or not follow:
+            return
+        if left:
+            err().print(farewell(status), style="yellow", markup=False)
             return
         look += 1
         time.sleep(opened.poll_seconds)

@@ -76,6 +76,7 @@ def watch(
     Keys 1 to 4 or the arrows change the view, up and down scroll, q or Ctrl-C leaves and the job
     goes on. Where the output is no terminal, there are plain lines until the run ends.
     """
+    from ringworld_platform.left_alone import farewell
     from ringworld_platform.progress import RunProgress
     from ringworld_platform.run_view import find_status, open_view
     from ringworld_platform.store_view import split_url
@@ -101,7 +102,9 @@ def watch(
         except KeyboardInterrupt:
             pass  # leaving is no failure
     state = progress.status.get("state")
-    if not progress.ended:
+    if progress.status.get("left"):
+        err().print(farewell(progress.status), markup=False)
+    elif not progress.ended:
         err().print(f"left {progress.name}, which is {state} and goes on", markup=False)
     elif console.is_terminal:
         console.print(f"{progress.name} is {state}", markup=False)
@@ -135,14 +138,15 @@ def _stay(progress: RunProgress, look: Look, opened: OpenView, console: Console)
 
 
 def _tell(progress: RunProgress, opened: OpenView, console: Console) -> None:
-    """Print lines until the run ends."""
+    """Print lines until the run ends, or nobody goes on with it."""
     from ringworld_platform.display import PlainDisplay
+    from ringworld_platform.left_alone import LeftAlone
 
-    plain = PlainDisplay(console)
+    plain, alone = PlainDisplay(console), LeftAlone()
     while True:
         progress.poll()
         plain.update(progress)
-        if progress.ended:
+        if progress.ended or alone.seen(progress.status):
             return
         time.sleep(opened.poll_seconds)
 
