@@ -129,8 +129,17 @@ def test_whole_and_streamed_answers_are_the_same(client: openai.OpenAI) -> None:
     assert pieces[0].choices[0].delta.role == "assistant"
     assert pieces[-1].choices[0].finish_reason == "length"
     assert last.usage == whole.usage and last.choices == []
+    assert all("usage" in piece.model_fields_set and piece.usage is None for piece in pieces)
     completion = client.completions.create(model=NAME, prompt="the king", max_tokens=3)
     assert completion.usage is not None and completion.usage.completion_tokens == 3
+
+
+def test_an_answer_is_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    messages: list[Any] = list(HELLO)
+    for _ in range(2):
+        answer = client.chat.completions.create(**ask(messages=messages)).choices[0].message
+        messages += [answer, {"role": "user", "content": "And then?"}]
+    assert len(messages) == 5
 
 
 def test_a_stop_text_ends_the_answer(client: openai.OpenAI) -> None:
@@ -206,6 +215,10 @@ def test_a_client_that_goes_away_frees_its_row(
         (ask(messages=[{"role": "user", "content": "x" * 100_000}]), 413, "100,000 bytes"),
         (ask(stop=[""]), 400, "stop"),
         (ask(seed="x"), 400, "seed"),
+        (ask(seed=True), 400, "seed: Input should be a valid integer"),
+        (ask(max_tokens="4"), 400, "max_tokens: Input should be a valid integer"),
+        (ask(stream="no"), 400, "stream: Input should be a valid boolean"),
+        (ask(messages=[{"role": "user", "content": []}]), 400, "empty"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(

@@ -16,7 +16,8 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # A number in quotes is a mistake of the client's, and a seed of ``true`` another one.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(_Strict):
@@ -72,6 +73,12 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
+    # An answer that is sent back as it came: clients keep what it lacks, too.
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class StreamOptions(_Strict):
@@ -91,7 +98,7 @@ class _Sampled(_Strict):
     """What both kinds of request have."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
@@ -155,7 +162,7 @@ class CompletionRequest(_Sampled):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: Literal[0] | None = None
+    logprobs: None = None
     suffix: Literal[""] | None = None
 
 

@@ -115,6 +115,7 @@ class Exchange(Response):
                 text += more
             await JSONResponse(reply.whole(text, _finish(finish)))(scope, receive, send)
             return
+        reply.tells_usage = asked.stream_options is not None and asked.stream_options.include_usage
         await self._start(send)
         first = reply.first()
         if first is not None:
@@ -125,7 +126,7 @@ class Exchange(Response):
                 await _send_line(send, ": waiting")
             elif text or finish:
                 await _send(send, reply.piece(text, _finish(finish) if finish else None))
-        if asked.stream_options is not None and asked.stream_options.include_usage:
+        if reply.tells_usage:
             await _send(send, reply.last())
         await _send_line(send, "data: [DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -19,6 +19,7 @@ class Reply(ABC):
         request: as it was asked.
         prompt_tokens: of the prompt.
         answer_tokens: so far.
+        tells_usage: each piece has ``usage``, and the last one says it.
     """
 
     request: type[ChatRequest] | type[CompletionRequest]
@@ -33,6 +34,7 @@ class Reply(ABC):
             model: its name.
         """
         self.prompt_tokens = self.answer_tokens = 0
+        self.tells_usage = False
         self._model, self._created = model, int(time.time())
         self._number = f"{self._id}-{uuid.uuid4().hex}"
 
@@ -64,7 +66,8 @@ class Reply(ABC):
 
     def _chunk(self, part: dict[str, Any], finish: Finish | None) -> dict[str, Any]:
         choice = {**part, "index": 0, "logprobs": None, "finish_reason": finish}
-        return {**self._frame(self._piece), "choices": [choice]}
+        usage = {"usage": None} if self.tells_usage else {}
+        return {**self._frame(self._piece), "choices": [choice], **usage}
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {
