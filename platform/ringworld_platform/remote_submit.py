@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ringworld_jobs.spec import JobSpec
+from ringworld_jobs.any_job import Job
+from ringworld_jobs.generate_spec import GenerateSpec
 from ringworld_platform.cluster import JOB_NAME
 from ringworld_platform.errors import ClusterError, PlatformError
 
@@ -30,7 +31,7 @@ class NotForElsewhere(PlatformError):
     """The job names what only this machine has."""
 
 
-def submit(spec: JobSpec, job: Path, url: str, say: Callable[[str], None]) -> int:
+def submit(spec: Job, job: Path, url: str, say: Callable[[str], None]) -> int:
     """Have the head submit a job; returns once it has.
 
     Args:
@@ -70,13 +71,12 @@ def submit(spec: JobSpec, job: Path, url: str, say: Callable[[str], None]) -> in
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
-def refuse_local(spec: JobSpec, job: Path) -> None:
+def refuse_local(spec: Job, job: Path) -> None:
     """Refuse what only this machine has.
 
     Raises:
         NotForElsewhere: names the field, its value and what to write instead.
     """
-    here = job.absolute().parent
     store = spec.checkpoint.store
     if not store.startswith("s3://"):
         raise NotForElsewhere(
@@ -89,13 +89,37 @@ def refuse_local(spec: JobSpec, job: Path) -> None:
             "(`ringworld data build`), copy the shards to a bucket, and name them: "
             "data.sources.NAME.shards: s3://BUCKET/PREFIX"
         )
-    for name, source in spec.data.sources.items():
-        shards = source.shards
-        if shards and "://" not in shards and Path(shards).is_relative_to(here):
-            raise NotForElsewhere(
-                f"data.sources.{name}.shards = {shards!r} is a folder of this machine; copy it to "
-                "a bucket and write s3://BUCKET/PREFIX, or an absolute path that all nodes have"
-            )
+    if isinstance(spec, GenerateSpec) and spec.out and not _is_place(spec.out):
+        raise NotForElsewhere(
+            f"out = {spec.out!r} is a folder of this machine; write s3://BUCKET/PREFIX, or leave "
+            "it out: answers are in checkpoint.store then"
+        )
+    here = job.resolve().parent
+    for field, value in _texts(spec.model_dump(mode="json"), ""):
+        if "://" in value or not Path(value).is_relative_to(here):
+            continue
+        bucket = field.endswith(".shards") or field == "model"
+        instead = "copy it to a bucket and write s3://BUCKET/PREFIX, or" if bucket else "write"
+        raise NotForElsewhere(
+            f"{field} = {value!r} is of this machine; {instead} an absolute path that all nodes "
+            "have"
+        )
+
+
+def _is_place(out: str) -> bool:
+    return out.startswith("s3://") or Path(out).is_absolute()
+
+
+def _texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
+    """Every text of a spec, with the field that holds it."""
+    if isinstance(value, str):
+        yield field, value
+    elif isinstance(value, dict):
+        for name, held in value.items():
+            yield from _texts(held, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, list):
+        for number, held in enumerate(value):
+            yield from _texts(held, f"{field}[{number}]")
 
 
 def is_dashboard(address: str | None) -> bool:

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from train_jobs import MODEL, make_sources
 
+from ringworld_jobs.any_job import load_any_job
 from ringworld_jobs.load import load_job
 from ringworld_platform import remote_submit, shipping
 from ringworld_platform.remote_submit import NotForElsewhere, refuse_local
@@ -101,6 +102,37 @@ def test_what_only_this_machine_has_is_refused(
     job.write_text(job_text(store, **data))
     with pytest.raises(NotForElsewhere, match=f"{said}.* s3://BUCKET/PREFIX"):
         refuse_local(load_job(job, check_files=False), job)
+
+
+EVALUATE = {"kind": "eval", "name": "asked", "model": "s3://bucket/runs/small-1"}
+ANSWER = {"kind": "generate", "name": "said", "model": "small-1", "prompts": "/mnt/all/p.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (EVALUATE | {"evaluate": ["needle"]}, ""),
+        (EVALUATE | {"evaluate": ["needle"], "model": "./weights"}, "model = .*s3://BUCKET"),
+        (EVALUATE | {"evaluate": ["needle"], "tokenizer": "words.json"}, "tokenizer = .*absolute"),
+        (
+            EVALUATE | {"evaluate": {"needle": {"haystack": {"files": ["texts/*.txt"]}}}},
+            r"evaluate\.needle\.haystack\.files\[0\] = .*absolute path that all nodes",
+        ),
+        (ANSWER, ""),
+        (ANSWER | {"prompts": "p.jsonl"}, "prompts = .*absolute path that all nodes"),
+        (ANSWER | {"out": "answers"}, "out = 'answers' .*s3://BUCKET"),
+        (ANSWER | {"out": "s3://bucket/answers"}, ""),
+    ],
+)
+def test_jobs_on_a_model_go_there_too(job: dict[str, object], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job | {"checkpoint": {"store": "s3://bucket/runs"}}))
+    spec = load_any_job(path, check_files=False)
+    if not said:
+        refuse_local(spec, path)
+        return
+    with pytest.raises(NotForElsewhere, match=said):
+        refuse_local(spec, path)
 
 
 def test_what_all_machines_have_is_taken(tmp_path: Path) -> None:

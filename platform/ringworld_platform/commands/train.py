@@ -167,7 +167,6 @@ def submit(job: JobFile, address: Address = None) -> None:
     Submitting a job twice that is still active gives the same run.
     """
     from ringworld_jobs.any_job import load_any_job
-    from ringworld_jobs.load import load_job
     from ringworld_platform import cluster
     from ringworld_platform.client import Client, runs_root_of
     from ringworld_platform.remote_submit import is_dashboard
@@ -175,7 +174,7 @@ def submit(job: JobFile, address: Address = None) -> None:
     from ringworld_platform.run_weights import find_run
 
     if address is not None and is_dashboard(address):
-        spec = load_job(job, check_files=False)
+        spec = load_any_job(job, check_files=False)
         say = lambda text: out().print(text, markup=False)  # noqa: E731
         raise typer.Exit(submit_there(spec, job, address, say))
     loaded = load_any_job(job, find_run=find_run)
