@@ -373,6 +373,35 @@ def test_media_come_only_from_hosts_that_were_named(ring: Callable[[], LocalRing
         files.shutdown()
 
 
+def test_no_text_waits_for_media(ring: Callable[[], LocalRing]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        image = {"type": "image_url", "image_url": {"url": f"http://{host}/x.png"}}
+        with served(ring, allowed_urls=(host,)) as (url, _), ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(post, url, with_part(image)) for _ in range(6)]
+            held = [silent.accept()[0] for _ in range(2)]
+            until(lambda: figures(url)["inside"] == 6)
+            assert post(url, ask())[0] == 200 and not any(each.done() for each in asked)
+            silent.close()
+            for each in held:
+                each.close()
+            assert {each.result(SECONDS)[0] for each in asked} == {400}
+
+
+def test_media_have_their_time(endpoint: tuple[str, Service]) -> None:
+    _, asking = endpoint[1].ready()
+    film = {"type": "video_url", "video_url": {"url": data_url("image/gif", clip())}}
+    asked = ChatRequest.model_validate(with_part(film))
+    hurried = Asking(asking._coder, replace(endpoint[1].settings, media_seconds=0.0))
+    with pytest.raises(ApiError, match=r"not decoded within 0 s.*--media-timeout") as refused:
+        hurried.ask(asked)
+    assert refused.value.body["error"]["code"] == "media_timeout"
+    seen: list[bool] = []
+    with pytest.raises(ApiError):
+        asking.ask(asked, lambda: seen.append(len(seen) == 3) or seen[-1])
+    assert len(seen) == 4  # of which three were within the film
+
+
 def test_a_host_that_sends_a_byte_now_and_then_is_left() -> None:
     ended = threading.Event()
 

@@ -59,6 +59,10 @@ def serve(
     timeout: Annotated[
         float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting included.")
     ] = 600.0,
+    media_timeout: Annotated[
+        float,
+        typer.Option("--media-timeout", min=0.1, help="Seconds for a request's images and videos."),
+    ] = 120.0,
     allow_urls: Annotated[
         list[str] | None,
         typer.Option("--allow-urls", metavar="HOST", help="Media may be fetched from there."),
@@ -108,6 +112,7 @@ def serve(
             max_body_bytes=max_body_mb << 20,
             max_prompt_tokens=max_prompt_tokens,
             max_answer_tokens=max_answer_tokens,
+            media_seconds=media_timeout,
             timeout_seconds=timeout,
             cache_tokens=cache_tokens,
             allowed_urls=tuple(allow_urls or ()),

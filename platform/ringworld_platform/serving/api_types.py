@@ -155,6 +155,12 @@ class ChatRequest(_Sampled):
         """Of the two names the new one counts."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def has_media(self) -> bool:
+        """Whether there is an image or a video to be decoded."""
+        contents = (each.content for each in self.messages if isinstance(each.content, list))
+        return any(not isinstance(part, TextPart) for parts in contents for part in parts)
+
 
 class CompletionRequest(_Sampled):
     """``POST /v1/completions``: one bare prompt."""

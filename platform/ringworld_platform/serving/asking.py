@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from ringworld_platform.serving.api_types import (
     Message,
     TextPart,
 )
-from ringworld_platform.serving.media import Media
+from ringworld_platform.serving.media import FETCH_SECONDS, Media
 from ringworld_platform.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -37,15 +38,24 @@ class Asking:
     def __init__(self, coder: Coder, settings: ServeSettings) -> None:
         """Take a model's tokenizers and the limits."""
         self._coder, self._settings = coder, settings
-        self._media = Media(settings.allowed_urls, settings.max_body_bytes)
+        seconds = min(FETCH_SECONDS, settings.media_seconds)
+        self._media = Media(settings.allowed_urls, settings.max_body_bytes, seconds)
 
     @property
     def context_length(self) -> int:
         """Tokens of a prompt and its answer."""
         return self._coder.context_length
 
-    def ask(self, request: ChatRequest | CompletionRequest) -> Ask:
+    def ask(
+        self,
+        request: ChatRequest | CompletionRequest,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Ask:
         """What the model is asked.
+
+        Args:
+            request: of a client.
+            given_up: whether nobody waits any more; asked while media are decoded.
 
         Raises:
             ApiError: a medium or the messages cannot be used, or a limit is passed.
@@ -56,7 +66,8 @@ class Asking:
 
         try:
             if isinstance(request, ChatRequest):
-                prompt = chat_prompt(self._messages(request.messages), self._coder)
+                check = self._checked(given_up)
+                prompt = chat_prompt(self._messages(request.messages, check), self._coder)
             else:
                 given = request.prompt
                 prompt = prompt_of([given if isinstance(given, str) else given[0]], self._coder)
@@ -69,7 +80,26 @@ class Asking:
             grammar=replace(self._coder.grammar, max_frames=0),
         )
 
-    def _messages(self, messages: Sequence[Message]) -> list[Mapping[str, object]]:
+    def _checked(self, given_up: Callable[[], bool]) -> Callable[[], None]:
+        """Ends the decoding of a request's media when its time is over, or nobody waits."""
+        seconds = self._settings.media_seconds
+        deadline = time.monotonic() + seconds
+
+        def check() -> None:
+            if given_up() or time.monotonic() > deadline:
+                raise ApiError(
+                    400,
+                    f"the images and videos are not decoded within {seconds:g} s; send shorter or "
+                    "smaller ones, or have the server's operator raise --media-timeout",
+                    code="media_timeout",
+                    param="messages",
+                )
+
+        return check
+
+    def _messages(
+        self, messages: Sequence[Message], check: Callable[[], None]
+    ) -> list[Mapping[str, object]]:
         """The messages, their media encoded.
 
         Raises:
@@ -91,7 +121,8 @@ class Asking:
                     content.append(part if isinstance(part, str) else part.text)
                     continue
                 place = f"messages.{at}.content.{number}.{part.type}"
-                codes = codes_of(self._medium(part, place, left), self._coder)
+                check()
+                codes = codes_of(self._medium(part, place, left), self._coder, check)
                 left -= len(codes)
                 if left < 0:
                     raise ApiError(

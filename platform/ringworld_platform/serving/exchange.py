@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,11 @@ class Exchange(Response):
         self._check_model(asked.model)
         gone = asyncio.create_task(_until_gone(receive))
         try:
+            has_media = isinstance(asked, ChatRequest) and asked.has_media
+            pool = self._service.media_threads if has_media else self._service.threads
+            given_up = threading.Event()
             thread = asyncio.get_running_loop().run_in_executor(
-                self._service.threads, asking.ask, asked
+                pool, asking.ask, asked, given_up.is_set
             )
             either: set[asyncio.Future[Any]] = {thread, gone}
             try:
@@ -86,8 +90,9 @@ class Exchange(Response):
                 if not thread.done():
                     raise ClientGone
             finally:
-                # Also where its time is over: what has not begun is not made for nobody.
+                # Also where its time is over: nothing is made for nobody.
                 thread.cancel()
+                given_up.set()
             ask: Ask = thread.result()
             self._reply.prompt_tokens = len(ask.prompt)
             self._service.metrics.asked(len(ask.prompt))

@@ -17,7 +17,7 @@ from typing import Any
 
 from ringworld_platform.serving.api_errors import ApiError
 
-_FETCH_SECONDS = 30.0
+FETCH_SECONDS = 30.0
 _PART_BYTES = 1 << 20
 
 
@@ -25,7 +25,7 @@ class Media:
     """Gets the bytes that a request's URLs stand for."""
 
     def __init__(
-        self, allowed_hosts: tuple[str, ...], max_bytes: int, seconds: float = _FETCH_SECONDS
+        self, allowed_hosts: tuple[str, ...], max_bytes: int, seconds: float = FETCH_SECONDS
     ) -> None:
         """Say what may be fetched.
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_THREADS = 4
-"""That read media and texts; models of a million tokens have prompts that take seconds."""
+_THREADS, _MEDIA_THREADS = 4, 2
+"""That make prompts; models of a million tokens have some that take seconds, and media longer."""
 _RETRY_SECONDS, _LOADING_RETRY_SECONDS = 1, 5
 
 
@@ -30,7 +30,8 @@ class Service:
     Attributes:
         settings: names and limits.
         metrics: figures.
-        threads: in which prompts are made.
+        threads: in which prompts of text are made.
+        media_threads: in which those are made that hold media: no text waits for a film.
         said: while the model is loaded, how far it is; why it failed.
     """
 
@@ -38,6 +39,7 @@ class Service:
         """Serve nothing yet."""
         self.settings, self.metrics = settings, Metrics()
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prompt")
+        self.media_threads = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
         self.said = "the ring is being started"
         self._inside = 0
         self._engine: Engine | None = None
@@ -87,7 +89,8 @@ class Service:
             engine = self._engine
         if engine is not None:
             engine.close()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.threads, self.media_threads):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def ready(self) -> tuple[Engine, Asking]:
         """What answers.

@@ -18,6 +18,7 @@ class ServeSettings:
         max_body_bytes: of one request, its media included.
         max_prompt_tokens: of one request; None: what the model's context has room for.
         max_answer_tokens: of one answer; what a request that names no number gets, too.
+        media_seconds: for the images and videos of one request.
         timeout_seconds: from a request's first byte to its answer's last.
         cache_tokens: of all rows together; None: by the memory that is free.
         allowed_urls: hosts that media may be fetched from; empty: only data: URLs are taken.
@@ -31,6 +32,7 @@ class ServeSettings:
     max_body_bytes: int = 32 << 20
     max_prompt_tokens: int | None = None
     max_answer_tokens: int = 4096
+    media_seconds: float = 120.0
     timeout_seconds: float = 600.0
     cache_tokens: int | None = None
     allowed_urls: tuple[str, ...] = ()

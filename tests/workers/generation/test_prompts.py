@@ -165,3 +165,19 @@ def test_without_its_codebook_a_model_draws_and_sees_nothing(
     text = replace(source, config=replace(source.config, vision_codebook_size=0))
     with pytest.raises(RequestError, match="needs a model with vision"):
         clip_ask("x", 1, load_coder(text), SETTINGS, video=False)
+
+
+def test_a_film_that_nobody_waits_for_is_decoded_no_further(coder: Coder, film: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    pictures: list[None] = []
+
+    def look() -> None:
+        pictures.append(None)
+        if len(pictures) == 5:
+            raise Enough
+
+    with pytest.raises(Enough):
+        codes_of(Clip(film, num_frames=1), coder, look)
+    assert len(pictures) == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,9 @@ def is_image(path: Path) -> bool:
         return True
 
 
-def sample_image(path: Path, sampling: Sampling, size: int) -> Iterator[SampledFrame]:
+def sample_image(
+    path: Path, sampling: Sampling, size: int, on_picture: Callable[[], None] = lambda: None
+) -> Iterator[SampledFrame]:
     """The frame of an image at 0 s, or the sampled frames of an animation.
 
     EXIF's orientation is applied, transparency is laid on white, sixteen bits become eight.
@@ -67,6 +69,7 @@ def sample_image(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
         path: a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
         sampling: which frames; a still image has no stretch to take.
         size: pixels of a side of the result.
+        on_picture: see ``sample_media``.
 
     Raises:
         DataError: the file is damaged, too large or too small; names no path.
@@ -75,7 +78,7 @@ def sample_image(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
         with _opened(path) as image:
             check_size(image.width, image.height)
             if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
-                yield from _sample_animation(image, sampling, size)
+                yield from _sample_animation(image, sampling, size, on_picture)
                 return
             if sampling.start > 0 or sampling.end is not None:
                 raise DataError("a still image has no stretch; take start and end out")
@@ -86,9 +89,12 @@ def sample_image(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
         raise DataError(f"cannot be decoded: {_reason(error)}") from error
 
 
-def _sample_animation(image: Image.Image, sampling: Sampling, size: int) -> Iterator[SampledFrame]:
+def _sample_animation(
+    image: Image.Image, sampling: Sampling, size: int, on_picture: Callable[[], None]
+) -> Iterator[SampledFrame]:
     delays = []
     for number in range(getattr(image, "n_frames", 1)):
+        on_picture()
         image.seek(number)
         image.load()
         delay = float(image.info.get("duration", 0)) / 1000
@@ -98,11 +104,16 @@ def _sample_animation(image: Image.Image, sampling: Sampling, size: int) -> Iter
     check_stretch(sampling, last, ends)
     spread = sampling.max_frames is not None
     times = spread_moments(sampling, last) if spread else moments(sampling)
-    yield from take(Reel(_pictures(image, starts[:-1].tolist())), times, size, sampling.crop)
+    yield from take(
+        Reel(_pictures(image, starts[:-1].tolist(), on_picture)), times, size, sampling.crop
+    )
 
 
-def _pictures(image: Image.Image, starts: list[float]) -> Iterator[Picture]:
+def _pictures(
+    image: Image.Image, starts: list[float], on_picture: Callable[[], None]
+) -> Iterator[Picture]:
     for number, start in enumerate(starts):
+        on_picture()
         image.seek(number)
         yield Picture(start, partial(np.array, _pixels(image)))
 

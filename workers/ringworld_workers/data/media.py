@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ringworld_workers.data.files import DataError
@@ -11,13 +11,17 @@ from ringworld_workers.data.sampling import SampledFrame, Sampling
 from ringworld_workers.data.video import sample_video
 
 
-def sample_media(path: Path, sampling: Sampling, size: int) -> Iterator[SampledFrame]:
+def sample_media(
+    path: Path, sampling: Sampling, size: int, on_picture: Callable[[], None] = lambda: None
+) -> Iterator[SampledFrame]:
     """Frames of an image or video, in order of time, one in memory at a time.
 
     Args:
         path: the file.
         sampling: which frames.
         size: pixels of a side of the result.
+        on_picture: called for each picture that is decoded, also where no frame is taken of it; may
+            raise what ends the decoding.
 
     Raises:
         DataError: the file cannot be used; says why, and names no path.
@@ -29,7 +33,7 @@ def sample_media(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from error
     count = 0
-    for frame in (sample_image if image else sample_video)(path, sampling, size):
+    for frame in (sample_image if image else sample_video)(path, sampling, size, on_picture):
         count += 1
         yield frame
     if count == 0:

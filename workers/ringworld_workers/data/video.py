@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,9 @@ _BACKWARD_SECONDS = 1.0
 """Timestamps may go back by less than this, as muxers' rounding makes them."""
 
 
-def sample_video(path: Path, sampling: Sampling, size: int) -> Iterator[SampledFrame]:
+def sample_video(
+    path: Path, sampling: Sampling, size: int, on_picture: Callable[[], None] = lambda: None
+) -> Iterator[SampledFrame]:
     """Decode a video and yield what is on screen at start, start + 1/fps, start + 2/fps, ... s.
 
     Sampling goes by timestamps, so a variable frame rate and a rate below ``fps`` (frames are then
@@ -64,6 +66,7 @@ def sample_video(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
         path: any container and codec that FFmpeg reads.
         sampling: rate, stretch, frames at most, crop.
         size: pixels of a side of the result.
+        on_picture: see ``sample_media``.
 
     Raises:
         DataError: the file holds no video, breaks off, is damaged, lacks the stretch, or is smaller
@@ -71,21 +74,21 @@ def sample_video(path: Path, sampling: Sampling, size: int) -> Iterator[SampledF
     """
     times: Iterable[float] = moments(sampling)
     if sampling.max_frames is not None:
-        last, ends = _last_picture(path)
+        last, ends = _last_picture(path, on_picture)
         check_stretch(sampling, last, ends)
         times = spread_moments(sampling, last)
-    with _Film.open(path) as film:
+    with _Film.open(path, on_picture) as film:
         yield from take(film.reel(), times, size, sampling.crop)
         if film.complete:
             check_stretch(sampling, film.latest, film.ends)
 
 
-def _last_picture(path: Path) -> tuple[float, float]:
+def _last_picture(path: Path, on_picture: Callable[[], None]) -> tuple[float, float]:
     """When the last picture appears, and when it ends."""
-    with _Film.open(path) as film:
+    with _Film.open(path, on_picture) as film:
         if film.decode_last():
             return film.latest, film.ends
-    with _Film.open(path) as film:
+    with _Film.open(path, on_picture) as film:
         for _ in film.decode():
             pass
         return film.latest, film.ends
@@ -100,8 +103,13 @@ class _Film:
         ends: when it is over, of the last picture if ``complete``.
     """
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self._container, self._stream = container, stream
+    def __init__(
+        self,
+        container: av.container.InputContainer,
+        stream: av.VideoStream,
+        on_picture: Callable[[], None],
+    ) -> None:
+        self._container, self._stream, self._on_picture = container, stream, on_picture
         self._indexed = container.format.name.split(",")[0] in _INDEXED
         self._leap = _LEAP_SECONDS
         self._first: float | None = None
@@ -109,7 +117,7 @@ class _Film:
 
     @staticmethod
     @contextmanager
-    def open(path: Path) -> Iterator[_Film]:
+    def open(path: Path, on_picture: Callable[[], None]) -> Iterator[_Film]:
         """Open a file, and turn what the decoder says into DataError."""
         film = None
         try:
@@ -122,7 +130,7 @@ class _Film:
                 if context.width and context.height:
                     check_size(context.width, context.height)
                 _check_whole(path, stream)
-                film = _Film(container, stream)
+                film = _Film(container, stream, on_picture)
                 yield film
         except av.FFmpegError as error:
             started = film is not None and film.latest >= 0
@@ -184,6 +192,7 @@ class _Film:
             self._container.seek(offset, stream=self._stream)
         self.latest, self.complete = -1.0, False
         for frame in self._container.decode(self._stream):
+            self._on_picture()
             if frame.time is None:
                 raise DataError("a frame has no timestamp")
             if frame.is_corrupt:

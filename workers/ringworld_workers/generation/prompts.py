@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +135,15 @@ def clip_spans(medium: Medium, loaded: Coder) -> list[Span]:
     ]
 
 
-def codes_of(medium: Medium, loaded: Coder) -> npt.NDArray[np.int32]:
+def codes_of(
+    medium: Medium, loaded: Coder, on_picture: Callable[[], None] = lambda: None
+) -> npt.NDArray[np.int32]:
     """The codes of a medium's frames, of which some are in memory at a time.
+
+    Args:
+        medium: an image or a video.
+        loaded: the model, or its ``Coder``.
+        on_picture: see ``sample_media``.
 
     Returns:
         int32 [F, C].
@@ -150,7 +157,7 @@ def codes_of(medium: Medium, loaded: Coder) -> npt.NDArray[np.int32]:
     frames: list[npt.NDArray[np.uint8]] = []
     try:
         with _file(medium) as path:
-            for frame in sample_media(path, _sampling(medium), codebook.frame_size):
+            for frame in sample_media(path, _sampling(medium), codebook.frame_size, on_picture):
                 frames.append(frame.pixels)
                 if len(frames) == _BATCH_FRAMES:
                     codes.append(codebook.encode(np.stack(frames)))
