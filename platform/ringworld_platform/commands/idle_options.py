@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import click
 import typer
 
 
 def refuse_idle(
-    context: click.Context, names: Iterable[str], why: str, remedy: str = "leave it out"
+    context: typer.Context, names: Iterable[str], why: str, remedy: str = "leave it out"
 ) -> None:
     """Refuse options that the command line gives and that do nothing.
 
