@@ -92,6 +92,7 @@ def test_a_sentencepiece_model(tmp_path: Path) -> None:
     text = "the state of the ring </s>"
     assert loaded.decode(loaded.encode(text)) == text
     assert loaded.eos_id not in loaded.encode(text)
+    assert loaded.decode([*loaded.encode("ring"), loaded.size]) == "ring"
     # It writes the space before a word itself; byte-level BPE does not.
     assert loaded.marks_words and not trained().marks_words
     assert loaded.encode("ring") + loaded.encode("world") == loaded.encode("ring world")

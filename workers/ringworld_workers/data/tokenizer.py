@@ -137,7 +137,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens are left out."""
-        return str(self._processor.decode(list(ids)))
+        # A model may have more rows than there are ids; the library would raise IndexError.
+        return str(self._processor.decode([id_ for id_ in ids if id_ < self.size]))
 
     def digest(self) -> str:
         """SHA-256 of the model file."""
