@@ -127,6 +127,7 @@ def test_a_file_of_prompts_goes_on_after_a_kill(model: Path, picture: Path, tmp_
         (("x", "--to-image", "a.png", "--max-frames", "2"), "--max-frames is of answers in text"),
         (("x", "--to-video", "a.mp4", "--stop", "."), "--stop is of answers in text"),
         (("x", "--to-image", "a.png", "--frames", "2"), "or take --to-video"),
+        (("x", "--save", "d", "--max-frames", "0"), "--save keeps what an answer draws, and"),
         (("x", "--fps", "2"), "there is no --video to ask about"),
         (("x", "--batch", "2"), "--batch is of many questions, and there are no --prompts"),
         (("x", "--top-p", "2"), "top_p=2.0: give a number above 0 to 1"),
@@ -166,6 +167,8 @@ def test_a_chat_about_a_document(model: Path, tmp_path: Path) -> None:
     book.write_text("word " * 80)
     long = ringworld("chat", str(model), "--document", str(book), lines="Who?\n")
     assert long.exit_code == 2 and "is about has 435 tokens, and" in long.stderr, long.stderr
+    idle = ringworld("chat", str(model), "--save", str(tmp_path / "drawn"), lines="")
+    assert idle.exit_code == 2 and "--max-frames 8" in idle.stderr, idle.stderr
     absent = ringworld("chat", str(model), "--document", str(tmp_path / "none"), lines="")
     assert absent.exit_code == 2 and "No such file" in absent.stderr
 

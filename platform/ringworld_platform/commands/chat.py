@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from ringworld_platform.commands import asking_options as options
+from ringworld_platform.commands.idle_options import refuse_idle
 from ringworld_platform.commands.options import DEFAULT_RUNS, Runs
 from ringworld_platform.console import err
 
 
 def chat(
+    context: typer.Context,
     model: options.ModelPlace,
     document: Annotated[
         Path | None,
@@ -65,6 +67,9 @@ def chat(
     from ringworld_workers.generation.conversation import Conversation, opening_prompt
     from ringworld_workers.generation.prompts import Clip, Image, Part
 
+    if max_frames == 0:
+        why = "keeps what an answer draws, and --max-frames is 0"
+        refuse_idle(context, ["save"], why, "let it draw: --max-frames 8")
     draw = options.draw_settings(
         temperature=temperature,
         top_k=top_k,

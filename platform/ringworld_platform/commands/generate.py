@@ -132,6 +132,8 @@ def generate(
     if not prompts and not (prompt or image or video or target):
         raise typer.BadParameter("nothing is asked; give a PROMPT, --image, --video or --prompts")
     _refuse_idle(context, "--to-image" if to_image else "--to-video" if to_video else "")
+    if max_frames == 0:
+        refuse_idle(context, ["save"], "keeps what an answer draws, and --max-frames is 0")
     if not prompts:
         refuse_idle(context, ["batch"], "is of many questions, and there are no --prompts")
         if not target and not video:
