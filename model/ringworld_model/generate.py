@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ringworld_model.decode import DecodeSession
 from ringworld_model.running_batch import Cancelled, RunningBatch
 from ringworld_model.sampling.answer import Event
+from ringworld_model.sampling.draw import DrawError
 from ringworld_model.sampling.grammar import Grammar
 from ringworld_model.sampling.prompt import Prompt
 from ringworld_model.sampling.settings import SamplingSettings
@@ -54,7 +55,8 @@ def generate(
 
     Raises:
         ValueError: before anything is computed, on every rank: a prompt breaks the grammar or does
-            not fit, no such row. Or while drawing: the logits are NaN.
+            not fit, no such row.
+        DrawError: on every rank, while drawing: the logits are NaN.
     """
     count = len(prompts)
     given = Grammar() if grammar is None else grammar
@@ -72,7 +74,7 @@ def generate(
             for event in batch.draw(cancelled):
                 if event.end == "failed":
                     other = "the first rank of the ring could not draw a token; see its error"
-                    raise ValueError(event.problem or other)
+                    raise DrawError(event.problem or other)
                 yield event
     finally:
         batch.close()

@@ -454,6 +454,10 @@ def test_an_answer_has_its_time(ring: Callable[[], LocalRing]) -> None:
     with served(ring, timeout_seconds=0.2) as (url, _):
         status, _, reply = post(url, {"model": NAME, **LONG})
         assert status == 504 and reply["error"]["code"] == "timeout"
+        hasty = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=SECONDS)
+        with pytest.raises(openai.InternalServerError):
+            hasty.chat.completions.create(model=NAME, **LONG)
+        assert figures(url)['requests_total{status="504"}'] == 2  # it does not ask again
         with pytest.raises(openai.APIError, match=r"not answered within 0\.2 s"):
             list(client_of(url).chat.completions.create(model=NAME, **LONG, stream=True))
         until(lambda: figures(url)["cache_bytes"] == 0)
@@ -507,8 +511,9 @@ def test_a_row_that_cannot_be_drawn_ends_alone(ring: Callable[[], LocalRing]) ->
     with served(lambda: made) as (url, service):
         with client_of(url).chat.completions.create(model=NAME, **LONG, stream=True) as stream:
             next(iter(stream))
-            status, _, reply = post(url, bad)
+            status, headers, reply = post(url, bad)
             assert (status, reply["error"]["code"]) == (500, "engine_error")
+            assert headers["x-should-retry"] == "false"
             assert reply["error"]["type"] == "server_error" and "NaN" in reply["error"]["message"]
             with pytest.raises(openai.APIError, match="NaN"):
                 list(client_of(url).chat.completions.create(**bad, stream=True))

@@ -11,6 +11,10 @@ from ringworld_model.sampling.grammar import Allowed
 from ringworld_model.sampling.settings import DrawSettings
 
 
+class DrawError(ValueError):
+    """No token can be drawn; the message says why."""
+
+
 def restrict(logits: Tensor, allowed: Allowed) -> Tensor:
     """Logits with -inf at every id that the grammar does not allow.
 
@@ -75,12 +79,12 @@ def draw(logits: Tensor, settings: DrawSettings, generator: torch.Generator) -> 
         An id whose logit is above -inf.
 
     Raises:
-        ValueError: the logits are NaN, or none is above -inf.
+        DrawError: the logits are NaN, or none is above -inf.
     """
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
     best = logits.max()
     if not bool(best.isfinite()):
-        raise ValueError(
+        raise DrawError(
             f"the largest logit is {float(best)}: the model's weights or its inputs hold NaN or "
             "infinite numbers; check the checkpoint, and bf16 instead of fp16"
         )

@@ -28,6 +28,7 @@ def asking_errors() -> Iterator[None]:
     """End the command with one line where a model cannot be loaded or asked so."""
     from ringworld_jobs.prompts_file import PromptsError
     from ringworld_model.hf_config import WeightsError
+    from ringworld_model.sampling.draw import DrawError
     from ringworld_workers.data.files import DataError
     from ringworld_workers.generation.local_ring import OutOfMemory, RingError
     from ringworld_workers.generation.source import RequestError
@@ -35,7 +36,10 @@ def asking_errors() -> Iterator[None]:
     try:
         with plain_errors():
             yield
-    except (RequestError, PromptsError, DataError, WeightsError, RingError) as error:
+    except (
+        *(RequestError, PromptsError, DataError),
+        *(WeightsError, RingError, DrawError),
+    ) as error:
         err().print(f"error: {error}", style="red", markup=False)
         mistake = isinstance(error, RequestError | PromptsError)
         raise typer.Exit(MISTAKE if mistake else FAILED) from None

@@ -29,6 +29,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after: int | None = None,
+        again: bool = True,
     ) -> None:
         """Describe it.
 
@@ -38,6 +39,7 @@ class ApiError(Exception):
             code: that programs tell it by.
             param: the request's field that it is about.
             retry_after: seconds after which it may go better.
+            again: False: it would go the same way, and clients are told not to try by themselves.
         """
         super().__init__(message)
         kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -45,6 +47,8 @@ class ApiError(Exception):
         self.body: dict[str, Any] = {
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
-        self.headers: Mapping[str, str] = (
-            {} if retry_after is None else {"Retry-After": str(retry_after)}
-        )
+        self.headers: Mapping[str, str] = {
+            **({} if retry_after is None else {"Retry-After": str(retry_after)}),
+            # OpenAI's clients ask again after any error from 500 on, but for this.
+            **({} if again else {"x-should-retry": "false"}),
+        }

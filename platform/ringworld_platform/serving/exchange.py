@@ -58,6 +58,7 @@ class Exchange(Response):
                         f"not answered within {settings.timeout_seconds:g} s; ask for fewer "
                         "tokens, or try again when there is less to do",
                         code="timeout",
+                        again=False,
                     ) from None
         except ApiError as error:
             status = error.status

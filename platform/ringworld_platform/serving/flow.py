@@ -56,6 +56,8 @@ class Flow:
             ApiError: 500, the ring was lost, or could not draw.
             ClientGone: nobody listens any more.
         """
+        from ringworld_model.sampling.draw import DrawError
+
         while not self._ended:
             try:
                 async with asyncio.timeout(beat_seconds):
@@ -69,7 +71,10 @@ class Flow:
                     raise found
                 if isinstance(found, Exception):
                     self._ended = True
-                    raise ApiError(500, f"no answer: {found}", code="engine_error") from found
+                    again = not isinstance(found, DrawError)
+                    raise ApiError(
+                        500, f"no answer: {found}", code="engine_error", again=again
+                    ) from found
                 events += found
                 if self._found.empty():
                     break

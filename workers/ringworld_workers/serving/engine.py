@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ringworld_model.sampling.answer import Event
+from ringworld_model.sampling.draw import DrawError
 from ringworld_workers.generation.asker import Asker
 from ringworld_workers.generation.asks import Ask
 
@@ -41,10 +42,6 @@ class Ring(Protocol):
 
 class EngineClosed(RuntimeError):
     """The engine answers no more; the message says why."""
-
-
-class NotDrawn(RuntimeError):
-    """No next token could be drawn for this request alone; the message says why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +120,7 @@ class Engine:
         Args:
             ask: that fits the context; its settings bound the answer.
             deliver: called from the engine's thread; the last call has an event with an ``end``, or
-                an exception: ``EngineClosed``, ``NotDrawn`` or why it cannot be admitted.
+                an exception: ``EngineClosed``, ``DrawError`` or why it cannot be admitted.
 
         Raises:
             EngineClosed: it answers no more.
@@ -260,7 +257,7 @@ class Engine:
                 continue
             if its[-1].end == "failed":
                 log.error("request %d has no next token: %s", number, its[-1].problem)
-                ticket.deliver(NotDrawn(its[-1].problem))
+                ticket.deliver(DrawError(its[-1].problem))
             else:
                 ticket.deliver(its)
 
