@@ -37,8 +37,13 @@ def count_cost(work: Work, backend: str) -> int:
         work: of the row.
         backend: one of ``BACKENDS``.
     """
+    return _last_done(_COUNTS[backend](work)) + _padding(work)
+
+
+def _last_done(costs: torch.Tensor) -> int:
+    """When the last rank is done, of what each (rank, source) costs: int64 [R, R]."""
     # Integers, so that every machine agrees on the least.
-    costs = by_step(_COUNTS[backend](work))
+    costs = by_step(costs)
     # The keys of a step leave when the rank before begins the step before, and this rank's own go
     # on likewise; so neighbours are at most one step apart.
     begins = torch.zeros_like(costs[0])
@@ -46,11 +51,13 @@ def count_cost(work: Work, backend: str) -> int:
         # Each with its neighbours on both sides.
         around = torch.cat((begins[-1:], begins, begins[:1])).unfold(0, 3, 1)
         begins = torch.maximum(begins + cost, around.amax(1))
-    return int(begins.max()) + _padding(work)
+    return int(begins.max())
 
 
-def bound_cost(work: Work) -> int:
-    """Return at most what ``count_cost`` of any backend is: visible pairs alone. Cheap."""
+def bound_cost(work: Work, backend: str) -> int:
+    """Return at most what ``count_cost`` is. Cheap: of visible pairs, for tiles a little more."""
+    if backend == "triton" and isinstance(work, DocumentZigzagWork):
+        return _last_done(_fewest_tiles(work) * _TILE**2) + _padding(work)
     return int(work.pairs.sum(1).max()) + _padding(work)
 
 
@@ -69,12 +76,19 @@ def bound_dealt(
     some = ring_size * (ring_size + 1) // 2
     few = length * (length + 1) // 2
     if backend == "triton":
-        # (query, source) where the query sees a key: each lies in a row of a tile.
+        # (query, tile) of each source where the query sees a key: each is a row of a tile.
         if name == "striped":
-            rest = some + (length - ring_size) * ring_size
+            # A query sees as many keys of each source, but for one more or less.
+            keys = length // ring_size
+            rest = ring_size * (ring_size - 1) // 2 + ring_size**2 * _tiles_upto(keys - 1)
+            rest += ring_size * (length - keys * ring_size + 1) * _tiles_of_keys(keys)
         else:
-            # A rank's far queries see all sources, its near ones those up to it.
-            rest = (length // (2 * ring_size) * (ring_size**2 + some)).clamp(min=some)
+            # A rank's far queries see both chunks of later ranks, all its queries the near chunk of
+            # earlier ones.
+            chunk = length // (2 * ring_size)
+            others = _tiles_of_keys(2 * chunk) + 2 * _tiles_of_keys(chunk)
+            rest = ring_size * (ring_size - 1) // 2 * chunk * others
+            rest = (rest + ring_size * _tiles_upto(2 * chunk)).clamp(min=some)
         work = _TILE * torch.where(length <= ring_size, few, rest)
     else:
         # (rank, source) where the document is a rectangle.
@@ -83,6 +97,17 @@ def bound_dealt(
         work = met * _TILE**2 if backend == "flash" else few + met * _PAIRS_PER_CALL
     padding = -(-context_length // ring_size) - sum(document_lengths) // ring_size
     return int(torch.maximum(work, few).sum()) // ring_size + _PAIRS_PER_TOKEN * padding
+
+
+def _tiles_of_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Tiles that so many keys take at least."""
+    return (keys + _TILE - 1) >> _TILE_BITS
+
+
+def _tiles_upto(keys: torch.Tensor) -> torch.Tensor:
+    """The sum of ``_tiles_of_keys`` of 1, 2 and so on up to ``keys``, from 0."""
+    whole = keys >> _TILE_BITS
+    return (_TILE * whole * (whole + 1) >> 1) + (keys - whole * _TILE) * (whole + 1)
 
 
 def by_step(table: torch.Tensor) -> torch.Tensor:
@@ -198,6 +223,30 @@ def _tiles_of(work: DocumentZigzagWork, rank: int) -> torch.Tensor:
     reached = torch.where(some, bottom * room + right, -1).cummax(1).values
     again = some[:, 1:] & (reached[:, :-1] == (top * room + left)[:, 1:])
     return visits.sum(1) - again.sum(1)
+
+
+def _fewest_tiles(work: DocumentZigzagWork) -> torch.Tensor:
+    """At most the tiles that are visited, nearly as many: int64 [R, R].
+
+    A rectangle's first tile counts as one that another has visited wherever a document before it
+    may reach there. So no table by (document, rank, source) is needed.
+    """
+    begin, near, end = work.bounds
+    empty = torch.zeros_like(begin)
+
+    def tiles(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        count = ((last - 1) >> _TILE_BITS) - (first >> _TILE_BITS) + 1
+        return torch.where(first < last, count, empty)
+
+    def met(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        return (first < last) & ((begin - 1) >> _TILE_BITS == first >> _TILE_BITS)
+
+    whole, far, before = (begin, end), (near, end), (begin, near)
+    rows = tiles(*whole)
+    count = work.multiply(tiles(*far), rows, rows, tiles(*before))
+    count -= work.multiply(met(*far), met(*whole), met(*whole), met(*before))
+    squares = (rows * (rows + 1) // 2).sum(0) - met(*whole).sum(0)
+    return count + squares.diag()
 
 
 def _first_tokens(work: Work, room: int) -> torch.Tensor:

@@ -111,11 +111,30 @@ class DocumentZigzagWork:
             queries: of a rectangle's queries.
             keys: of its keys.
         """
-        # Whole numbers, exact in fp64, which multiplies and adds faster. No table by (document,
-        # rank, source) is made.
-        later = queries(self._far).double().T @ keys(self.shares).double()
-        earlier = queries(self.shares).double().T @ keys(self._near).double()
+        far, shares = queries(self._far), queries(self.shares)
+        return self.multiply(far, shares, keys(self.shares), keys(self._near))
+
+    def multiply(
+        self, far: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, near: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of products over the full rectangles: int64 [R, R], 0 on top.
+
+        Args:
+            far: of each rank's far queries of each document: [D, R], whole numbers or bool.
+            rows: of all of them, which see the near keys of earlier ranks.
+            columns: of each source's keys, which later ranks' far queries see.
+            near: of its near keys.
+        """
+        # Exact in fp64, which multiplies and adds faster. No table by (document, rank, source) is
+        # made.
+        later = far.double().T @ columns.double()
+        earlier = rows.double().T @ near.double()
         return (later.triu(1) + earlier.tril(-1)).to(torch.int64)
+
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where each document begins on each rank, its far chunk begins, and it ends: [D, R]."""
+        return self._local, self._local + self._near, self._local + self.shares
 
     def rectangles(self, rank: int) -> list[Rectangles]:
         """See ``BlockWork.rectangles``."""
@@ -125,7 +144,7 @@ class DocumentZigzagWork:
 
     def sides(self, rank: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The rectangles of ``rank``: q0, q1, k0, k1, int64 [R, D], and which hold any pair."""
-        begin, near, end = self._local, self._local + self._near, self._local + self.shares
+        begin, near, end = self.bounds
         later = torch.arange(self.layout.ring_size) > rank
         q0 = torch.where(later, near[:, rank, None], begin[:, rank, None]).T
         k1 = torch.where(later, end, near)

@@ -273,27 +273,40 @@ def _choose(
     def bound(name: str) -> int:
         if name in DEALT:
             return sum(bound_dealt(name, row, context_length, ring_size, backend) for row in rows)
-        return sum(bound_cost(plan._work) for plan in plans(name))
+        return sum(bound_cost(plan._work, backend) for plan in plans(name))
 
     # A kernel of tiles may pay twice for what suits rectangles; who names no backend may have one.
     layouts = [name for name in LAYOUTS if backend != "auto" or name != "document_zigzag"]
     bounds = {name: bound(name) for name in layouts}
     costs: dict[str, int] = {}
-    for name in sorted(layouts, key=bounds.__getitem__):
-        if not costs or bounds[name] <= _NEAR * min(costs.values()):
-            costs[name] = sum(count_cost(plan._work, backend) for plan in plans(name))
+    imbalances = {
+        name: _imbalance([plan.pairs for plan in plans(name)])
+        for name in layouts
+        if name not in DEALT
+    }
+    weighed: dict[str, Fraction] = {}
+    # Those last of which counting the cost of thousands of documents takes longer than all else.
+    for name in sorted(layouts, key=lambda name: (name in DEALT, bounds[name])):
+        # Nothing is weighed as less than it costs: what costs more than the best can not win.
+        most = min((_NEAR * min(costs.values()), *weighed.values())) if costs else None
+        if most is not None and bounds[name] <= most and name in DEALT:
+            closer = sum(bound_cost(plan._work, backend) for plan in plans(name))
+            bounds[name] = max(bounds[name], closer)
+        if most is not None and bounds[name] > most:
+            continue
+        costs[name] = sum(count_cost(plan._work, backend) for plan in plans(name))
+        imbalances[name] = _imbalance([plan.pairs for plan in plans(name)])
+        above = max(Fraction(1), imbalances[name] / _BALANCED)
+        weighed[name] = costs[name] * above**_WEIGHT
     near = [name for name in costs if costs[name] <= _NEAR * min(costs.values())]
-    imbalances = {name: _imbalance([plan.pairs for plan in plans(name)]) for name in costs}
-    best = min(
-        (name for name in layouts if name in near),
-        key=lambda name: costs[name] * max(Fraction(1), imbalances[name] / _BALANCED) ** _WEIGHT,
-    )
+    best = min((name for name in layouts if name in near), key=weighed.__getitem__)
     unit = max(1, costs[best])
 
     def compared(name: str) -> str:
-        if name not in costs:
-            return f"{name} at least {bounds[name] / unit:.2f}"
-        return f"{name} {costs[name] / unit:.2f} (imbalance {float(imbalances[name]):.2f})"
+        cost = "" if name in costs else "at least "
+        cost += f"{costs.get(name, bounds[name]) / unit:.2f}"
+        known = f" (imbalance {float(imbalances[name]):.2f})" if name in imbalances else ""
+        return f"{name} {cost}{known}"
 
     others = ", ".join(
         compared(name)
