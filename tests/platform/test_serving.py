@@ -349,6 +349,23 @@ def test_media_are_encoded_until_they_are_too_many(endpoint: tuple[str, Service]
         encoded.clear()
 
 
+def test_a_text_far_too_long_is_not_encoded_as_a_whole(endpoint: tuple[str, Service]) -> None:
+    _, asking = endpoint[1].ready()
+    tokenizer, encoded = asking._coder.tokenizer, []
+
+    class Counting:
+        def encode(self, text: str) -> list[int]:
+            encoded.append(len(text))
+            return tokenizer.encode(text)
+
+    coder = replace(asking._coder, tokenizer=cast(Any, Counting()))
+    asked = ask(messages=[{"role": "user", "content": "king " * 200_000}])
+    with pytest.raises(ApiError, match="more than 800 tokens, and may have 400") as refused:
+        Asking(coder, endpoint[1].settings).ask(ChatRequest.model_validate(asked))
+    assert refused.value.body["error"]["code"] == "context_length_exceeded"
+    assert encoded == [1 << 18]
+
+
 def test_media_come_only_from_hosts_that_were_named(ring: Callable[[], LocalRing]) -> None:
     class Files(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

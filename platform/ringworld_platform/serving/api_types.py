@@ -139,6 +139,11 @@ class _Sampled(_Strict):
         """Tokens of the answer at most; None: the request does not say."""
         return self.max_tokens
 
+    @property
+    def limit_name(self) -> str:
+        """The field that ``most_tokens`` is of."""
+        return "max_tokens"
+
 
 class ChatRequest(_Sampled):
     """``POST /v1/chat/completions``."""
@@ -156,6 +161,22 @@ class ChatRequest(_Sampled):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def limit_name(self) -> str:
+        """The field that ``most_tokens`` is of."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def texts(self) -> list[str]:
+        """Of all messages."""
+        found: list[str] = []
+        for content in (message.content for message in self.messages):
+            if isinstance(content, str):
+                found.append(content)
+            else:
+                found += [part.text for part in content if isinstance(part, TextPart)]
+        return found
+
+    @property
     def has_media(self) -> bool:
         """Whether there is an image or a video to be decoded."""
         contents = (each.content for each in self.messages if isinstance(each.content, list))
@@ -170,6 +191,11 @@ class CompletionRequest(_Sampled):
     echo: Literal[False] | None = None
     logprobs: None = None
     suffix: Literal[""] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
 Request = TypeVar("Request", bound=BaseModel)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 _SEED_BITS = 63
 _ROLES = {"developer": "system"}
+_USUAL_CHARACTERS = 16
+"""Of a token at most, in what people write: a text of more a token is counted before it is read."""
+_COUNTED_CHARACTERS = 1 << 18
+"""That are counted at a time: an encoding takes hundreds of bytes a character."""
 
 
 class Asking:
@@ -64,13 +68,13 @@ class Asking:
         from ringworld_workers.generation.prompts import chat_prompt, prompt_of
         from ringworld_workers.generation.source import RequestError
 
+        self._check_texts(request.texts)
         try:
             if isinstance(request, ChatRequest):
                 check = self._checked(given_up)
                 prompt = chat_prompt(self._messages(request.messages, check), self._coder)
             else:
-                given = request.prompt
-                prompt = prompt_of([given if isinstance(given, str) else given[0]], self._coder)
+                prompt = prompt_of(request.texts, self._coder)
         except RequestError as error:
             raise ApiError(400, str(error)) from error
         most = self._most_tokens(prompt, request)
@@ -79,6 +83,35 @@ class Asking:
             settings=self._sampling(request, most),
             grammar=replace(self._coder.grammar, max_frames=0),
         )
+
+    @property
+    def _most_prompt(self) -> int:
+        """Tokens that a prompt may have."""
+        context, limit = self._coder.context_length, self._settings.max_prompt_tokens
+        return min(context, limit or context)
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        """Refuse texts far beyond the limit before they are encoded as a whole.
+
+        Raises:
+            ApiError: they are; how long they are is not known.
+        """
+        most = self._most_prompt
+        if sum(map(len, texts)) <= _USUAL_CHARACTERS * most:
+            return
+        # Where a text is cut, its tokens may be others: so it is refused at twice the limit only.
+        left = 2 * most
+        for text in texts:
+            for first in range(0, len(text), _COUNTED_CHARACTERS):
+                part = text[first : first + _COUNTED_CHARACTERS]
+                left -= len(self._coder.tokenizer.encode(part))
+                if left < 0:
+                    raise ApiError(
+                        400,
+                        f"the prompt has more than {2 * most:,} tokens, and may have {most:,}; "
+                        "shorten it",
+                        code="context_length_exceeded",
+                    )
 
     def _checked(self, given_up: Callable[[], bool]) -> Callable[[], None]:
         """Ends the decoding of a request's media when its time is over, or nobody waits."""
@@ -108,9 +141,8 @@ class Asking:
         """
         from ringworld_workers.generation.prompts import codes_of
 
-        frame, limit = self._coder.grammar.frame_tokens, self._settings.max_prompt_tokens
-        context = self._coder.context_length
-        most = min(context, limit or context) // frame
+        frame = self._coder.grammar.frame_tokens
+        most = self._most_prompt // frame
         found: list[Mapping[str, object]] = []
         left = most
         for at, message in enumerate(messages):
@@ -129,7 +161,7 @@ class Asking:
                         400,
                         f"{place}: with it the images and videos have more than {most:,} frames. "
                         f"A frame takes {frame} tokens, and a prompt may have "
-                        f"{min(context, limit or context):,}; send fewer of them, or ask for "
+                        f"{self._most_prompt:,}; send fewer of them, or ask for "
                         "fewer num_frames",
                         code="context_length_exceeded",
                         param=place,
@@ -181,7 +213,7 @@ class Asking:
                 400,
                 f"{asked:,} tokens are asked for, and this server writes "
                 f"{limits.max_answer_tokens:,} at most",
-                param="max_tokens",
+                param=request.limit_name,
             )
         return min(left, asked or limits.max_answer_tokens)
 
