@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from asked_folder import write_folder
 from asked_model import make_subject
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from ringworld_jobs.resolve import resolved_yaml
@@ -146,6 +148,17 @@ def test_mistakes_are_said_before_anything_is_loaded(
     result = ringworld("generate", str(model.parent / "unread"), *arguments, "--form", "plain")
     assert result.exit_code == 2, result.output
     assert why in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_damaged_weights_are_one_line(model: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    said = ringworld("generate", str(damaged), "Once", *TEXT)
+    assert said.exit_code == 1 and isinstance(said.exception, SystemExit), said.output
+    assert "error: the largest logit is nan" in said.stderr
 
 
 def test_a_chat_about_a_document(model: Path, tmp_path: Path) -> None:
