@@ -28,7 +28,7 @@ def check_kinds(
         k: likewise.
         v: likewise, of k's shape.
         plan: should be a plan, or a sequence of them.
-        softmax_scale: should be a finite number, or None.
+        softmax_scale: should be a finite int or float, or None.
 
     Raises:
         ValueError: what is of the wrong kind.
@@ -49,7 +49,7 @@ def check_kinds(
     if softmax_scale is not None and not (
         isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale)
     ):
-        raise ValueError(f"softmax_scale={softmax_scale!r} must be a finite number, or None")
+        raise ValueError(f"softmax_scale={softmax_scale!r} must be a finite int or float, or None")
 
 
 def check_inputs(

@@ -221,7 +221,7 @@ def plan_rows(
             f"context_length={context_length}, ring_size={ring_size} and heads_size={heads_size} "
             "must be at least 1"
         )
-    rows = [_lengths(lengths) for lengths in document_lengths]
+    rows = [_lengths(row, lengths) for row, lengths in enumerate(document_lengths)]
     for row, lengths in enumerate(rows):
         if any(length < 1 for length in lengths):
             at = next(at for at, length in enumerate(lengths) if length < 1)
@@ -240,12 +240,15 @@ def plan_rows(
     return [_plan(row, context_length, ring_size, heads_size, layout) for row in rows]
 
 
-def _lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+def _lengths(row: int, lengths: Sequence[int]) -> tuple[int, ...]:
     try:
         each = tuple(lengths)
     except TypeError:
         raise ValueError(f"document_lengths: {lengths!r} is no list; give [{lengths!r}]") from None
-    return tuple(_whole("a document's length", length) for length in each)
+    return tuple(
+        _whole(f"row {row}: document_lengths[{at}]", length) if type(length) is not int else length
+        for at, length in enumerate(each)
+    )
 
 
 def _whole(name: str, value: SupportsIndex) -> int:

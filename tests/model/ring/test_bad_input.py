@@ -33,6 +33,7 @@ WRONG = {
     "both: backend": (2 * [{"backend": "triton"}], "triton needs a CUDA device"),
     "both: device": (2 * [{"v": torch.zeros(1, 64, 2, 8, device="meta")}], "cpu, cpu, meta"),
     "both: scale": (2 * [{"softmax_scale": float("nan")}], "softmax_scale=nan must be a finite"),
+    "both: scale's kind": (2 * [{"softmax_scale": "1"}], "softmax_scale='1' must be a finite int"),
     "one: no plan": ([{"plan": None}, {}], "ring rank 0: plan is 'None'; give what plan_ring"),
     "one: a list of plans": ([{}, {"plan": [[90]]}], "ring rank 1: plan is .*give what plan_ring"),
     "one: no tensor": ([{"q": [[1.0]]}, {}], "q, k, v are of type list, Tensor, Tensor"),
