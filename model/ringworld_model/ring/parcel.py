@@ -139,7 +139,7 @@ def add(parcel: torch.Tensor, total: Pair, loads: Sequence[Load]) -> None:
 
 def is_complete(loads: Sequence[Load], length: int) -> bool:
     """Whether every one of ``length`` local rows travels."""
-    return all(list(load.spans) == [(0, length)] for load in loads)
+    return all(len(load.spans) == 1 and load.spans.rows == length for load in loads)
 
 
 def _blocks(
