@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,17 @@ def test_without_its_codebook_a_model_draws_and_sees_nothing(
     text = replace(source, config=replace(source.config, vision_codebook_size=0))
     with pytest.raises(RequestError, match="needs a model with vision"):
         clip_ask("x", 1, load_coder(text), SETTINGS, video=False)
+
+
+def test_bytes_that_are_read_leave_nothing_to_a_kill(
+    coder: Coder, picture: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held: list[list[Path]] = []
+    given = codes_of(Clip(film.read_bytes()), coder, lambda: held.append(list(tmp_path.iterdir())))
+    assert np.array_equal(given, codes_of(Clip(film), coder)) and held and not any(held)
+    image = codes_of(Image(picture.read_bytes()), coder)
+    assert np.array_equal(image, codes_of(Image(picture), coder))
 
 
 def test_a_film_that_nobody_waits_for_is_decoded_no_further(coder: Coder, film: Path) -> None:

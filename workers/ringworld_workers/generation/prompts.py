@@ -189,14 +189,14 @@ def _name(medium: Medium) -> str:
 
 @contextmanager
 def _file(medium: Medium) -> Iterator[Path]:
-    """The medium as a file; bytes lie in one while it is read."""
+    """The medium as a file; bytes lie in one without a name, so that a kill leaves nothing."""
     if not isinstance(medium.data, bytes):
         yield Path(medium.data).expanduser()
         return
-    with tempfile.NamedTemporaryFile(prefix="ringworld-medium-") as file:
+    with tempfile.TemporaryFile() as file:
         file.write(medium.data)
         file.flush()
-        yield Path(file.name)
+        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 _ROLES: dict[object, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
