@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -109,7 +110,7 @@ def mini_job(
     )
 
 
-def wait_until(check: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+def wait_until(check: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
     """What ``check`` gives once that is true."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -118,3 +119,14 @@ def wait_until(check: Callable[[], Any], what: str, seconds: float = 60.0) -> An
             return found
         time.sleep(0.02)
     raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+def hold(store: Path, step: int, rank: int = 0, attempts: int = 1) -> Path:
+    """Have a rank of the store's runs wait in a step; it goes on once the file that this names is.
+
+    A test then has all the time that it needs to do what is to happen before that step.
+    """
+    until = store / "go-on"
+    about = {"rank": rank, "step": step, "attempts": attempts, "until": str(until)}
+    (store / "fault.json").write_text(json.dumps({"kind": "wait", **about}))
+    return until

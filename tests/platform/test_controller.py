@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
+from mini_jobs import hold, mini_client, mini_cluster, mini_job, wait_until
 
 from ringworld_jobs.resolve import spec_digest
 from ringworld_jobs.spec import JobSpec
@@ -22,9 +22,9 @@ from ringworld_platform.first_cause import lost_worker
 from ringworld_platform.run_state import JobRecord, RunState
 from ringworld_platform.run_states import RunStates
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 150.0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,14 @@ def test_stages_of_different_sizes_run_one_after_the_other(client: Client, tmp_p
 
 
 def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path) -> None:
-    spec = mini_job(tmp_path, name="killed", stages=(("1k", 2, 60),), step_seconds=0.02)
+    hold(tmp_path, step=50, rank=1)
+    spec = mini_job(
+        tmp_path,
+        name="killed",
+        stages=(("1k", 2, 60),),
+        step_seconds=0.02,
+        stall_timeout="10min",
+    )
     run_id = client.submit(spec)
     status = reached(client, run_id, 12)
 
@@ -100,8 +107,8 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
     # The kernel has killed nobody for memory, and Ray does not know who has.
     assert failure["failure"] == "worker lost"
     assert "rank 1 (pid" in failure["text"] and "ended without a Python error" in failure["text"]
-    # Evidence included, which takes most of a second; more where the machine is busy.
-    assert failure["time"] - killed < 5.0
+    # Evidence included, which takes most of a second; much more where the machine is busy.
+    assert failure["time"] - killed < 60.0, "not when a collective runs out of time"
     stacks = (Path(final["run_folder"]) / failure["evidence"] / "stacks.txt").read_text()
     assert "===== rank 0" in stacks and "all_reduce" in stacks
     # What Ray says of the lost one; the other rank's stacks hold any words.
@@ -114,13 +121,21 @@ def test_a_killed_worker_is_noticed_and_replaced(client: Client, tmp_path: Path)
 def test_a_worker_that_is_told_to_end_saves_first_and_it_costs_nothing(
     client: Client, tmp_path: Path
 ) -> None:
+    go_on = hold(tmp_path, step=20)
     spec = mini_job(
-        tmp_path, name="told", stages=(("1k", 2, 40),), step_seconds=0.05, max_restarts=0
+        tmp_path,
+        name="told",
+        stages=(("1k", 2, 40),),
+        step_seconds=0.05,
+        max_restarts=0,
+        stall_timeout="10min",
     )
     run_id = client.submit(spec)
     status = reached(client, run_id, 3)
 
     os.kill(status["workers"][1]["pid"], signal.SIGTERM)
+    wait_until(lambda: "to go on elsewhere" in client.status(run_id)["reason"], "it is heard")
+    go_on.touch()
     final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
 
     assert (final["state"], final["attempt"]) == ("SUCCEEDED", 2), final
@@ -151,7 +166,7 @@ def test_an_error_of_the_data_fails_without_restarts(client: Client, tmp_path: P
 def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
     client: Client, tmp_path: Path
 ) -> None:
-    impatient = {"stall_timeout": "1s", "max_restarts": 0}
+    impatient = {"stall_timeout": "3s", "max_restarts": 0}
     frozen = client.submit(
         mini_job(tmp_path, name="frozen-data", recipe="frozen.yaml", **impatient), base=tmp_path
     )
@@ -166,16 +181,25 @@ def test_a_frozen_data_build_is_given_up_and_a_long_one_is_not(
     second = client.wait(long, timeout_seconds=WAIT_SECONDS)
 
     assert first["state"] == "FAILED"
-    assert "no progress for 1 s (recovery.stall_timeout): rank 0 (pid" in first["error"]
+    assert "no progress for 3 s (recovery.stall_timeout): rank 0 (pid" in first["error"]
     assert second["state"] == "SUCCEEDED", second
 
 
 def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
-    spec = mini_job(tmp_path, name="stopped", stages=(("1k", 2, 40),), step_seconds=0.1)
+    go_on = hold(tmp_path, step=20)
+    spec = mini_job(
+        tmp_path,
+        name="stopped",
+        stages=(("1k", 2, 40),),
+        step_seconds=0.05,
+        stall_timeout="10min",
+    )
     run_id = client.submit(spec)
     reached(client, run_id, 3)
 
     assert client.stop("stopped") == run_id
+    wait_until(lambda: client.status(run_id)["state"] == "STOPPING", "it is asked to stop")
+    go_on.touch()
     stopped = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
     assert stopped["state"] == "STOPPED", stopped
     assert stopped["workers"] == []
@@ -207,7 +231,14 @@ def test_a_job_that_can_never_fit_is_refused(client: Client, tmp_path: Path) -> 
 
 
 def test_a_killed_controller_goes_on_with_its_jobs(client: Client, tmp_path: Path) -> None:
-    spec = mini_job(tmp_path, name="survives", stages=(("1k", 2, 60),), step_seconds=0.05)
+    hold(tmp_path, step=50)
+    spec = mini_job(
+        tmp_path,
+        name="survives",
+        stages=(("1k", 2, 60),),
+        step_seconds=0.05,
+        stall_timeout="10min",
+    )
     run_id = client.submit(spec)
     reached(client, run_id, 6)
     record = RunStates(tmp_path).get(run_id)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mini_jobs import mini_client, mini_cluster, mini_job, wait_until
+from mini_jobs import hold, mini_client, mini_cluster, mini_job, wait_until
 
 from ringworld_jobs.spec import JobSpec
 from ringworld_platform.client import Client
 from ringworld_platform.run_states import RunStates
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 WAIT_SECONDS = 150.0
 STEPS = 120
@@ -39,7 +39,9 @@ def ended_at(client: Client, run_id: str) -> float:
 def test_a_long_run_makes_way_and_goes_on_and_all_keep_to_the_line(
     client: Client, tmp_path: Path
 ) -> None:
-    long = client.submit(job(tmp_path, "long", workers=2, steps=STEPS, step_seconds=0.1))
+    go_on = hold(tmp_path, step=60)
+    patient = {"step_seconds": 0.05, "stall_timeout": "10min"}
+    long = client.submit(job(tmp_path, "long", workers=2, steps=STEPS, **patient))
     wait_until(lambda: client.status(long)["step"] >= 3, "the long run trains")
 
     low = client.submit(job(tmp_path, "low"))
@@ -59,6 +61,8 @@ def test_a_long_run_makes_way_and_goes_on_and_all_keep_to_the_line(
     assert (ended["state"], ended["place"]) == ("STOPPED", None)
     high = [client.submit(job(tmp_path, f"high-{n}", priority=5)) for n in range(2)]
     middle = [client.submit(job(tmp_path, f"mid-{n}", priority=1, workers=n + 1)) for n in range(2)]
+    wait_until(lambda: client.status(long)["state"] == "STOPPING", "the long run is asked to")
+    go_on.touch()
     aside = wait_until(
         lambda: (s := client.status(long))["state"] == "QUEUED" and s, "the long run makes way"
     )

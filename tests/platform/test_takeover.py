@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from mini_jobs import LOGGED, mini_cluster, mini_job, wait_until
+from mini_jobs import LOGGED, hold, mini_cluster, mini_job, wait_until
 from rival import Rival
 
 from ringworld_jobs.spec import JobSpec
@@ -30,10 +30,10 @@ from ringworld_platform.stored_run import StoredRun
 from ringworld_workers.checkpoint.fence import Fence
 from ringworld_workers.store.opening import open_store
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-LEASE_SECONDS = 4.0
-STEPS = 300
+LEASE_SECONDS = 8.0
+STEPS = 150
 STORE = "s3://runs/takeover"
 
 
@@ -51,7 +51,8 @@ def client(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def job(folder: Path) -> JobSpec:
-    spec = mini_job(folder, name="moving", stages=(("1k", 1, STEPS),), step_seconds=0.05)
+    stages = (("1k", 1, STEPS),)
+    spec = mini_job(folder, name="moving", stages=stages, step_seconds=0.05, stall_timeout="10min")
     store = spec.checkpoint.model_copy(update={"store": STORE})
     return spec.model_copy(update={"checkpoint": store})
 
@@ -74,6 +75,7 @@ def objects(run: StoredRun) -> list[Any]:
 def test_a_frozen_controller_loses_its_run_and_writes_no_more(
     client: Client, tmp_path: Path
 ) -> None:
+    hold(tmp_path, step=100)
     spec, root = job(tmp_path), tmp_path / "runs"
     run_id = client.submit(spec, base=tmp_path)
     run, states = StoredRun(f"{STORE}/{run_id}"), RunStates(root)
@@ -114,7 +116,7 @@ def test_a_frozen_controller_loses_its_run_and_writes_no_more(
     # The third lets go: the first machine may have the run again, from where the store is.
     run.write(taken.model_copy(update={"owner": None}), etag)
     assert client.resume(run_id) == run_id
-    final = client.wait(run_id, timeout_seconds=100)
+    final = client.wait(run_id, timeout_seconds=200)
 
     assert final["state"] == "SUCCEEDED", final
     assert final["attempt"] > attempt
