@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 from autoscaling_cluster import autoscaling_cluster
-from mini_jobs import mini_client, mini_job, wait_until, worker_environment
+from mini_jobs import hold, mini_client, mini_job, wait_until, worker_environment
 
 from ringworld_platform.client import Client
 from ringworld_platform.errors import JobTooLarge
 from ringworld_platform.run_states import RunStates
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 WAIT_SECONDS = 120.0
 
@@ -27,6 +27,7 @@ def asking(client: Client, run_id: str) -> list[int]:
 
 def test_nodes_come_before_the_stage_that_wants_them_and_go_after_it(tmp_path: Path) -> None:
     stages = (("1k", 1, 80), ("4k", 2, 10))
+    go_on = hold(tmp_path, step=70, attempts=9)
     with (
         autoscaling_cluster(most=2, idle_seconds=2.0, env_vars=worker_environment()) as cluster,
         mini_client(tmp_path) as client,
@@ -56,11 +57,8 @@ def test_nodes_come_before_the_stage_that_wants_them_and_go_after_it(tmp_path: P
         wait_until(lambda: cluster.requested() == 0, "a new controller lets go", WAIT_SECONDS)
 
         wait_until(lambda: cluster.requested() == 2, "which asks again", WAIT_SECONDS)
-        # However slow this machine is, the first stage does not end before the node has come.
-        worker = client.status(run_id)["workers"][0]["pid"]
-        os.kill(worker, signal.SIGSTOP)
         wait_until(lambda: cluster.nodes().alive == 2, "both nodes are there", WAIT_SECONDS)
-        os.kill(worker, signal.SIGCONT)
+        go_on.touch()
 
         final = client.wait(run_id, timeout_seconds=WAIT_SECONDS)
         assert final["state"] == "SUCCEEDED", final

@@ -84,7 +84,7 @@ def test_start_up_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'ray', 'mlflow', 'matplotlib', 'deepspeed', 'numpy', 'pydantic'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -94,7 +94,7 @@ def test_a_bad_spec_is_the_users_mistake(bad_spec: Path) -> None:
         + ["run", str(bad_spec)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -284,7 +284,7 @@ def test_a_closed_pipe_is_quiet(in_runs: Path) -> None:
     code = "from ringworld_platform.cli import main; main()"
     command = f"{sys.executable} -c '{code}' list --json | true"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, env=dict(os.environ)
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, env=dict(os.environ)
     )
     assert "Traceback" not in done.stderr
     assert "internal error" not in done.stderr

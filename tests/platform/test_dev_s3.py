@@ -23,13 +23,13 @@ from ringworld_platform.cli import app
 from ringworld_platform.errors import PlatformError
 from ringworld_platform.local_s3 import LocalS3
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 Start = Callable[..., subprocess.Popen[str]]
 
 RINGWORLD = str(Path(sys.executable).with_name("ringworld"))
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 ROUND_TRIP = """
 import os, sys
 from ringworld_workers.store.opening import open_store

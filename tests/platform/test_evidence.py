@@ -61,7 +61,7 @@ def test_the_newest_attempts_alone_keep_their_evidence(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_a_log_that_is_gone_costs_the_stacks_only(tmp_path: Path) -> None:
     look = look_at_process(os.getpid(), str(tmp_path / "none.err"))
     assert look.state == "is alive and does not let Python run"

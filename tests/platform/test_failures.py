@@ -19,8 +19,11 @@ from ringworld_platform.client import Client
 from ringworld_platform.evaluation_records import read_answers, read_figures
 from ringworld_workers.store.opening import open_store
 
-WAIT_SECONDS = 100.0
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+WAIT_SECONDS = 200.0
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+STALL_SECONDS = 4
+"""Longer than a busy machine keeps a rank that is sound from its next step."""
 
 STALLS = {
     "freeze": "does not answer: its process is stopped by a signal (SIGSTOP)",
@@ -102,8 +105,9 @@ def submitted(client: Client, store: Path, kind: str) -> str:
     fault = {"kind": kind, "rank": 1, "step": 3, "attempts": 2 if kind == "store" else 9}
     (store / "fault.json").write_text(json.dumps(fault))
     name = kind.replace("_", "-")
+    limit = f"{STALL_SECONDS}s" if kind in STALLS else "10min"
     spec = mini_job(
-        store, name=name, stages=(("1k", 2, 6),), max_restarts=5 * comes_back, stall_timeout="2s"
+        store, name=name, stages=(("1k", 2, 6),), max_restarts=5 * comes_back, stall_timeout=limit
     )
     return client.submit(spec)
 
@@ -172,7 +176,8 @@ def test_an_exception_that_comes_back_uses_up_one_restart(ended: dict[str, dict[
 def test_stalls_say_how_long_and_where_the_others_wait(ended: dict[str, dict[str, Any]]) -> None:
     for kind in STALLS:
         error = ended[kind]["error"]
-        assert error.startswith("no progress for 2 s (recovery.stall_timeout): rank 1 (pid ")
+        limit = f"no progress for {STALL_SECONDS} s (recovery.stall_timeout)"
+        assert error.startswith(f"{limit}: rank 1 (pid ")
         assert "rank 0 is in forward of step" in error
         assert "waiting in all_reduce" in error
 

@@ -77,10 +77,12 @@ class Heard:
 
 def listen(outboxes: Outboxes, mailbox: Mailbox, seconds: float) -> None:
     """As the watch of a gang does."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+    end, looks = time.monotonic() + seconds, 0
+    # A machine that stands still for a moment must not cost the looks themselves.
+    while (left := end - time.monotonic()) > 0 or looks < 3:
+        looks += 1
         outboxes.ask()
-        for call, reply in mailbox.take(min(0.01, left)):
+        for call, reply in mailbox.take(max(0.0, min(0.01, left))):
             outboxes.take(call, reply)
 
 

@@ -104,7 +104,7 @@ class Slow(RunFolder):
         super().close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_save_that_reads_nothing_notices_what_others_have_written(
     states: Watched, live: LiveRun
 ) -> None:

@@ -150,7 +150,7 @@ def test_a_plan_needs_no_torch_and_less_than_a_second(job: tuple[str, ...]) -> N
             [sys.executable, "-c", _WITHOUT, *job],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=True,
             cwd=ROOT,
         )

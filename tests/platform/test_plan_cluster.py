@@ -34,7 +34,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_a_cluster_is_asked_for_its_gpus(address: str) -> None:
     program = "from ringworld_platform.cli import main; main()"
     command = [sys.executable, "-c", program, "plan", "jobs/lwm-text-7b.yaml", "--cluster"]
@@ -42,7 +42,7 @@ def test_a_cluster_is_asked_for_its_gpus(address: str) -> None:
         [*command, "--address", address, "--json"],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         cwd=ROOT,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )

@@ -18,7 +18,7 @@ from ringworld_platform.run_state import JobRecord
 from ringworld_platform.run_states import RunStates
 from ringworld_platform.stored_run import StoredRun, runs_in
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 ROUNDS = 4
 
@@ -51,7 +51,7 @@ class Rivals:
     def close(self) -> None:
         for rival in self._all:
             rival.kill()
-            rival.communicate(timeout=10)
+            rival.communicate(timeout=60)
 
     @staticmethod
     def _answer(rival: subprocess.Popen[str]) -> Any:

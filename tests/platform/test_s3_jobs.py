@@ -28,7 +28,7 @@ from ringworld_platform.run_states import RunStates
 from ringworld_platform.runner_config import RunnerConfig
 from ringworld_workers.store.opening import open_store
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 READER = {"accessKey": "reader", "secretKey": "reader-secret-1234"}
 WRONG_SECRET = "wrong-secret-0123456789"

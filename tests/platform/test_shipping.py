@@ -209,13 +209,13 @@ def stranger(tmp_path: Path, s3_url: str) -> Iterator[Stranger]:
 
 def call(command: list[str], stranger: Stranger, cwd: Path) -> tuple[int, str]:
     done = subprocess.run(
-        command, cwd=cwd, env=stranger.environment, capture_output=True, text=True, timeout=150
+        command, cwd=cwd, env=stranger.environment, capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_job_brings_its_packages_to_a_cluster_that_lacks_them(
     stranger: Stranger, s3_url: str, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from ringworld_platform.tracked_run import IDS_FILE, TrackedRun, flatten
 from ringworld_platform.tracking import LOCK_FILE, Tracker
 
 Recording = dict[str, Callable[..., Any]]
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 120.0
 FIRST_STAGE = 24
 """Records of the first stage but its end, at which curves are drawn."""
 TWO_STAGES = 55
