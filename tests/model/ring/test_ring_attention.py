@@ -84,6 +84,9 @@ CASES = [
     Case("five cuts", 5, 331, ((129, 1, 127, 9),), (2, 2), 32, "document_zigzag"),
     Case("eight cuts", 8, 563, (MANY + (20,),), (4, 1), 32, "document_zigzag"),
     Case("2x2 cuts", 2, 301, ((128, 1, 129), (300,)), (4, 2), 32, "document_zigzag", heads_size=2),
+    # Rows in more pieces than are copied one by one.
+    Case("many cuts", 4, 530, 2 * ((13,) * 40,), (4, 2), 32, "document_zigzag"),
+    Case("many stripes", 4, 545, 2 * ((9,) * 60,), (2, 1), 32, "striped"),
     Case("cut to nothing", 8, 7, ((4, 3),), (8, 2), 64, "document_zigzag"),
 ]
 NAMED = {case.name: case for case in CASES}
