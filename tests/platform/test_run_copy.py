@@ -26,7 +26,7 @@ from ringworld_workers.store.opening import open_store
 
 pytestmark = pytest.mark.timeout(300)
 
-LEASE_SECONDS = 4.0
+LEASE_SECONDS = 6.0
 
 
 class Machine:
