@@ -31,7 +31,7 @@ from ringworld_workers.store.opening import open_store
 TEXT = ("--form", "plain", "--max-frames", "0", "--max-tokens", "6")
 
 
-def ringworld(*arguments: str, lines: str | None = None) -> Result:
+def ringworld(*arguments: str, lines: str | bytes | None = None) -> Result:
     environment = {"COLUMNS": "140", "TERM": "dumb"}
     return CliRunner().invoke(app, list(arguments), input=lines, env=environment)
 
@@ -117,6 +117,7 @@ def test_a_file_of_prompts_goes_on_after_a_kill(model: Path, picture: Path, tmp_
         ((), "nothing is asked"),
         (("x" * 300,), "the prompt has 301 tokens, and"),
         (("x", "--image", "none.png"), "image none.png: cannot be read: No such file"),
+        (("a\udcff",), "the text has no whole character at 1; give it in UTF-8"),
         (("{image}",), "has 1 places {image} and there are 0 images"),
         (("x", "--to-image", "a.bmp"), "a.bmp: an image is written as .png"),
         (("x", "--to-video", "a.mp4", "--frames", "80"), "80 frames of 5 tokens take 409"),
@@ -164,7 +165,7 @@ def test_damaged_weights_are_one_line(model: Path, tmp_path: Path) -> None:
 def test_a_chat_about_a_document(model: Path, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("A short book. " * 6)
-    lines = "Who?\n\n/undo\nWho?\n/nonsense\n/undo\n/undo\n/reset\n/help\n/quit\nnever\n"
+    lines = b"Wh\xff?\nWho?\n\n/undo\nWho?\n/nonsense\n/undo\n/undo\n/reset\n/help\n/quit\nnever\n"
     shown = ringworld(
         *("chat", str(model), "--document", str(book), "--max-tokens", "5"), lines=lines
     )
@@ -173,6 +174,7 @@ def test_a_chat_about_a_document(model: Path, tmp_path: Path) -> None:
     assert f"a context of 256 tokens, {begun} of them given" in shown.stderr
     assert f"read {begun}/{begun} tokens" in shown.stderr
     assert "it was trained on no conversation" in shown.stderr
+    assert "the text has no whole character at 2; give it in UTF-8" in shown.stderr
     assert shown.stderr.count("taken back") == 2 and "there is no question to take" in shown.stderr
     assert "/nonsense is no command" in shown.stderr
     assert f"[begun anew; {256 - begun} tokens left]" in shown.stderr

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -91,6 +92,13 @@ def open_ring(
             )
             stack.enter_context(made)
         yield made
+
+
+def standard_input() -> TextIO:
+    """Standard input, whose bytes that are no UTF-8 are refused with the text that they are in."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 class Reading:

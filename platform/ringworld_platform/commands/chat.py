@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +61,7 @@ def chat(
         asking_errors,
         load_vocabularies,
         open_ring,
+        standard_input,
     )
     from ringworld_platform.commands.chatting import Chat, read_document
     from ringworld_workers.generation.conversation import Conversation, opening_prompt
@@ -105,4 +105,5 @@ def chat(
             conversation = Conversation(opened, settings, max_frames)
             if opening is not None:
                 conversation.read(opening, on_chunk=Reading(least=0))
-            Chat(conversation, coder, sys.stdin, fps=fps, frames=frames, save=save).run()
+            lines = standard_input()
+            Chat(conversation, coder, lines, fps=fps, frames=frames, save=save).run()

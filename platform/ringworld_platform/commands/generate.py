@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -115,7 +114,12 @@ def generate(
     processes share the memory of the context and each holds the whole model.
     """
     from ringworld_jobs.evaluate_generate import IMAGE_GUIDANCE, IMAGE_TOP_K, VIDEO_TOP_K
-    from ringworld_platform.commands.asking import asking_errors, load_vocabularies, open_ring
+    from ringworld_platform.commands.asking import (
+        asking_errors,
+        load_vocabularies,
+        open_ring,
+        standard_input,
+    )
     from ringworld_platform.commands.generating import FileRequest, answer_file, answer_one
 
     target = to_image or to_video
@@ -178,7 +182,7 @@ def generate(
         if prompts is not None and answers is not None:
             answer_file(prompts, answers, batch, coder, request, rings)
             return
-        text = sys.stdin.read() if prompt == "-" else prompt or ""
+        text = standard_input().read() if prompt == "-" else prompt or ""
         ask = request.ask(text, image or [], video or [], begin_with, coder)
         err().print(
             f"{coder.label}: {len(ask.prompt):,} of {coder.context_length:,} tokens",

@@ -19,7 +19,7 @@ from ringworld_workers.generation.asker import OnChunk
 from ringworld_workers.generation.asks import Ask
 from ringworld_workers.generation.coder import Coder
 from ringworld_workers.generation.local_ring import LocalRing
-from ringworld_workers.generation.prompts import Medium, Part, codes_of, spans_of
+from ringworld_workers.generation.prompts import Medium, Part, codes_of, spans_of, utf8
 from ringworld_workers.generation.source import RequestError
 
 
@@ -191,7 +191,7 @@ class Conversation:
         """What is put behind the row: the end of the answer before, and the question."""
         template, now = self._coder.template, self._now
         content = tuple(
-            part if isinstance(part, str) else codes_of(part, self._coder) for part in parts
+            utf8(part) if isinstance(part, str) else codes_of(part, self._coder) for part in parts
         )
         ids = list(now.unsaid)
         if not now.asked and self._about is not None:

@@ -80,7 +80,7 @@ def prompt_of(parts: Sequence[Part], loaded: Coder) -> Prompt:
     text = ""
     for part in parts:
         if isinstance(part, str):
-            text += part
+            text += utf8(part)
             continue
         spans += [Span(loaded.tokenizer.encode(text), TEXT), *clip_spans(part, loaded)]
         text = ""
@@ -123,6 +123,21 @@ def spans_of(parts: Sequence[DraftPart], loaded: Coder) -> list[Span]:
         else:
             spans.append(Span(vision_tokens(part.codes, loaded.grammar.codebook_size), VISION))
     return spans
+
+
+def utf8(text: str) -> str:
+    """The text, if it is one: from a terminal or JSON it may hold halves of characters.
+
+    Raises:
+        RequestError: it does; says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has no whole character at {error.start:,}; give it in UTF-8"
+        ) from None
+    return text
 
 
 def clip_spans(medium: Medium, loaded: Coder) -> list[Span]:
@@ -216,7 +231,7 @@ def _turn(number: int, message: Message, loaded: Coder) -> Turn:
 
 def _content(number: int, part: object, loaded: Coder) -> Content:
     if isinstance(part, str | np.ndarray):
-        return part
+        return utf8(part) if isinstance(part, str) else part
     if isinstance(part, Image | Clip):
         return codes_of(part, loaded)
     raise RequestError(
