@@ -58,9 +58,18 @@ def draining_nodes() -> dict[str, float | None]:
 class DrainWatch:
     """Looks for draining nodes, at most once a second for all runs. Any thread may call it."""
 
-    def __init__(self, ask: Callable[[], Mapping[str, float | None]] = draining_nodes) -> None:
-        """Take the question; nothing is asked yet."""
-        self._ask = ask
+    def __init__(
+        self,
+        ask: Callable[[], Mapping[str, float | None]] = draining_nodes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the question; nothing is asked yet.
+
+        Args:
+            ask: gives the nodes that are drained, and until when.
+            clock: monotonic seconds.
+        """
+        self._ask, self._clock = ask, clock
         self._lock = threading.Lock()
         self._found: Mapping[str, float | None] = {}
         self._asked = -LOOK_SECONDS
@@ -69,7 +78,7 @@ class DrainWatch:
         """What the workers of a gang have to fear."""
         if not workers:
             return None
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             if now - self._asked >= LOOK_SECONDS:
                 self._asked = now
