@@ -22,7 +22,7 @@ import pytest
 
 RINGWORLD = str(Path(sys.executable).with_name("ringworld"))
 MARK = "RINGWORLD_TEST_MARK"
-WAIT_SECONDS = 150.0
+WAIT_SECONDS = 300.0
 
 RECIPE = """
 kind: data

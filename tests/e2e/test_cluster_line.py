@@ -14,7 +14,7 @@ import yaml
 if TYPE_CHECKING:
     from conftest import Project
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def free_port() -> int:

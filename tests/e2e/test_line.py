@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Project
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_STEPS = {"first": 8, "second": 80, "third": 6}
 STEPS = [(stage, step + 1) for stage, count in NUM_STEPS.items() for step in range(count)]
@@ -194,8 +194,14 @@ def test_a_killed_worker_and_an_interrupt_change_nothing(undisturbed: tuple[Proj
         record = project.steps("small-2").get(("second", 40))
         return record is not None and record["attempt"] == 2
 
+    rank = project.wait_for_pid("small-2", "second", rank=1, attempt=2)
     project.wait_for("step 40 of the second attempt", goes_on)
+    # However late the stop is heard, the stage does not end before.
+    os.kill(rank, signal.SIGSTOP)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to every process of the group
+    state = project.folder / "runs" / "small-2" / "state.json"
+    project.wait_for("STOPPING", lambda: json.loads(state.read_text())["state"] == "STOPPING")
+    os.kill(rank, signal.SIGCONT)
     code, output = project.finish(process)
     assert code == 130, output
     assert "ringworld resume small-2" in output

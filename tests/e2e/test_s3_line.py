@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ringworld_platform.local_s3 import LocalS3
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 40
 JOB = """
