@@ -21,14 +21,15 @@ class AnswerLog:
     def __init__(self, live: LiveRun) -> None:
         """Hear nothing yet."""
         self._live = live
-        self._attempt = 0
+        self._gang = (0, "")
+        """Attempt, and stage: stages that run at the first attempt share its number."""
         self._given: Counter[str] = Counter()
         """By task, answers of the present gang."""
         self._task, self._items, self._before = "", 0, 0
 
     def begin(self, event: Record) -> None:
         """The gang begins a task, or goes on with it."""
-        self._see(self._live.record.attempt)
+        self._see_gang()
         self._task = str(event.get("task"))
         self._items, self._before = int(event["items"]), int(event["answered"])
         self._show()
@@ -43,15 +44,16 @@ class AnswerLog:
         for name, mine in by_file.items():
             live.folder.append_answers(name, mine)
         if answers:
-            self._see(live.record.attempt)
+            self._see_gang()
             self._given.update(str(answer["task"]) for answer in answers)
             # Progress: the restart budget is full again.
             live.set_fields(restarts=0)
             self._show()
 
-    def _see(self, attempt: int) -> None:
-        if attempt != self._attempt:
-            self._attempt = attempt
+    def _see_gang(self) -> None:
+        record = self._live.record
+        if (gang := (record.attempt, record.stage)) != self._gang:
+            self._gang = gang
             self._given.clear()
 
     def _show(self) -> None:

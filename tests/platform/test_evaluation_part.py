@@ -119,6 +119,11 @@ def test_answers_are_kept_as_they_come_and_counted(make_live: Callable[..., Live
     live.set_state(RunState.RUNNING, "again", attempt=2)
     log.begin({"task": "perplexity", "items": 4, "answered": 3})
     assert live.record.reason == "evaluating perplexity 3/4 of 1k"
+    log.hear([answer(3, attempt=2)])
+    # So does another stage's, whose attempt has the same number.
+    live.set_state(RunState.RUNNING, "evaluation of 2k", stage="2k", stage_index=1)
+    log.begin({"task": "perplexity", "items": 4, "answered": 0})
+    assert live.record.reason == "evaluating perplexity 0/4 of 2k"
 
 
 def test_figures_go_to_the_logs_with_a_picture_and_to_the_report(
