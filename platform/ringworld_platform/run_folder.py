@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from ringworld_platform.evaluation_records import EVALUATIONS_FOLDER, answers_fi
 from ringworld_platform.proofs import keep_proof
 from ringworld_platform.rank_logs import LOGS_FOLDER
 from ringworld_platform.run_records import EVENTS_FILE, METRICS_FILE, SPEC_FILE, Record, read_lines
+from ringworld_workers.strict_json import finite
 
 SAMPLES_FILE = "samples.jsonl"
 PAGE_BYTES = 1 << 20
@@ -206,19 +206,8 @@ def _line(record: Record) -> bytes:
     try:
         text = json.dumps(record, separators=(",", ":"), default=str, allow_nan=False)
     except ValueError:
-        text = json.dumps(_plain(record), separators=(",", ":"), default=str, allow_nan=False)
+        text = json.dumps(finite(record), separators=(",", ":"), default=str, allow_nan=False)
     return text.encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor Infinity, and strict readers stop at them: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -25,9 +25,10 @@ from ringworld_workers.parity.compare import (
     kernel_precisions,
     train_ring,
 )
-from ringworld_workers.parity.report import ParityReport, RingParity, finite
+from ringworld_workers.parity.report import ParityReport, RingParity
 from ringworld_workers.reporter import Reporter
 from ringworld_workers.stage_job import StageJob
+from ringworld_workers.strict_json import finite
 
 log = logging.getLogger(__name__)
 

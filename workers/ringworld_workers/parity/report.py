@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ringworld_workers.parity.case import ParityCase, Precision
+from ringworld_workers.strict_json import finite
 
 SMALLEST_SHARE = 1e-6
 """Gradients below this share of the whole norm are held against that share of it: what is zero on
@@ -250,17 +251,6 @@ def ring_parity(
         one_rank=None if one_rank is None else Errors.of(one_rank, truth),
         **about,
     )
-
-
-def finite(value: Any) -> Any:
-    """The same data with null for each number that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return value
 
 
 def _norm(gradients: dict[str, torch.Tensor]) -> float:
