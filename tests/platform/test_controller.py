@@ -131,7 +131,7 @@ def test_a_worker_that_is_told_to_end_saves_first_and_it_costs_nothing(
         stall_timeout="10min",
     )
     run_id = client.submit(spec)
-    status = reached(client, run_id, 3)
+    status = reached(client, run_id, 19)
 
     os.kill(status["workers"][1]["pid"], signal.SIGTERM)
     wait_until(lambda: "to go on elsewhere" in client.status(run_id)["reason"], "it is heard")
@@ -195,7 +195,7 @@ def test_stop_then_resume(client: Client, tmp_path: Path) -> None:
         stall_timeout="10min",
     )
     run_id = client.submit(spec)
-    reached(client, run_id, 3)
+    reached(client, run_id, 19)
 
     assert client.stop("stopped") == run_id
     wait_until(lambda: client.status(run_id)["state"] == "STOPPING", "it is asked to stop")
