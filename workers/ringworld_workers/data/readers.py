@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ringworld_jobs.recipe import (
     ChatDataset,
@@ -94,6 +94,14 @@ def _needed(name: str, media: MediaStore | None) -> MediaStore:
     return media
 
 
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A reader that can tell some mistakes before anything is read."""
+
+    def check(self) -> None:
+        """Tell them; see ``check_readers``."""
+
+
 def check_readers(readers: Iterable[DatasetReader]) -> None:
     """Ask each what it can tell before anything is read, but with a tokenizer.
 
@@ -101,9 +109,8 @@ def check_readers(readers: Iterable[DatasetReader]) -> None:
         DataError: what is to be made cannot be.
     """
     for reader in readers:
-        check = getattr(reader, "check", None)
-        if callable(check):
-            check()
+        if isinstance(reader, ChecksFirst):
+            reader.check()
 
 
 def media_of(reader: DatasetReader, item: WorkItem) -> Iterator[MediaUse]:

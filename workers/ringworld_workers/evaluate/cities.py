@@ -54,14 +54,20 @@ EVALUATED_NUMBERS = 7
 """Numbers that this divides belong to evaluations, all others to training documents: whether it
 does depends on every digit, so that no digit gives a training number away."""
 
-_ONSETS = (
-    [""] * 4 + "b c ch d f g gh h j k kh l m n p ph qu r s sh t th v w y z".split() * 2
-    + "bl br cl cr dr fl fr gl gr kr pl pr sc sk sl sm sn sp st str sw tr tb".split()
-)  # fmt: skip
-_VOWELS = "a e i o u".split() * 4 + "ai ao au ea ee ei eu ia ie io iu oo ou ua ue ui y".split()
+_ONSETS = [
+    *[""] * 4,
+    *"b c ch d f g gh h j k kh l m n p ph qu r s sh t th v w y z".split() * 2,
+    *"bl br cl cr dr fl fr gl gr kr pl pr sc sk sl sm sn sp st str sw tr tb".split(),
+]
+_VOWELS = [
+    *"a e i o u".split() * 4,
+    *"ai ao au ea ee ei eu ia ie io iu oo ou ua ue ui y".split(),
+]
 _CODAS = [
-    ""
-] * 12 + "b c ck d g gh h k l ll m n nd ng nk nn ns p r rd rg rs s ss st t th w x z".split()
+    *[""] * 12,
+    *"b c ck d g gh h k l ll m n nd ng nk nn ns p r rd rg rs s ss st t th w x z".split(),
+]
+"""What syllables begin with, have and end with; what stands there more often comes more often."""
 _LONGEST = 12
 """Letters of a made-up name: no evaluated city's has more."""
 
